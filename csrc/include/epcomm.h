@@ -1,0 +1,79 @@
+/// epcomm: the C ABI of libepcomm.
+///
+/// The library is free of Python, torch, MPI and CUDA headers. Everything that travels between
+/// ranks or sits in shared memory is defined in `protocol/`; host code, device code and Python
+/// (through `epcomm_fields` and `epcomm_constants`) read those definitions and repeat none.
+#pragma once
+
+#include <stdint.h>
+
+#include "../protocol/announce.h"
+#include "../protocol/control.h"
+#include "../protocol/limits.h"
+#include "../protocol/record.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define EPCOMM_API __attribute__((visibility("default")))
+
+/// A named integer: a limit, an enumerator or a size.
+typedef struct {
+    const char* name;
+    int64_t value;
+} epcomm_constant;
+
+/// One field of a structure of `protocol/`. `kind` is a NumPy type character: i, u, f or S.
+typedef struct {
+    const char* structure;
+    const char* field;
+    uint32_t offset;
+    uint32_t item_bytes;
+    uint32_t count;
+    char kind;
+} epcomm_field;
+
+/// The integers of the protocol; `*count` receives their number.
+EPCOMM_API const epcomm_constant* epcomm_constants(uint32_t* count);
+
+/// The fields of every structure of the protocol; `*count` receives their number.
+EPCOMM_API const epcomm_field* epcomm_fields(uint32_t* count);
+
+/// Where each part of a record lies. Returns 0, or -1 if `shape` is out of the limits.
+EPCOMM_API int epcomm_dispatch_record(const epcomm_record_shape* shape, epcomm_record* record);
+EPCOMM_API int epcomm_combine_record(const epcomm_record_shape* shape, epcomm_record* record);
+
+/// Payload and scale bytes of one row in a wire format, before padding; -1 for an unknown format.
+EPCOMM_API int64_t epcomm_payload_bytes(int32_t format, int64_t hidden);
+EPCOMM_API int64_t epcomm_scale_bytes(int32_t format, int64_t hidden);
+
+/// How to wait: see epcomm_counter_wait.
+typedef struct {
+    int64_t timeout_ns;             ///< how long, from the call
+    int32_t peer_pid;               ///< process that will signal; 0 = not watched
+    int32_t spin;                   ///< polls before sleeping
+    const epcomm_counter* abort;    ///< nonzero value ends the wait; may be null
+} epcomm_wait;
+
+typedef enum {
+    EPCOMM_WAIT_OK = 0,
+    EPCOMM_WAIT_TIMEOUT = 1,
+    EPCOMM_WAIT_PEER_GONE = 2,
+    EPCOMM_WAIT_ABORTED = 3,
+} epcomm_wait_result;
+
+/// Add to a counter in shared memory (release) and wake who sleeps on it.
+EPCOMM_API void epcomm_counter_add(epcomm_counter* counter, uint64_t amount);
+
+/// The counter's value (acquire).
+EPCOMM_API uint64_t epcomm_counter_read(const epcomm_counter* counter);
+
+/// Sleep until the counter is at least `expected` (acquire), the deadline passes, the peer's
+/// process is gone, or `how->abort` is raised. Returns an epcomm_wait_result.
+EPCOMM_API int epcomm_counter_wait(epcomm_counter* counter, uint64_t expected,
+                                   const epcomm_wait* how);
+
+#ifdef __cplusplus
+}
+#endif
