@@ -88,7 +88,7 @@ def test_skewed_is_skewed():
     ("spec", "named"),
     [
         ("", "routing spec"),
-        ("unifrom", "unifrom"),
+        ("unicorn", "unicorn"),
         ("uniform:3", "routing spec"),
         ("one-expert:x", "routing spec"),
         ("one-expert:", "routing spec"),
