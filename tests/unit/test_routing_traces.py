@@ -321,6 +321,8 @@ def test_make_routing_replays_a_trace(tmp_path):
     assert routing.topk_idx_TK.tolist() == [rows[(start + i) % 3] for i in range(5)]
     assert routing.topk_weights_TK.dtype == torch.float32
     assert (routing.topk_weights_TK == 1 / 3).all()
+    firsts = [make_routing(f"trace:{MEGATRON}", 1, 8, 3, seed=s).topk_idx_TK for s in range(20)]
+    assert len({tuple(ids[0].tolist()) for ids in firsts}) == 3
     layer_4 = make_routing(f"trace:{MEGATRON}:4", 1, 8, 3)
     assert sorted(layer_4.topk_idx_TK[0].tolist()) == [5, 6, 7]
     with pytest.raises(ValueError, match="num_topk must be 3"):
