@@ -17,7 +17,7 @@ i32 = np.int32
 uint = np.uintp
 
 # No fastmath: contraction or reassociation would change the bytes.
-kernel = njit(cache=True, nogil=True, error_model="numpy")
+kernel: Any = njit(cache=True, nogil=True, error_model="numpy")
 
 
 def _bitcast(source: Any, result: Any, llvm_type: ir.Type) -> Callable[[Any], Any]:

@@ -26,7 +26,7 @@ def tiles_of(hidden: int) -> int:
 LOG2_SPLIT_BITS = 0x3F3504F3
 """sqrt(1/2): magnitudes are split into 2^e * m with m in [sqrt(1/2), sqrt(2))."""
 
-LOG2_POLYNOMIAL = tuple(
+LOG2_POLYNOMIAL: tuple[np.float32, ...] = tuple(
     np.float32(c)
     for c in (
         1.44269967,
@@ -40,7 +40,7 @@ LOG2_POLYNOMIAL = tuple(
 )
 """log2(1 + f) / f."""
 
-EXP2_POLYNOMIAL = tuple(
+EXP2_POLYNOMIAL: tuple[np.float32, ...] = tuple(
     np.float32(c) for c in (1.0, 0.69314724, 0.24022235, 0.055503085, 0.0096718753, 0.0013407259)
 )
 """2^f for f in [-1/2, 1/2]."""
@@ -49,7 +49,9 @@ ROUND_MAGIC = np.float32(1.5 * 2**23)
 """Adding it rounds |x| < 2^22 to an integer, found in the low bits of the sum."""
 ROUND_MAGIC_BITS = 0x4B400000
 
-LINEAR_ROUNDING = (np.float32(1.5), np.float32(0.08664340), np.float32(0.00173449))
+LINEAR_ROUNDING: tuple[np.float32, ...] = tuple(
+    np.float32(c) for c in (1.5, 0.0866434, 0.0017345034)
+)
 """(a, b, c) of LogFMT's rounding constant a - b * step + c * step^3; see the reference."""
 
 LOGFMT_EXPONENT_MIN = np.float32(-126.0)
@@ -63,3 +65,9 @@ LOGFMT_LARGEST = np.float32(2.0**127 * (2 - 2**-7))
 def logfmt_tile_bytes(length: int, bits: int) -> int:
     """Count the bytes of the codes of a tile of ``length`` elements."""
     return (length * bits + 7) // 8
+
+
+def logfmt_code_bytes(hidden: int, bits: int) -> int:
+    """Count the bytes of the codes of a row; every tile ends on a byte."""
+    full, rest = divmod(hidden, TILE)
+    return full * logfmt_tile_bytes(TILE, bits) + logfmt_tile_bytes(rest, bits)

@@ -28,6 +28,7 @@ from .constants import (
     ROUND_MAGIC,
     ROUND_MAGIC_BITS,
     TILE,
+    logfmt_code_bytes,
     logfmt_tile_bytes,
     tiles_of,
 )
@@ -83,14 +84,14 @@ def e4m3_values() -> F32:
 def f32_to_e4m3(y: F32) -> U8:
     """Finite float32 to the nearest E4M3 code, ties to the even code, saturating at +-448."""
     magnitudes = e4m3_values()[:127].astype(np.float64)
-    a = np.minimum(np.abs(y.astype(np.float64)), 448.0)
+    a = np.minimum(np.abs(y.astype(np.float64)), np.float64(FP8_MAX))
     below = np.searchsorted(magnitudes, a, side="right") - 1
-    above = np.minimum(below + 1, 126)
+    above = (below + 1).clip(max=126)
     # Doubles hold both distances exactly where they can tie.
     down, up = a - magnitudes[below], magnitudes[above] - a
     take_above = (up < down) | ((up == down) & (below % 2 == 1))
     code = np.where(take_above, above, below)
-    return (code | np.where(np.signbit(y), 0x80, 0)).astype(np.uint8)
+    return (code | np.signbit(y) * 0x80).astype(np.uint8)
 
 
 def fp8_encode(x_TH: F32, scale_format: ScaleFormat) -> tuple[U8, NDArray]:
@@ -191,7 +192,7 @@ def log2_magnitude(bits: NDArray[np.uint32]) -> F32:
     normal = np.where(subnormal, _bits(bits.astype(np.float32)), bits).astype(np.int32)
     e = (normal - np.int32(LOG2_SPLIT_BITS)) >> np.int32(23)
     f = _f32((normal - (e << np.int32(23))).view(np.uint32)) - np.float32(1)
-    exponent = (e + np.where(subnormal, -149, 0)).astype(np.float32)
+    exponent = (e - subnormal * np.int32(149)).astype(np.float32)
     return exponent + _horner(LOG2_POLYNOMIAL, f) * f
 
 
@@ -290,9 +291,7 @@ def logfmt_encode(x_TH: F32, bits: int) -> U8:
 
 def logfmt_row_bytes(hidden: int, bits: int) -> int:
     """Count the bytes of an encoded row: codes of all tiles, then 4 bytes a tile."""
-    last = hidden % TILE
-    codes = hidden // TILE * logfmt_tile_bytes(TILE, bits) + logfmt_tile_bytes(last, bits)
-    return codes + 4 * tiles_of(hidden)
+    return logfmt_code_bytes(hidden, bits) + 4 * tiles_of(hidden)
 
 
 def _logfmt_decode_tile(code: NDArray[np.uint32], lo: np.float32, hi: np.float32, bits: int) -> F32:
@@ -318,7 +317,7 @@ def logfmt_decode(data: U8, hidden: int, bits: int) -> F32:
     Finite input decodes to finite output, also after rounding to BF16: values saturate at the
     largest finite BF16.
     """
-    T, metadata_start = len(data), logfmt_row_bytes(hidden, bits) - 4 * tiles_of(hidden)
+    T, metadata_start = len(data), logfmt_code_bytes(hidden, bits)
     out = np.zeros((T, hidden), np.float32)
     weights = np.uint32(1) << np.arange(bits, dtype=np.uint32)
     for t in range(T):
