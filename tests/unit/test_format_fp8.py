@@ -96,7 +96,11 @@ def test_codes_equal_torchs_cast(hidden):
     padded = torch.nn.functional.pad(x, (0, tiles_of(hidden) * TILE - hidden))
     tiles = padded.view(8, -1, TILE)
     amax = tiles.abs().amax(-1, keepdim=True).clamp(min=1e-4)
-    expected = (tiles * (448.0 / amax)).to(torch.float8_e4m3fn).view(8, -1)[:, :hidden]
+    expected = (
+        (tiles * (torch.full_like(amax, 448.0) / amax))
+        .to(torch.float8_e4m3fn)
+        .view(8, -1)[:, :hidden]
+    )
     codes, scales = reference.fp8_encode(x.numpy(), "f32")
     assert np.array_equal(codes, expected.view(torch.uint8).numpy())
     assert np.array_equal(scales, (amax / 448.0).squeeze(-1).numpy())
