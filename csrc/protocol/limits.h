@@ -8,6 +8,7 @@
 ///   max_topk          a record's per-choice arrays; kernels keep one row of them on the stack
 ///   max_tokens        rows are 32-bit indices over all ranks' tokens and choices
 ///   max_hidden        byte offsets inside a record are 32 bits wide
+///   max_alignment     padding rows an expert may cost a window
 ///   row_align         a row is a whole number of 16-byte units, the widest plain load and store
 ///   record_align      records start on 16 bytes in staging and on the wire
 ///   tile              channels that share one scale
@@ -19,6 +20,7 @@
     X(max_topk, 256)            \
     X(max_tokens, 1 << 20)      \
     X(max_hidden, 1 << 20)      \
+    X(max_alignment, 1024)      \
     X(row_align, 16)            \
     X(record_align, 16)         \
     X(tile, 128)                \

@@ -1,0 +1,117 @@
+"""The shared state of the CPU back end on one rank: memory, peers, signals, threads."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from ..backend import Config, Options
+from ..bootstrap import Bootstrap
+from ..native import constants
+from ..topology import Topology
+from .announce import Announcer, announcement_bytes
+from .control import ControlBlock, NodeControl
+from .segments import PeerWindows, Segment, WindowPool
+from .window import combine_parts, dispatch_parts
+
+
+class Scratch:
+    """Private staging memory, by purpose; grows and is kept, so that it stays warm."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def get(self, purpose: str, nbytes: int) -> np.ndarray:
+        """At least ``nbytes`` of uint8, the same memory every time it suffices."""
+        array = self._arrays.get(purpose)
+        if array is None or array.size < nbytes:
+            array = self._arrays[purpose] = np.empty(nbytes, np.uint8)
+        return array[:nbytes]
+
+
+class Node:
+    """Everything two calls share. Made collectively."""
+
+    def __init__(
+        self, bootstrap: Bootstrap, topology: Topology, config: Config, options: Options
+    ) -> None:
+        import os
+
+        self.topology = topology
+        self.config = config
+        self.scale_out = bootstrap.scale_out()
+        self.experts_per_rank = config.num_experts // topology.num_ranks
+        slot_bytes = announcement_bytes(topology, config.num_experts)
+        control_bytes = ControlBlock.nbytes(topology.num_nodes, slot_bytes)
+        own = Segment.create("epcomm-control", control_bytes)
+        endpoints = bootstrap.allgather((os.getpid(), own.fd))
+        blocks = []
+        for rank in topology.node_ranks:
+            pid, fd = endpoints[rank]
+            mine = rank == topology.rank
+            segment = own if mine else Segment.open_peer(pid, fd, control_bytes)
+            blocks.append(ControlBlock(segment, pid))
+        # Nobody may let go of its descriptor before every peer has opened it.
+        bootstrap.allgather(None)
+        self.control = NodeControl(topology, blocks, self.scale_out, options.timeout)
+        self.announcer = Announcer(topology, config.num_experts, self.control, self.scale_out)
+        self.windows = WindowPool(window_bytes(config, topology.num_ranks))
+        self.peer_windows = PeerWindows()
+        self.scratch = Scratch()
+        self.local_of_E = np.full(config.num_experts, -1, np.int64)
+        for local, rank in enumerate(topology.node_ranks):
+            first = rank * self.experts_per_rank
+            self.local_of_E[first : first + self.experts_per_rank] = local
+        self.node_of_R = np.array(topology.node_of, np.int32)
+        self._threads = None
+        self._num_threads = options.num_threads
+        if options.num_threads > 1:
+            self._threads = ThreadPoolExecutor(options.num_threads, "epcomm")
+
+    def window_addresses(self, headers: np.ndarray) -> np.ndarray:
+        """Where the windows announced by this node's ranks are mapped here, int64 [L]."""
+        addresses = []
+        for local, rank in enumerate(self.topology.node_ranks):
+            header = headers[rank]
+            pid = self.control.blocks[local].pid
+            fd, serial = int(header["window_fd"]), int(header["window_serial"])
+            nbytes = int(header["window_bytes"])
+            addresses.append(self.peer_windows.address(pid, fd, serial, nbytes))
+        return np.array(addresses, np.int64)
+
+    def for_items(self, kernel: Callable[..., None], items: np.ndarray, *args: Any) -> None:
+        """Run a kernel over items (int32 indices), on this rank's threads."""
+        if items.size == 0:
+            return
+        if self._threads is None or items.size < 2 * self._num_threads:
+            kernel(items, *args)
+            return
+        parts = np.array_split(items, self._num_threads)
+        for done in [self._threads.submit(kernel, part, *args) for part in parts]:
+            done.result()
+
+    def close(self) -> None:
+        """Stop the threads; memory goes with the last reference."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False)
+
+
+def most_rows(config: Config, num_ranks: int) -> tuple[int, int]:
+    """Most rows a rank can receive: (layout rank, layout expert with any alignment)."""
+    experts_per_rank = config.num_experts // num_ranks
+    tokens = num_ranks * config.max_tokens
+    padding = experts_per_rank * (constants["limit_max_alignment"] - 1)
+    return tokens, tokens * min(config.num_topk, experts_per_rank) + padding
+
+
+def window_bytes(config: Config, num_ranks: int) -> int:
+    """Size of a window: float32 rows in the larger layout. Pages exist once written."""
+    by_rank, by_expert = most_rows(config, num_ranks)
+    row_bytes, num_topk = 4 * config.hidden, config.num_topk
+    return max(
+        dispatch_parts(by_rank, row_bytes, 0, num_topk, False).nbytes,
+        dispatch_parts(by_expert, row_bytes, 0, num_topk, True).nbytes,
+        combine_parts(by_rank, row_bytes, num_topk, False).nbytes,
+        combine_parts(by_expert, row_bytes, num_topk, True).nbytes,
+    )
