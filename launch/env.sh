@@ -62,7 +62,7 @@ install() {
     command -v "${CXX:-g++}" >/dev/null \
         || die "a C++17 compiler is needed: '${CXX:-g++}' is not on PATH (set CXX to name another)"
     say "installing epcomm and its dependencies into $VIRTUAL_ENV"
-    local -a arguments=(-r "$EPCOMM_ROOT/launch/requirements.txt" -e "$EPCOMM_ROOT[bench,test,lint]")
+    local -a arguments=(-r "$EPCOMM_ROOT/launch/requirements.txt" -e "${EPCOMM_ROOT}[bench,test,lint]")
     # An MPI of the machine is preferred: it knows the interconnect and the batch system.
     command -v mpirun >/dev/null || arguments+=(mpich)
     local -a extra

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # launch/lint.sh [--fix]: formatting, style, types and spelling, the same for people and for CI.
 # Every check runs, also after one has failed. --fix rewrites what can be rewritten.
+set -euo pipefail
+# shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$EPCOMM_ROOT"
 
@@ -36,6 +38,7 @@ else
     check clang-format clang-format --dry-run --Werror "${native[@]}"
 fi
 check mypy mypy
+check shellcheck shellcheck --external-sources launch/*.sh launch/*.sbatch .ci/run
 check codespell codespell ${fix:+--write-changes}
 
 [[ ${#failed[@]} -eq 0 ]] || die "lint failed: ${failed[*]}"

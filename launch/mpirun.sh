@@ -6,6 +6,8 @@
 #
 #   EPCOMM_MPIRUN_ARGS  further arguments of mpirun, such as --hostfile hosts
 #   MPIEXEC_TIMEOUT     seconds after which mpirun ends everything (default 900)
+set -euo pipefail
+# shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 [[ $# -ge 2 && $1 =~ ^[1-9][0-9]*$ ]] || die "usage: launch/mpirun.sh RANKS ARGUMENTS_OF_PYTHON..."

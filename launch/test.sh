@@ -3,6 +3,8 @@
 # several ranks, under mpirun, in worlds of several sizes. The last line is the total.
 #
 #   --quick   one world instead of all
+set -euo pipefail
+# shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$EPCOMM_ROOT"
 

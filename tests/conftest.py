@@ -8,7 +8,7 @@ timeout's thread leaves the process, and the launcher ends the other ranks.
 """
 
 import io
-import sys
+import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,7 @@ class RankReports:
 
     Attributes:
         communicators: what the current test's fixtures made, freed after the test.
+
     """
 
     def __init__(self) -> None:
@@ -105,21 +106,19 @@ class RankReports:
         deadline = time.monotonic() + GRACE_SECONDS
         while not request.Test():
             if failure and time.monotonic() > deadline:
-                # sys.__stderr__: pytest may have replaced sys.stderr.
-                print(
+                report = (
                     f"\n----- rank {self.comm.rank} of {self.comm.size} failed in {nodeid}; other"
                     f" ranks still wait inside the test, so the run ends here -----\n{failure}\n"
-                    f"=== {self.passed} passed, 1 failed before the run was aborted ===",
-                    file=sys.__stderr__,
-                    flush=True,
+                    f"=== {self.passed} passed, 1 failed before the run was aborted ===\n"
                 )
+                os.write(2, report.encode())
                 self.comm.Abort(1)
             time.sleep(0.001)
 
 
 @pytest.fixture
 def comm(request: pytest.FixtureRequest) -> "MPI.Intracomm":
-    """A communicator of all launched ranks, for one test only."""
+    """Duplicate the communicator of all launched ranks, for one test."""
     from mpi4py import MPI
 
     # Without --with-mpi there is no such plugin, and a test under tests/mpi is skipped before.
