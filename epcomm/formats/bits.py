@@ -1,7 +1,8 @@
 """What the row kernels are written in: compile options, bit casts, 32-bit integers.
 
 Numba widens every integer operation to 64 bits; naming the 32-bit result (``i32(a + b)``) lets
-LLVM narrow it again, which doubles the lanes of a vector.
+LLVM narrow it again, which doubles the lanes of a vector. An index named unsigned (``uint(a + b)``)
+is not tested for being negative.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 i32 = np.int32
+uint = np.uintp
 
 # No fastmath: contraction or reassociation would change the bytes.
 kernel = njit(cache=True, nogil=True, error_model="numpy")

@@ -13,6 +13,7 @@ from .fp8_kernels import (
     fp8_unpack_row,
     fp8_unpack_row_ue8m0,
 )
+from .logfmt_kernels import logfmt_pack_row, logfmt_unpack_row
 
 __all__ = [
     "add_bf16_row",
@@ -24,4 +25,6 @@ __all__ = [
     "fp8_pack_row_f32_ue8m0",
     "fp8_unpack_row",
     "fp8_unpack_row_ue8m0",
+    "logfmt_pack_row",
+    "logfmt_unpack_row",
 ]

@@ -13,7 +13,24 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .constants import F32_NAN_BITS, FP8_AMAX_FLOOR, FP8_MAX, TILE, tiles_of
+from .constants import (
+    EXP2_POLYNOMIAL,
+    F32_NAN_BITS,
+    FP8_AMAX_FLOOR,
+    FP8_MAX,
+    LINEAR_ROUNDING,
+    LOG2_POLYNOMIAL,
+    LOG2_SPLIT_BITS,
+    LOGFMT_EXPONENT_MAX,
+    LOGFMT_EXPONENT_MIN,
+    LOGFMT_LARGEST,
+    LOGFMT_RANGE_LOG2,
+    ROUND_MAGIC,
+    ROUND_MAGIC_BITS,
+    TILE,
+    logfmt_tile_bytes,
+    tiles_of,
+)
 
 ScaleFormat = Literal["f32", "ue8m0"]
 F32 = NDArray[np.float32]
@@ -151,3 +168,168 @@ def fp8_decode(codes_TH: U8, scales: NDArray, scale_format: ScaleFormat) -> F32:
         y = e4m3_values()[codes_TH] * scale_TH
     nan = F32_NAN_BITS | ((codes_TH.astype(np.uint32) & np.uint32(0x80)) << np.uint32(24))
     return _f32(np.where(np.isnan(y), nan, _bits(y)))
+
+
+# -------------------------------------------------------------------------------------- LogFMT
+
+
+def _horner(coefficients: tuple[np.float32, ...], x: F32) -> F32:
+    """Evaluate a polynomial, highest power first, product and sum rounded separately."""
+    y = np.full_like(x, coefficients[-1])
+    for c in reversed(coefficients[:-1]):
+        y = y * x + c
+    return y
+
+
+def log2_magnitude(bits: NDArray[np.uint32]) -> F32:
+    """log2 of the float32 magnitudes with these bit patterns (sign clear, finite).
+
+    Zero gives -276, below the logarithm of every other number.
+    """
+    subnormal = bits < 0x00800000
+    # A subnormal is its bit pattern times 2^-149, and that integer is an exact float32.
+    normal = np.where(subnormal, _bits(bits.astype(np.float32)), bits).astype(np.int32)
+    e = (normal - np.int32(LOG2_SPLIT_BITS)) >> np.int32(23)
+    f = _f32((normal - (e << np.int32(23))).view(np.uint32)) - np.float32(1)
+    exponent = (e + np.where(subnormal, -149, 0)).astype(np.float32)
+    return exponent + _horner(LOG2_POLYNOMIAL, f) * f
+
+
+def exp2_normal(x: F32) -> F32:
+    """2^x for x in [-125, 127]."""
+    shifted = x + ROUND_MAGIC
+    whole = _bits(shifted) - np.uint32(ROUND_MAGIC_BITS)
+    p = _horner(EXP2_POLYNOMIAL, x - (shifted - ROUND_MAGIC))
+    return _f32(_bits(p) + (whole << np.uint32(23)))
+
+
+def _bf16_down(x: np.float32) -> np.float32:
+    """Round towards minus infinity to a BF16 value."""
+    bits = _bits(np.array([x]))
+    away = np.where(np.signbit(x), bits + np.uint32(0xFFFF), bits)
+    return _f32(away & np.uint32(0xFFFF0000))[0]
+
+
+def _bf16_up(x: np.float32) -> np.float32:
+    return -_bf16_down(-x)
+
+
+def _logfmt_step(lo: np.float32, hi: np.float32, bits: int) -> np.float32:
+    return (hi - lo) / np.float32(2 ** (bits - 1) - 2)
+
+
+def _logfmt_encode_tile(x: F32, bits: int) -> tuple[NDArray[np.uint32], np.float32, np.float32]:
+    """Codes (sign included) of one tile, and its (min, max) metadata."""
+    magnitude = _bits(x) & _MAGNITUDE
+    if (magnitude >= _INF).any():
+        nan = np.float32(np.nan)
+        return np.zeros(len(x), np.uint32), nan, nan
+    sign = (_bits(x) >> np.uint32(31)) << np.uint32(bits - 1)
+    nonzero = magnitude[magnitude > 0]
+    if not len(nonzero):
+        return sign, np.float32(0), np.float32(0)
+    lo, hi = log2_magnitude(np.array([nonzero.min(), nonzero.max()]))
+    hi = _bf16_up(hi)
+    lo = max(_bf16_down(lo), _bf16_up(hi - LOGFMT_RANGE_LOG2))
+
+    levels = 2 ** (bits - 1) - 1
+    inverse = np.float32(levels - 1) / (hi - lo) if hi > lo else np.float32(0)
+    step = _logfmt_step(lo, hi, bits)
+    a, b, c = LINEAR_ROUNDING
+    constant = (a - b * step) + c * ((step * step) * step)
+    log2 = log2_magnitude(magnitude)
+    code = (log2 - lo) * inverse + constant
+    code = np.floor(np.clip(code, np.float32(1), np.float32(levels))).astype(np.uint32)
+    code[log2 < lo - np.float32(1)] = 0
+    return sign | code, lo, hi
+
+
+def logfmt_encode(x_TH: F32, bits: int) -> U8:
+    """Quantise rows to LogFMT with ``bits`` bits an element, in tiles of 1 x 128.
+
+    The format of section 3.2 of "Insights into DeepSeek-V3" (arXiv:2505.09343). With ``lo`` and
+    ``hi`` the smallest and largest log2 of the nonzero magnitudes of a tile and
+    ``step = (hi - lo) / (2^(bits-1) - 2)``, magnitude code 0 is zero and code K is
+    ``2^(lo + step * (K - 1))``; the sign is the highest bit (zeros keep theirs). The paper
+    writes natural logarithms; base 2 is the same format with another unit of ``step``.
+
+    ``lo`` and ``hi`` are rounded outward to BF16 (so nothing clips) and then ``lo`` is raised to
+    ``hi - 32`` at least. Below ``2^lo``, magnitudes round to ``2^lo`` or, under half of it, to
+    zero.
+
+    Rounding is to the nearest level in linear space: K is the largest code whose midpoint with
+    the level below, ``2^(lo + step * (K - 2)) * (1 + 2^step) / 2``, does not exceed the
+    magnitude, hence ``K = floor((log2|x| - lo) / step + 2 - log2((1 + 2^step) / 2) / step)``. The
+    constant is ``3/2 - step * ln(2)/8 + step^3 * ln(2)^3/192 - ...``, a series that neither
+    cancels nor divides by a small step; its next term is below 1e-7 (step <= 32/126).
+
+    A tile with a NaN or an infinity has NaN metadata and zero codes, and decodes to NaN.
+
+    Args:
+        x_TH: float32 ``[T, H]``.
+        bits: 3 to 16; the wire uses 8 and 10.
+
+    Returns:
+        uint8 ``[T, logfmt_row_bytes(H, bits)]``. A row is the codes of all tiles, then the
+        metadata of all tiles. Codes of a tile are a little-endian bit stream (element i in bits
+        ``[bits * i, bits * (i + 1))``) that ends on a byte; metadata are ``lo`` and ``hi`` as
+        little-endian BF16.
+    """
+    T, H = x_TH.shape
+    rows = []
+    for t in range(T):
+        codes, metadata = [], []
+        for start in range(0, H, TILE):
+            code, lo, hi = _logfmt_encode_tile(x_TH[t, start : start + TILE], bits)
+            stream = (code[:, None] >> np.arange(bits, dtype=np.uint32)) & np.uint32(1)
+            codes.append(np.packbits(stream.astype(np.uint8).ravel(), bitorder="little"))
+            metadata.append(f32_to_bf16(np.array([lo, hi])).astype("<u2").view(np.uint8))
+        rows.append(np.concatenate(codes + metadata))
+    return np.array(rows, np.uint8).reshape(T, logfmt_row_bytes(H, bits))
+
+
+def logfmt_row_bytes(hidden: int, bits: int) -> int:
+    """Count the bytes of an encoded row: codes of all tiles, then 4 bytes a tile."""
+    last = hidden % TILE
+    codes = hidden // TILE * logfmt_tile_bytes(TILE, bits) + logfmt_tile_bytes(last, bits)
+    return codes + 4 * tiles_of(hidden)
+
+
+def _logfmt_decode_tile(code: NDArray[np.uint32], lo: np.float32, hi: np.float32, bits: int) -> F32:
+    if np.isnan(lo) or np.isnan(hi):
+        return np.full(len(code), np.nan, np.float32)
+    step = _logfmt_step(lo, hi, bits)
+    # 2^log2 = 2^(log2 - whole) * 2^whole: the first factor is normal whatever the tile, so
+    # only the last product rounds to a subnormal or overflows.
+    whole = np.clip(lo, LOGFMT_EXPONENT_MIN, LOGFMT_EXPONENT_MAX)
+    whole = (whole + ROUND_MAGIC) - ROUND_MAGIC
+    sign = (code >> np.uint32(bits - 1)) << np.uint32(31)
+    k = code & np.uint32(2 ** (bits - 1) - 1)
+    log2 = (k.astype(np.int32) - 1).astype(np.float32) * step + (lo - whole)
+    with np.errstate(over="ignore"):
+        y = exp2_normal(log2) * np.float32(2.0**whole)
+    y = np.where(y > LOGFMT_LARGEST, LOGFMT_LARGEST, y)
+    return _f32(np.where(k == 0, np.uint32(0), _bits(y)) | sign)
+
+
+def logfmt_decode(data: U8, hidden: int, bits: int) -> F32:
+    """Decode what :func:`logfmt_encode` made to float32 ``[T, hidden]``.
+
+    Finite input decodes to finite output, also after rounding to BF16: values saturate at the
+    largest finite BF16.
+    """
+    T, metadata_start = len(data), logfmt_row_bytes(hidden, bits) - 4 * tiles_of(hidden)
+    out = np.zeros((T, hidden), np.float32)
+    weights = np.uint32(1) << np.arange(bits, dtype=np.uint32)
+    for t in range(T):
+        metadata = np.ascontiguousarray(data[t, metadata_start:]).view("<u2")
+        bounds = bf16_to_f32(metadata).reshape(-1, 2)
+        for tile, start in enumerate(range(0, hidden, TILE)):
+            length = min(TILE, hidden - start)
+            at = tile * logfmt_tile_bytes(TILE, bits)
+            packed = data[t, at : at + logfmt_tile_bytes(length, bits)]
+            stream = np.unpackbits(packed, bitorder="little")[: bits * length]
+            code = (stream.reshape(length, bits) * weights).sum(1).astype(np.uint32)
+            lo, hi = bounds[tile]
+            out[t, start : start + length] = _logfmt_decode_tile(code, lo, hi, bits)
+    return out
