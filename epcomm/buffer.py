@@ -9,14 +9,27 @@ import torch
 
 from .backend import Backend, Config, Options
 from .bootstrap import Bootstrap, make_bootstrap
-from .check import check_combine, check_config, check_dispatch, check_handle, check_tensor
-from .check import row_format
+from .check import (
+    check_combine,
+    check_config,
+    check_dispatch,
+    check_handle,
+    check_tensor,
+    row_format,
+)
 from .cpu.backend import CpuBackend
 from .cpu.layout import BadChoice, make_layout
 from .cpu.memory_report import report_memory
 from .errors import BufferClosedError, MismatchError, PeerError
-from .results import CombineResult, DispatchLayout, DispatchResult, Event, Handle, Layout
-from .results import MemoryReport
+from .results import (
+    CombineResult,
+    DispatchLayout,
+    DispatchResult,
+    Event,
+    Handle,
+    Layout,
+    MemoryReport,
+)
 from .topology import Topology, make_topology
 
 Packed = tuple[torch.Tensor, torch.Tensor]
@@ -341,9 +354,7 @@ class Buffer:
         return self._backend
 
 
-def _check_options(
-    timeout: Any, backend: Any, num_threads: Any, ranks_per_node: Any
-) -> None:
+def _check_options(timeout: Any, backend: Any, num_threads: Any, ranks_per_node: Any) -> None:
     if not isinstance(timeout, int | float) or not timeout > 0:
         raise ValueError(f"timeout: expected seconds > 0, got {timeout!r}")
     if backend not in ("auto", "cpu"):

@@ -233,9 +233,7 @@ def check_combine(
         TypeError, ValueError: naming the argument.
     """
     check_handle(handle, owner)
-    rows = check_tensor(
-        "x", x, [torch.bfloat16, torch.float32], (handle.num_rows, config.hidden)
-    )
+    rows = check_tensor("x", x, [torch.bfloat16, torch.float32], (handle.num_rows, config.hidden))
     if weights is not None:
         check_tensor("weights", weights, [torch.float32], (handle.num_rows,))
     if topk_weights is not None:

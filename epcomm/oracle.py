@@ -111,8 +111,7 @@ def pack(
         return to_bytes(x[0]), to_bytes(x[1])
     if quantize is None:
         return to_bytes(x), np.zeros((x.shape[0], 0), np.uint8)
-    scale_format = "ue8m0" if quantize == "fp8_ue8m0" else "f32"
-    codes, scales = reference.fp8_encode(to_f32(x), scale_format)
+    codes, scales = reference.fp8_encode(to_f32(x), "ue8m0" if quantize == "fp8_ue8m0" else "f32")
     return codes, np.ascontiguousarray(scales).view(np.uint8).reshape(len(codes), -1)
 
 
@@ -120,7 +119,9 @@ def _routes_by_rank(inputs: Sequence[Input], world: World, rank: int) -> list[Ro
     routes: list[Route | None] = []
     for source, given in enumerate(inputs):
         for token, experts in enumerate(given.topk_idx.tolist()):
-            mine = [k for k, e in enumerate(experts) if e >= 0 and e // world.experts_per_rank == rank]
+            mine = [
+                k for k, e in enumerate(experts) if e >= 0 and e // world.experts_per_rank == rank
+            ]
             if mine:
                 routes.append(Route(source, token, mine))
     return routes

@@ -146,5 +146,3 @@ class MemoryReport:
             for name, (nbytes, why) in self.purposes.items()
         ]
         return "\n".join([*lines, f"{'total':<{width}}  {self.total / 2**20:12,.1f} MiB"])
-
-

@@ -119,8 +119,10 @@ class Announcer:
             reasons = "; ".join(
                 f"rank {r}: {headers['reason'][r].decode(errors='replace')}" for r in others
             )
-            raise PeerError(f"refused by {len(others)} other rank(s), nothing was sent: {reasons}",
-                            tuple(others))
+            raise PeerError(
+                f"refused by {len(others)} other rank(s), nothing was sent: {reasons}",
+                tuple(others),
+            )
         if refused.size:
             return
         for field, words in _AGREED.items():

@@ -148,7 +148,9 @@ class Combine:
             # Memory of a window is warm from earlier calls; fresh pages cost more than the sum.
             shape = (num_tokens, config.hidden)
             out = node.windows.lease().tensor(0, shape, self.call.x.dtype)
-        out_weights = np.zeros((num_tokens if self.with_weights else 0, config.num_topk), np.float32)
+        out_weights = np.zeros(
+            (num_tokens if self.with_weights else 0, config.num_topk), np.float32
+        )
         home = Home(
             inbox_N=inbox_N,
             slot_TN=routes.layout.slot_TN,
@@ -194,9 +196,7 @@ class Combine:
             count = len(contributions.row_CK)
             memory = node.scratch.get(f"out {n}", count * self.record.bytes)
             items = np.arange(count, dtype=np.int32)
-            node.for_items(
-                reduce_records, items, contributions, inputs, wire, memory.ctypes.data
-            )
+            node.for_items(reduce_records, items, contributions, inputs, wire, memory.ctypes.data)
             peer = topology.rail[n]
             data = memory.reshape(count, self.record.bytes)
             sends[peer] = node.scale_out.send(peer, Tag.RETURN, data)
@@ -229,7 +229,8 @@ class Combine:
             scale_up=LinkTraffic(
                 read,
                 read * row_bytes,
-                read * weight_bytes + announced * topology.num_nodes * (topology.ranks_per_node - 1),
+                read * weight_bytes
+                + announced * topology.num_nodes * (topology.ranks_per_node - 1),
             ),
             scale_out=LinkTraffic(
                 self.messages + topology.num_nodes - 1,

@@ -19,8 +19,16 @@ from .control import Waiting
 from .forward import Inbox, forward_records
 from .layout import BadChoice, Layout, make_layout
 from .node import Node
-from .pack import AS_IS, BF16_TO_FP8, BF16_TO_UE8M0, F32_TO_FP8, F32_TO_UE8M0
-from .pack import Outbox, Source, pack_tokens
+from .pack import (
+    AS_IS,
+    BF16_TO_FP8,
+    BF16_TO_UE8M0,
+    F32_TO_FP8,
+    F32_TO_UE8M0,
+    Outbox,
+    Source,
+    pack_tokens,
+)
 from .phases import Phases
 from .plan import Plan, make_plan
 from .reduce import Contributions
@@ -122,7 +130,9 @@ class Dispatch:
         handle = self.call.handle
         if handle is None:
             num_rows = routes.rows_of(self.node.topology.rank)
-            handle = Handle(self.node.topology, routes, self.call.x.shape[0], num_rows, self.call.layout)
+            handle = Handle(
+                self.node.topology, routes, self.call.x.shape[0], num_rows, self.call.layout
+            )
         return self._result(routes, handle, received)
 
     # Announce -----------------------------------------------------------------------------
@@ -243,9 +253,7 @@ class Dispatch:
                 n, Contributions(np.empty(shape, np.int32), np.empty(shape, np.int32))
             )
             items = np.arange(count, dtype=np.int32)
-            node.for_items(
-                forward_records, items, inbox_N[n], rows, routes.plan.base_NE[n], *got
-            )
+            node.for_items(forward_records, items, inbox_N[n], rows, routes.plan.base_NE[n], *got)
             self.phases.mark("forward")
 
         node.control.wait_requests(receives, what, forward)
@@ -333,9 +341,7 @@ class Dispatch:
             node.control.wait(address, int(self.arrived_L[local]), int(local), what)
         self.phases.mark("arrive")
 
-    def _result(
-        self, routes: Routes, handle: Handle, messages: int
-    ) -> DispatchResult:
+    def _result(self, routes: Routes, handle: Handle, messages: int) -> DispatchResult:
         call, config, lease = self.call, self.node.config, self.lease
         rows = routes.rows_of(self.node.topology.rank)
         parts = self._parts(rows)

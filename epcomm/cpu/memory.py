@@ -14,8 +14,11 @@ from numba.extending import intrinsic
 
 from ..formats.bits import kernel
 
+# Typed as what kernels see; numba's decorator hides it.
+_intrinsic: Callable[[Any], Any] = intrinsic
 
-@intrinsic
+
+@_intrinsic
 def _pointer(typingctx: Any, address: Any) -> Any:
     del typingctx
 
@@ -26,7 +29,7 @@ def _pointer(typingctx: Any, address: Any) -> Any:
     return types.voidptr(types.int64), codegen
 
 
-@intrinsic
+@_intrinsic
 def copy_bytes(typingctx: Any, to: Any, source: Any, count: Any) -> Any:
     """memcpy(to, source, count) between addresses (int64)."""
     del typingctx
@@ -35,7 +38,9 @@ def copy_bytes(typingctx: Any, to: Any, source: Any, count: Any) -> Any:
         del context, signature
         to_pointer = builder.inttoptr(args[0], cgutils.voidptr_t)
         source_pointer = builder.inttoptr(args[1], cgutils.voidptr_t)
-        cgutils.raw_memcpy(builder, to_pointer, source_pointer, args[2], ir.Constant(args[2].type, 1))
+        cgutils.raw_memcpy(
+            builder, to_pointer, source_pointer, args[2], ir.Constant(args[2].type, 1)
+        )
         return cgutils.get_null_value(ir.IntType(32))
 
     return types.int32(types.int64, types.int64, types.int64), codegen

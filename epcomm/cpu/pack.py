@@ -99,7 +99,8 @@ def pack_tokens(
     row_TK: np.ndarray,
 ) -> None:
     """Pack ``tokens`` (int32 indices) once each; store rows of this node, write the others'
-    records. ``row_TK`` receives the rows stored on this node."""
+    records. ``row_TK`` receives the rows stored on this node.
+    """
     q_u8 = np.empty(rows.payload_bytes, np.uint8)
     s_u8 = np.empty(max(rows.scale_bytes, 1), np.uint8)[: rows.scale_bytes]
     for token in tokens:
@@ -123,5 +124,3 @@ def pack_tokens(
             if node != outbox.node and outbox.slot_TN[token, node] >= 0:
                 _write_record(row, rows, outbox, node)
         store_row(rows, base_E, row, row_TK[token])
-
-

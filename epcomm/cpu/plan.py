@@ -53,9 +53,7 @@ def make_plan(topology: Topology, counts: Counts, by_expert: bool, alignment: in
     else:
         rows_R = counts.rank_rows_RR.sum(axis=0, dtype=np.int64)
         rows_RL = counts.rank_rows_RR[:, ranks_L].astype(np.int64)
-        base_RLE = np.broadcast_to(
-            _exclusive_cumsum(rows_RL, axis=0)[:, :, None], here_RLE.shape
-        )
+        base_RLE = np.broadcast_to(_exclusive_cumsum(rows_RL, axis=0)[:, :, None], here_RLE.shape)
     rail = topology.rail
     base_NE = np.full((topology.num_nodes, num_ranks, per_rank), -1, np.int64)
     base_NE[:, ranks_L] = base_RLE[rail]
@@ -66,9 +64,7 @@ def make_plan(topology: Topology, counts: Counts, by_expert: bool, alignment: in
         ends_E = start_LE[local] + tokens_E
         next_E = np.append(start_LE[local][1:], rows_R[topology.rank])
         padding = [(int(a), int(b)) for a, b in zip(ends_E, next_E, strict=True) if a < b]
-    stored_LL = np.stack(
-        [rows_RL[topology.rank_of_NL[:, l]].sum(axis=0) for l in range(len(ranks_L))]
-    )
+    stored_LL = np.stack([rows_RL[rail].sum(axis=0) for rail in topology.rank_of_NL.T])
     return Plan(
         rows_R=rows_R,
         base_NE=base_NE.reshape(topology.num_nodes, -1),

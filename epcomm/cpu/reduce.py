@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..formats.bits import bits_f32, i32
 from ..formats.kernels import (
     add_bf16_row,
     bf16_to_f32_row,
@@ -15,7 +16,6 @@ from ..formats.kernels import (
     logfmt_pack_row,
     logfmt_unpack_row,
 )
-from ..formats.bits import bits_f32, i32
 from .memory import copy_bytes, f32_at, kernel, u8_at, u16_at
 
 F32, BF16, LOGFMT8, LOGFMT10 = 0, 1, 4, 5
@@ -80,9 +80,7 @@ def _add_row(inputs: Inputs, address: int, weight: float, weighted: bool, acc: n
 
 
 @kernel
-def _sum_item(
-    c: Contributions, i: int, inputs: Inputs, order: np.ndarray, acc: np.ndarray
-) -> None:
+def _sum_item(c: Contributions, i: int, inputs: Inputs, order: np.ndarray, acc: np.ndarray) -> None:
     """Sum the rows of item ``i`` into ``acc``; ``order`` is scratch, int32 [K]."""
     count = 0
     for k in range(c.row_CK.shape[1]):
@@ -206,6 +204,4 @@ def finish_tokens(
             out_u16 = u16_at(home.out + token * inputs.hidden * 2, inputs.hidden)
             f32_to_bf16_row(total, out_u16)
         else:
-            copy_bytes(
-                home.out + token * inputs.hidden * 4, total.ctypes.data, inputs.hidden * 4
-            )
+            copy_bytes(home.out + token * inputs.hidden * 4, total.ctypes.data, inputs.hidden * 4)
