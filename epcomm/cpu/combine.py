@@ -13,6 +13,7 @@ from ..results import CombineResult, Event
 from ..traffic import LinkTraffic, Traffic
 from .control import Waiting
 from .dispatch import Routes, alternatives
+from .memory import copy_memory
 from .node import Node
 from .phases import Phases
 from .reduce import Contributions, Home, Inputs, Wire, finish_tokens, reduce_records
@@ -77,10 +78,11 @@ class Combine:
             node.config.num_topk,
             self.routes.by_expert,
         )
-        lease = node.windows.lease()
+        lease = node.windows.lease("combine")
         self._describe(header, lease.segment, lease.serial)
         header["weights_offset"], header["topk_offset"] = parts.row_weights, parts.topk_weights
-        lease.tensor(parts.x, tuple(call.x.shape), call.x.dtype).copy_(call.x)
+        # memcpy passes by the cache where a copy this long would only flush it.
+        copy_memory(lease.segment.address + parts.x, call.x.data_ptr(), call.x.nbytes)
         if call.weights is not None:
             shape = tuple(call.weights.shape)
             lease.tensor(parts.row_weights, shape, torch.float32).copy_(call.weights)
@@ -147,7 +149,7 @@ class Combine:
         if out is None:
             # Memory of a window is warm from earlier calls; fresh pages cost more than the sum.
             shape = (num_tokens, config.hidden)
-            out = node.windows.lease().tensor(0, shape, self.call.x.dtype)
+            out = node.windows.lease("result").tensor(0, shape, self.call.x.dtype)
         out_weights = np.zeros(
             (num_tokens if self.with_weights else 0, config.num_topk), np.float32
         )

@@ -111,7 +111,7 @@ class Dispatch:
         config = node.config
         self.record: RecordLayout = dispatch_record(call.format, config.hidden, config.num_topk)
         self.by_expert = call.layout == "expert"
-        self.lease = node.windows.lease()
+        self.lease = node.windows.lease("dispatch")
         if call.handle is None:
             self.expert_TK, self.layout = choose(node, call)
         self.phases.mark("layout")
