@@ -3,6 +3,8 @@
 The sums are in ``reduce.py``; this file puts the steps in order.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -57,8 +59,15 @@ class Combine:
             x=out,
             topk_weights=None if out_weights is None else torch.from_numpy(out_weights),
             event=Event(),
-            traffic=self._traffic(),
             phases=self.phases.seconds,
+            _count_traffic=partial(
+                count_traffic,
+                self.node,
+                self.record,
+                self.routes,
+                self.messages,
+                self.call.x.element_size() * self.node.config.hidden,
+            ),
         )
 
     # Expose and announce ------------------------------------------------------------------
@@ -214,34 +223,36 @@ class Combine:
             control.wait(control.own.counter("released", local), combines, local, what)
         self.phases.mark("release")
 
-    def _traffic(self) -> Traffic:
-        node, routes, topology = self.node, self.routes, self.node.topology
-        row_bytes = self.call.x.element_size() * node.config.hidden
-        weight_bytes = 0
-        if self.with_weights:
-            weight_bytes = 4 if routes.by_expert else 4 * node.config.num_topk
-        read = sum(
-            rows_read(c, node.local_of_E, topology.local_rank, routes.by_expert)
-            for c in (routes.own, *routes.forwarded.values())
-        )
-        records = sum(len(c.row_CK) for c in routes.forwarded.values())
-        payload = self.record.payload_bytes + self.record.scale_bytes
-        announced = node.announcer.nbytes
-        return Traffic(
-            scale_up=LinkTraffic(
-                read,
-                read * row_bytes,
-                read * weight_bytes
-                + announced * topology.num_nodes * (topology.ranks_per_node - 1),
-            ),
-            scale_out=LinkTraffic(
-                self.messages + topology.num_nodes - 1,
-                records * payload,
-                records * (self.record.bytes - payload) + announced * (topology.num_nodes - 1),
-            ),
-            records=records,
-            alternatives=alternatives(node, routes.layout, row_bytes, read),
-        )
+
+def count_traffic(
+    node: Node, record: RecordLayout, routes: Routes, messages: int, row_bytes: int
+) -> Traffic:
+    """What this rank moved in a combine; rows of ``row_bytes``."""
+    topology = node.topology
+    weight_bytes = 0
+    if record.bytes > record.weight:
+        weight_bytes = 4 if routes.by_expert else 4 * node.config.num_topk
+    read = sum(
+        rows_read(c, node.local_of_E, topology.local_rank, routes.by_expert)
+        for c in (routes.own, *routes.forwarded.values())
+    )
+    records = sum(len(c.row_CK) for c in routes.forwarded.values())
+    payload = record.payload_bytes + record.scale_bytes
+    announced = node.announcer.nbytes
+    return Traffic(
+        scale_up=LinkTraffic(
+            read,
+            read * row_bytes,
+            read * weight_bytes + announced * topology.num_nodes * (topology.ranks_per_node - 1),
+        ),
+        scale_out=LinkTraffic(
+            messages + topology.num_nodes - 1,
+            records * payload,
+            records * (record.bytes - payload) + announced * (topology.num_nodes - 1),
+        ),
+        records=records,
+        alternatives=alternatives(node, routes.layout, row_bytes, read),
+    )
 
 
 def rows_read(c: Contributions, local_of_E: np.ndarray, me: int, by_expert: bool) -> int:

@@ -64,5 +64,5 @@ f32_at = _view(nb.float32)
 
 @kernel
 def copy_memory(to: int, source: int, count: int) -> None:
-    """memcpy between addresses, callable from Python."""
+    """Memcpy between addresses, callable from Python."""
     copy_bytes(to, source, count)
