@@ -68,7 +68,9 @@ class MpiScaleOut:
         return _MpiRequest(self._comm.Irecv(self._describe(into), source=rank, tag=tag))
 
     def send_abort(self, rank: int, message: np.ndarray) -> None:
-        self._aborts.append(self._comm.Isend(message, dest=rank, tag=Tag.ABORT))
+        # As bytes: MPI has no datatype for a structure.
+        data = message.view(np.uint8)
+        self._aborts.append(self._comm.Isend(data, dest=rank, tag=Tag.ABORT))
 
     def poll_abort(self, into: np.ndarray) -> bool:
         from mpi4py import MPI
@@ -76,7 +78,7 @@ class MpiScaleOut:
         status = MPI.Status()
         if not self._comm.Iprobe(source=MPI.ANY_SOURCE, tag=Tag.ABORT, status=status):
             return False
-        self._comm.Recv(into, source=status.Get_source(), tag=Tag.ABORT)
+        self._comm.Recv(into.view(np.uint8), source=status.Get_source(), tag=Tag.ABORT)
         return True
 
 
