@@ -129,7 +129,7 @@ def row_format(dtype: torch.dtype, quantize: Any) -> WireFormat:
     """
     if quantize is None:
         return WireFormat.BF16 if dtype == torch.bfloat16 else WireFormat.F32
-    if quantize not in _QUANTIZE:
+    if quantize not in list(_QUANTIZE):
         raise ValueError(f"quantize: expected None or one of {list(_QUANTIZE)}, got {quantize!r}")
     return _QUANTIZE[quantize]
 
@@ -250,6 +250,6 @@ def check_combine(
         check_tensor("out", out, [rows.dtype], result)
     if wire is None:
         wire = "bf16" if rows.dtype == torch.bfloat16 else "f32"
-    if wire not in _WIRE:
+    if wire not in list(_WIRE):
         raise ValueError(f"wire: expected one of {list(_WIRE)}, got {wire!r}")
     return CombineCall(rows, handle, weights, topk_weights, biases, _WIRE[wire], out)
