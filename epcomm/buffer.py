@@ -1,5 +1,6 @@
 """Buffer: the public face of epcomm."""
 
+import math
 import os
 from types import TracebackType
 from typing import Any, Literal
@@ -355,8 +356,8 @@ class Buffer:
 
 
 def _check_options(timeout: Any, backend: Any, num_threads: Any, ranks_per_node: Any) -> None:
-    if not isinstance(timeout, int | float) or not timeout > 0:
-        raise ValueError(f"timeout: expected seconds > 0, got {timeout!r}")
+    if not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+        raise ValueError(f"timeout: expected finite seconds > 0, got {timeout!r}")
     if backend not in ("auto", "cpu"):
         raise ValueError(f"backend: expected 'auto' or 'cpu', got {backend!r}")
     for name, value in (("num_threads", num_threads), ("ranks_per_node", ranks_per_node)):

@@ -475,7 +475,7 @@ MAKE = {
     "more choices than experts": ({"num_topk": 65}, ValueError, ("num_topk: 65", "num_experts=64")),
     "num_topk above the limit": ({"num_topk": 1000}, ValueError, ("num_topk: 1000", "1..256")),
     "max_tokens negative": ({"max_tokens": -1}, ValueError, ("max_tokens: -1", "0..")),
-    "timeout 0": ({"timeout": 0}, ValueError, ("timeout:", "> 0", "0")),
+    "timeout 0": ({"timeout": 0}, ValueError, ("timeout:", "> 0", "got 0")),
     "timeout not a number": ({"timeout": float("nan")}, ValueError, ("timeout:", "nan")),
     "timeout endless": ({"timeout": float("inf")}, ValueError, ("timeout:", "inf")),
     "timeout no number": ({"timeout": "60"}, ValueError, ("timeout:", "'60'")),
