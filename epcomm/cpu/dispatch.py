@@ -34,7 +34,7 @@ from .plan import Plan, make_plan
 from .reduce import Contributions
 from .scaleout import Request, Tag
 from .store import Rows, clear_rows
-from .window import RowParts, dispatch_parts
+from .window import RowParts, combine_parts, dispatch_parts
 
 _PACKING = {
     (torch.bfloat16, WireFormat.FP8): BF16_TO_FP8,
@@ -102,7 +102,8 @@ class Dispatch:
         """Do what can fail on this rank alone.
 
         Raises:
-            ValueError: an id is out of range or twice in a row of ``topk_idx``.
+            ValueError: an id is out of range or twice in a row of ``topk_idx``; more fixed rows
+                than a window can hold.
             OSError: no memory for the output.
         """
         self.node = node
@@ -111,6 +112,8 @@ class Dispatch:
         config = node.config
         self.record: RecordLayout = dispatch_record(call.format, config.hidden, config.num_topk)
         self.by_expert = call.layout == "expert"
+        if call.fixed_rows is not None:
+            self._check_window(call.fixed_rows)
         self.lease = node.windows.lease()
         if call.handle is None:
             self.expert_TK, self.layout = choose(node, call)
@@ -194,6 +197,17 @@ class Dispatch:
             raise ValueError(
                 f"fixed_rows: {routes.fixed_rows} is too few, nothing was sent: rank {rank} "
                 f"would receive {int(routes.plan.rows_R[rank])} rows"
+            )
+
+    def _check_window(self, rows: int) -> None:
+        config, window = self.node.config, self.node.windows.nbytes
+        back = combine_parts(rows, 4 * config.hidden, config.num_topk, self.by_expert)
+        needed = max(self._parts(rows).nbytes, back.nbytes)
+        if needed > window:
+            raise ValueError(
+                f"fixed_rows: {rows} rows need {needed} bytes with float32 rows on the way back, "
+                f"but a window has {window}, enough for all that max_tokens={config.max_tokens} "
+                "lets a rank receive"
             )
 
     def _parts(self, rows: int) -> RowParts:
