@@ -197,8 +197,9 @@ class NodeControl:
             error = self.own.error.copy()
         else:
             error = self.own.wait.copy() if gone else self._culprit(rank)
-        if result != constants["WAIT_ABORTED"]:
-            self._tell(error)
+        # Also what was learnt from others: it reached this rank by its node or by its rail, and
+        # some rank may wait for this one on the other way.
+        self._tell(error)
         raise PeerTimeoutError(*self._describe(error[0], gone, result))
 
     def _describe(self, error: np.void, gone: bool, result: int) -> tuple[str, tuple[int, ...]]:
