@@ -112,7 +112,8 @@ class Combine:
 
     def _inputs(self, headers: np.ndarray) -> Inputs:
         node = self.node
-        windows_L = node.window_addresses(headers)
+        what = Waiting(constants["OP_COMBINE"], constants["PHASE_DATA"], self.epoch)
+        windows_L = node.window_addresses(headers, what)
         here = headers[node.topology.node_ranks]
 
         def at(part: str, present: np.ndarray | bool) -> np.ndarray:

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 
@@ -155,6 +156,13 @@ class NodeControl:
             time.sleep(min(20e-6 * idle, 1e-3))
         self.own.wait["waiting"] = 0
 
+    def lost(self, local_rank: int, what: Waiting) -> NoReturn:
+        """The memory of a local rank is gone: raise PeerTimeoutError for whom that is due to."""
+        rank = self.topology.node_ranks[local_rank]
+        self._publish(what, rank, 1, 0)
+        aborted = library.epcomm_counter_read(self.own.counter("aborted")) != 0
+        self._give_up(constants["WAIT_ABORTED" if aborted else "WAIT_PEER_GONE"], rank)
+
     def abort(self, what: Waiting) -> None:
         """This rank failed half-way through a call: end the waits of all who depend on it."""
         self._publish(what, self.topology.rank, 0, 0)
@@ -190,7 +198,7 @@ class NodeControl:
             state, rank = next_state, int(next_state["rank"][0])
         return state
 
-    def _give_up(self, result: int, rank: int) -> None:
+    def _give_up(self, result: int, rank: int) -> NoReturn:
         """Tell everyone who can be told, then raise."""
         gone = result == constants["WAIT_PEER_GONE"]
         if result == constants["WAIT_ABORTED"]:
@@ -206,7 +214,7 @@ class NodeControl:
         rank = int(error["rank"])
         why = f"no sign of it for {self.timeout:g} s"
         if gone:
-            why = "its process is gone"
+            why = "its process is gone, or its buffer closed"
         elif result == constants["WAIT_ABORTED"]:
             why = "another rank gave up on it"
         return (

@@ -218,7 +218,8 @@ class Dispatch:
 
     def _rows(self, headers: np.ndarray, routes: Routes) -> Rows:
         node = self.node
-        windows_L = node.window_addresses(headers)
+        what = Waiting(self.op, constants["PHASE_DATA"], self.epoch)
+        windows_L = node.window_addresses(headers, what)
         parts_L = [self._parts(routes.rows_of(rank)) for rank in node.topology.node_ranks]
 
         def at(part: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from ..bootstrap import Bootstrap
 from ..native import constants
 from ..topology import Topology
 from .announce import Announcer, announcement_bytes
-from .control import ControlBlock, NodeControl
+from .control import ControlBlock, NodeControl, Waiting
 from .segments import PeerWindows, Segment, WindowPool
 from .window import combine_parts, dispatch_parts
 
@@ -69,15 +69,23 @@ class Node:
         if options.num_threads > 1:
             self._threads = ThreadPoolExecutor(options.num_threads, "epcomm")
 
-    def window_addresses(self, headers: np.ndarray) -> np.ndarray:
-        """Where the windows announced by this node's ranks are mapped here, int64 [L]."""
+    def window_addresses(self, headers: np.ndarray, what: Waiting) -> np.ndarray:
+        """Where the windows announced by this node's ranks are mapped here, int64 [L].
+
+        Raises:
+            PeerTimeoutError: a rank has gone since it announced its window.
+            OSError: this process may not map it.
+        """
         addresses = []
         for local, rank in enumerate(self.topology.node_ranks):
             header = headers[rank]
             pid = self.control.blocks[local].pid
             fd, serial = int(header["window_fd"]), int(header["window_serial"])
             nbytes = int(header["window_bytes"])
-            addresses.append(self.peer_windows.address(pid, fd, serial, nbytes))
+            try:
+                addresses.append(self.peer_windows.address(pid, fd, serial, nbytes))
+            except FileNotFoundError:
+                self.control.lost(local, what)
         return np.array(addresses, np.int64)
 
     def for_items(self, kernel: Callable[..., None], items: np.ndarray, *args: Any) -> None:
