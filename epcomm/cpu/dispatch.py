@@ -219,7 +219,10 @@ class Dispatch:
     def _rows(self, headers: np.ndarray, routes: Routes) -> Rows:
         node = self.node
         what = Waiting(self.op, constants["PHASE_DATA"], self.epoch)
-        windows_L = node.window_addresses(headers, what)
+        me = node.topology.local_rank
+        needed_L = routes.plan.stored_LL[me] > 0
+        needed_L[me] = True
+        windows_L = node.window_addresses(headers, needed_L, what)
         parts_L = [self._parts(routes.rows_of(rank)) for rank in node.topology.node_ranks]
 
         def at(part: str) -> np.ndarray:

@@ -59,24 +59,30 @@ class Node:
         if options.num_threads > 1:
             self._threads = ThreadPoolExecutor(options.num_threads, "epcomm")
 
-    def window_addresses(self, headers: np.ndarray, what: Waiting) -> np.ndarray:
+    def window_addresses(
+        self, headers: np.ndarray, needed_L: np.ndarray, what: Waiting
+    ) -> np.ndarray:
         """Where the windows announced by this node's ranks are mapped here, int64 [L].
+
+        Only ``needed_L`` (bool [L]) are mapped, 0 stands for the others: a rank that waits for
+        nothing from this one may have finished the call and closed its buffer already.
 
         Raises:
             PeerTimeoutError: a rank has gone since it announced its window.
             OSError: this process may not map it.
         """
-        addresses = []
-        for local, rank in enumerate(self.topology.node_ranks):
+        addresses = np.zeros(self.topology.ranks_per_node, np.int64)
+        for local in np.flatnonzero(needed_L):
+            rank = self.topology.node_ranks[local]
             header = headers[rank]
             pid = self.control.blocks[local].pid
             fd, serial = int(header["window_fd"]), int(header["window_serial"])
             nbytes = int(header["window_bytes"])
             try:
-                addresses.append(self.peer_windows.address(pid, fd, serial, nbytes))
+                addresses[local] = self.peer_windows.address(pid, fd, serial, nbytes)
             except FileNotFoundError:
-                self.control.lost(local, what)
-        return np.array(addresses, np.int64)
+                self.control.lost(int(local), what)
+        return addresses
 
     def for_items(self, kernel: Callable[..., None], items: np.ndarray, *args: Any) -> None:
         """Run a kernel over items (int32 indices), on this rank's threads."""
