@@ -15,7 +15,7 @@ from ..results import CombineResult, Event
 from ..traffic import LinkTraffic, Traffic
 from .control import Waiting
 from .dispatch import Routes, alternatives
-from .memory import copy_memory
+from .memory import STREAM_BYTES, copy_memory
 from .node import Node
 from .phases import Phases
 from .reduce import Contributions, Home, Inputs, Wire, finish_tokens, reduce_records
@@ -151,6 +151,7 @@ class Combine:
             int(self.call.wire),
             self.record.weight if self.with_weights else -1,
             self.record.bytes,
+            self._stream(),
         )
         receives, inbox_N = self._post_receives()
         sends = self._send_rails(inputs, wire)
@@ -183,6 +184,11 @@ class Combine:
         self.phases.mark("wait for records")
         self.messages = len(sends)
         return out, out_weights if self.with_weights else None
+
+    def _stream(self) -> bool:
+        out = self.call.out
+        aligned = out is None or out.data_ptr() % constants["limit_row_align"] == 0
+        return aligned and self.call.handle.num_tokens * self.record.bytes > STREAM_BYTES
 
     def _post_receives(self) -> tuple[dict[int, Request], np.ndarray]:
         node, topology = self.node, self.node.topology

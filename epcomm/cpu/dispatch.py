@@ -19,6 +19,7 @@ from .announce import Counts
 from .control import Waiting
 from .forward import Inbox, forward_records
 from .layout import BadChoice, Layout, make_layout
+from .memory import STREAM_BYTES
 from .node import Node
 from .pack import (
     AS_IS,
@@ -240,6 +241,9 @@ class Dispatch:
             scale_bytes=self.record.scale_bytes,
             experts_per_rank=node.experts_per_rank,
             by_expert=self.by_expert,
+            stream=int(routes.plan.stored_LL[node.topology.local_rank].sum())
+            * self.record.payload_bytes
+            > STREAM_BYTES,
         )
 
     # Data ---------------------------------------------------------------------------------
