@@ -4,6 +4,7 @@ The steps are in the files of those names; this one puts them in order.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from .plan import Plan, make_plan
 from .reduce import Contributions
 from .scaleout import Request, Tag
 from .store import Rows, clear_rows
-from .window import RowParts, dispatch_parts
+from .window import RowParts, combine_parts, dispatch_parts
 
 _PACKING = {
     (torch.bfloat16, WireFormat.FP8): BF16_TO_FP8,
@@ -102,7 +103,8 @@ class Dispatch:
         """Do what can fail on this rank alone.
 
         Raises:
-            ValueError: an id is out of range or twice in a row of ``topk_idx``.
+            ValueError: an id is out of range or twice in a row of ``topk_idx``; more fixed rows
+                than a window can hold.
             OSError: no memory for the output.
         """
         self.node = node
@@ -111,7 +113,9 @@ class Dispatch:
         config = node.config
         self.record: RecordLayout = dispatch_record(call.format, config.hidden, config.num_topk)
         self.by_expert = call.layout == "expert"
-        self.lease = node.windows.lease()
+        if call.fixed_rows is not None:
+            self._check_window(call.fixed_rows)
+        self.lease = node.windows.lease("dispatch")
         if call.handle is None:
             self.expert_TK, self.layout = choose(node, call)
         self.phases.mark("layout")
@@ -196,6 +200,17 @@ class Dispatch:
                 f"would receive {int(routes.plan.rows_R[rank])} rows"
             )
 
+    def _check_window(self, rows: int) -> None:
+        config, window = self.node.config, self.node.windows.nbytes
+        back = combine_parts(rows, 4 * config.hidden, config.num_topk, self.by_expert)
+        needed = max(self._parts(rows).nbytes, back.nbytes)
+        if needed > window:
+            raise ValueError(
+                f"fixed_rows: {rows} rows need {needed} bytes with float32 rows on the way back, "
+                f"but a window has {window}, enough for all that max_tokens={config.max_tokens} "
+                "lets a rank receive"
+            )
+
     def _parts(self, rows: int) -> RowParts:
         record, num_topk = self.record, self.node.config.num_topk
         return dispatch_parts(
@@ -204,7 +219,11 @@ class Dispatch:
 
     def _rows(self, headers: np.ndarray, routes: Routes) -> Rows:
         node = self.node
-        windows_L = node.window_addresses(headers)
+        what = Waiting(self.op, constants["PHASE_DATA"], self.epoch)
+        me = node.topology.local_rank
+        needed_L = routes.plan.stored_LL[me] > 0
+        needed_L[me] = True
+        windows_L = node.window_addresses(headers, needed_L, what)
         parts_L = [self._parts(routes.rows_of(rank)) for rank in node.topology.node_ranks]
 
         def at(part: str) -> np.ndarray:
@@ -368,32 +387,33 @@ class Dispatch:
             num_rows=int(routes.plan.rows_R[self.node.topology.rank]),
             handle=handle,
             event=Event(),
-            traffic=self._traffic(routes, messages),
             phases=self.phases.seconds,
+            _count_traffic=partial(count_traffic, self.node, self.record, routes, messages),
         )
 
-    def _traffic(self, routes: Routes, messages: int) -> Traffic:
-        node, record = self.node, self.record
-        topology, layout = node.topology, routes.layout
-        row_payload = record.payload_bytes + record.scale_bytes
-        row_meta = 8 + (4 if self.by_expert else 12 * node.config.num_topk)
-        others = np.arange(topology.ranks_per_node) != topology.local_rank
-        stored = int(routes.plan.stored_LL[topology.local_rank][others].sum())
-        remote = np.arange(topology.num_nodes) != topology.node
-        records = int(layout.node_tokens_N[remote].sum())
-        announced = node.announcer.nbytes
-        up_announced = announced * topology.num_nodes * (topology.ranks_per_node - 1)
-        out_announced = announced * (topology.num_nodes - 1)
-        return Traffic(
-            scale_up=LinkTraffic(stored, stored * row_payload, stored * row_meta + up_announced),
-            scale_out=LinkTraffic(
-                messages + topology.num_nodes - 1,
-                records * row_payload,
-                records * (record.bytes - row_payload) + out_announced,
-            ),
-            records=records,
-            alternatives=alternatives(node, layout, row_payload, stored),
-        )
+
+def count_traffic(node: Node, record: RecordLayout, routes: Routes, messages: int) -> Traffic:
+    """What this rank moved in a dispatch."""
+    topology, layout = node.topology, routes.layout
+    row_payload = record.payload_bytes + record.scale_bytes
+    row_meta = 8 + (4 if routes.by_expert else 12 * node.config.num_topk)
+    others = np.arange(topology.ranks_per_node) != topology.local_rank
+    stored = int(routes.plan.stored_LL[topology.local_rank][others].sum())
+    remote = np.arange(topology.num_nodes) != topology.node
+    records = int(layout.node_tokens_N[remote].sum())
+    announced = node.announcer.nbytes
+    up_announced = announced * topology.num_nodes * (topology.ranks_per_node - 1)
+    out_announced = announced * (topology.num_nodes - 1)
+    return Traffic(
+        scale_up=LinkTraffic(stored, stored * row_payload, stored * row_meta + up_announced),
+        scale_out=LinkTraffic(
+            messages + topology.num_nodes - 1,
+            records * row_payload,
+            records * (record.bytes - row_payload) + out_announced,
+        ),
+        records=records,
+        alternatives=alternatives(node, layout, row_payload, stored),
+    )
 
 
 def alternatives(
