@@ -93,9 +93,10 @@ class Outputs:
 
 
 def to_bytes(x: torch.Tensor) -> np.ndarray:
-    """The bytes of a tensor's rows, uint8 [rows, bytes]."""
-    flat = x.contiguous().reshape(x.shape[0], -1).view(torch.uint8)
-    return flat.numpy().reshape(x.shape[0], -1)
+    """The bytes of a 2-D tensor, uint8 [rows, bytes]."""
+    if x.numel() == 0:  # torch does not reinterpret every empty tensor
+        return np.zeros((x.shape[0], x.shape[1] * x.element_size()), np.uint8)
+    return x.contiguous().view(torch.uint8).numpy()
 
 
 def to_f32(x: torch.Tensor) -> np.ndarray:

@@ -49,10 +49,8 @@ ROUND_MAGIC = np.float32(1.5 * 2**23)
 """Adding it rounds |x| < 2^22 to an integer, found in the low bits of the sum."""
 ROUND_MAGIC_BITS = 0x4B400000
 
-LINEAR_ROUNDING: tuple[np.float32, ...] = tuple(
-    np.float32(c) for c in (1.5, 0.0866434, 0.0017345034)
-)
-"""(a, b, c) of LogFMT's rounding constant a - b * step + c * step^3; see the reference."""
+LINEAR_ROUNDING: tuple[np.float32, ...] = (np.float32(1.5), np.float32(0.0866434))
+"""(a, b) of LogFMT's rounding constant a - b * step, with b = ln(2) / 8; see the reference."""
 
 LOGFMT_EXPONENT_MIN = np.float32(-126.0)
 LOGFMT_EXPONENT_MAX = np.float32(96.0)

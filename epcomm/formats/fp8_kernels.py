@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from .bits import bits_f32, f32_bits, i32, kernel
 from .constants import FP8_AMAX_FLOOR, FP8_MAX, TILE
 
-_ONE = np.float32(1.0)
 _MIN_NORMAL_BITS = i32(0x3C800000)  # 2^-6
 # Adding 2^14 leaves a last place of 2^-9, E4M3's smallest step: the adder itself rounds.
 _SUBNORMAL_MAGIC = np.float32(16384.0)
@@ -22,12 +21,11 @@ _SUBNORMAL_STEP = np.float32(2.0**-9)
 
 @kernel
 def _e4m3(y: np.float32) -> np.int32:
-    """Magnitude code (0..0x7E) of a finite ``y``, nearest even, saturating."""
+    """Magnitude code of ``y``, nearest even; the scale ensures that |y| rounds to at most 448."""
     u = i32(f32_bits(y) & 0x7FFFFFFF)
     normal = i32(i32(u + i32(0x7FFFF + i32(i32(u >> 20) & 1))) >> 20) - i32(120 << 3)
     tiny = i32(f32_bits(bits_f32(u) + _SUBNORMAL_MAGIC) - _SUBNORMAL_MAGIC_BITS)
-    code = tiny if u < _MIN_NORMAL_BITS else i32(normal)
-    return i32(min(code, i32(0x7E)))
+    return tiny if u < _MIN_NORMAL_BITS else i32(normal)
 
 
 @kernel

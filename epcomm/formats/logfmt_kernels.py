@@ -31,7 +31,7 @@ from .constants import (
 
 _L0, _L1, _L2, _L3, _L4, _L5, _L6 = LOG2_POLYNOMIAL
 _E0, _E1, _E2, _E3, _E4, _E5 = EXP2_POLYNOMIAL
-_A, _B, _C = LINEAR_ROUNDING
+_A, _B = LINEAR_ROUNDING
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
 _NAN = np.float32(np.nan)
@@ -113,7 +113,7 @@ def _encoding(
         spread = hi - lo
         inverses[tile] = (levels - _ONE) / spread if spread > _ZERO else _ZERO
         step = spread / (levels - _ONE)
-        constants[tile] = (_A - _B * step) + _C * ((step * step) * step)
+        constants[tile] = _A - _B * step
         lo = _ZERO if top == 0 else lo
         hi = _ZERO if top == 0 else hi
         los[tile] = _NAN if top >= _INF_BITS else lo
