@@ -74,8 +74,7 @@ class FlatCase:
     Attributes:
         name: for the tables.
         phases: seconds by phase of the last call.
-        y_MH: what combine sends back, bfloat16, in the order of ``rows_MH``.
-        rows_MH: bfloat16 rows received, by (source rank, source token).
+        rows_MH: bfloat16 rows received, by (source rank, source token); combine sends them back.
         meta_MC: int32 ``[M, 1 + 2K]``: source token, local expert ids or -1, weights as bits.
         out_TH: bfloat16 sums of the last combine.
 
@@ -85,7 +84,6 @@ class FlatCase:
         self.name = exchange.name
         self.phases: dict[str, float] = {}
         self._since = 0.0
-        self.y_MH = inputs.x_TH[:0]
         self._exchange = exchange
         self._shape = shape
         self._inputs = inputs
@@ -147,12 +145,12 @@ class FlatCase:
         self._mark("index")
 
     def combine(self) -> None:
-        """Send ``y_MH`` back and sum per token."""
+        """Send ``rows_MH`` back, as if the experts had overwritten them, and sum per token."""
         self._begin()
         shape = self._shape
         # The rows sent are no longer needed: their place takes the rows that return.
         back_SH = self._buffers.take("send", len(self._places_S), shape.hidden, torch.bfloat16)
-        self._exchange.rows(self.y_MH, self._receive_R, back_SH, self._send_R)
+        self._exchange.rows(self.rows_MH, self._receive_R, back_SH, self._send_R)
         self._mark("exchange")
         self.out_TH = self._buffers.take("out", shape.tokens, shape.hidden, torch.bfloat16)
         _reduce(_bits(back_SH), self._places_S, self._first_T, _bits(self.out_TH))
