@@ -85,13 +85,11 @@ def align(comm: Any) -> None:
     comm.Barrier()  # short, since all have come: it starts them closer together
 
 
-def measure(
-    comm: Any, cases: list[Case], repeats: int, done: Callable[[], object] = lambda: None
-) -> list[Timing]:
+def measure(comm: Any, cases: list[Case], repeats: int) -> list[Timing]:
     """Time every step of every case ``repeats`` times; collective, the result is on all ranks.
 
     Each repeat runs all cases, beginning with another one each time, so that a disturbance or a
-    drift of the machine meets all of them. ``done`` is called after each repeat of a case.
+    drift of the machine meets all of them.
     """
     own: dict[tuple[str, str], list[float]] = {}
     phases: dict[tuple[str, str], list[dict[str, float]]] = {}
@@ -105,7 +103,6 @@ def measure(
                 call()
                 own.setdefault((case.name, step), []).append(time.perf_counter() - begin)
                 phases.setdefault((case.name, step), []).append(dict(case.phases))
-            done()
     return [
         Timing(
             case=case.name,

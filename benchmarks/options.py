@@ -137,13 +137,13 @@ def _swept(base: Shape, sweep: str) -> tuple[list[Shape], list[str]]:
             for size in sizes
             if base.experts % size == 0
         ]
-        return shapes, [f"{shape.ranks} ranks" for shape in shapes]
+        return shapes, [f"ranks {shape.ranks}" for shape in shapes]
     if sweep == "nodes":
         counts = [n for n in range(1, base.ranks + 1) if base.ranks % n == 0]
-        return [replace(base, nodes=n) for n in counts], [f"{n} nodes" for n in counts]
+        return [replace(base, nodes=n) for n in counts], [f"nodes {n}" for n in counts]
     if sweep == "size":
         sizes = [16, 64, 256, 1024, 4096]
-        return [replace(base, tokens=t) for t in sizes], [f"{t} tokens" for t in sizes]
+        return [replace(base, tokens=t) for t in sizes], [f"tokens {t}" for t in sizes]
     if sweep == "hidden":
         sizes = [1024, 2048, 4096, 7168]
         return [replace(base, hidden=h) for h in sizes], [f"hidden {h}" for h in sizes]
@@ -168,7 +168,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         shapes, labels = _swept(base, given.sweep)
     else:
         shapes = [replace(base, tokens=tokens) for tokens in given.tokens]
-        labels = [f"{tokens} tokens" for tokens in given.tokens]
+        labels = [f"tokens {tokens}" for tokens in given.tokens]
     return Options(shapes, labels, given.repeats, given.sweep, given.json, given.plot)
 
 

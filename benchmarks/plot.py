@@ -9,22 +9,32 @@ mpl.use("agg")  # needs no display
 from matplotlib import pyplot as plt
 
 
+_COLORS = {
+    "epcomm": "tab:blue",
+    "epcomm in place": "tab:cyan",
+    "flat MPI_Alltoallv": "tab:orange",
+    "gloo all_to_all_single": "tab:green",
+    "floor": "tab:gray",
+}
+
+
 def plot(results: list[Result], path: str, title: str) -> None:
-    """Draw the medians of every case and the floor, dispatch beside combine, and save the file."""
-    figure, axes = plt.subplots(1, len(STEPS), figsize=(11, 4.5), layout="constrained")
-    names = list(dict.fromkeys(t.case for t in results[0].timings if t.case != "copy"))
-    width = 0.8 / (len(names) + 1)
+    """Draw the medians of every way and the floor, dispatch beside combine, and save the file."""
+    figure, axes = plt.subplots(1, len(STEPS), figsize=(11, 4.8), layout="constrained")
     for axis, step in zip(axes, STEPS, strict=True):
-        bars = {name: [r.timing(name, step).seconds * 1e3 for r in results] for name in names}
-        bars["floor"] = [r.floor_seconds(step) * 1e3 for r in results]
+        ways = [result.alternatives(step) for result in results]
+        bars = {name: [way[name].seconds * 1e3 for way in ways] for name in ways[0]}
+        bars["floor"] = [result.floor_seconds(step) * 1e3 for result in results]
+        width = 0.8 / len(bars)
         for i, (name, heights) in enumerate(bars.items()):
             places = [x + (i - (len(bars) - 1) / 2) * width for x in range(len(results))]
-            axis.bar(places, heights, width, label=name)
+            axis.bar(places, heights, width, label=name, color=_COLORS[name])
         axis.set_title(step)
-        axis.set_xticks(range(len(results)), [r.label for r in results], rotation=20, ha="right")
+        axis.set_xticks(range(len(results)), [result.label for result in results], rotation=15)
         axis.set_ylabel("median time, ms")
         axis.set_yscale("log")
-    axes[0].legend()
+    handles, labels = axes[-1].get_legend_handles_labels()  # combine has every way
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.suptitle(title, fontsize="small")
     figure.savefig(path)
     plt.close(figure)

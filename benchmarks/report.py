@@ -13,6 +13,7 @@ from mpi4py import MPI
 
 import epcomm
 
+from .measure import Timing
 from .options import Shape
 from .run_shape import STEPS, Result
 
@@ -71,10 +72,7 @@ def print_times(result: Result, step: str) -> None:
     _line([step, "median ms", "min ms", "max ms", "GB/s", "x epcomm", "% of floor"])
     best = result.timing("epcomm", step).seconds
     floor = result.floor_seconds(step)
-    for timing in result.timings:
-        if not timing.step.startswith(step):
-            continue
-        name = timing.case + timing.step.removeprefix(step)
+    for name, timing in result.alternatives(step).items():
         _line(
             [
                 name,
@@ -87,13 +85,12 @@ def print_times(result: Result, step: str) -> None:
             ]
         )
     _line(["floor: read and write once", f"{floor * 1e3:.2f}"])
-    for timing in result.timings:
-        if timing.step.startswith(step):
-            _print_phases(timing.case + timing.step.removeprefix(step), timing)
+    for name, timing in result.alternatives(step).items():
+        _print_phases(name, timing)
     print()
 
 
-def _print_phases(name: str, timing: Any) -> None:
+def _print_phases(name: str, timing: Timing) -> None:
     total = sum(timing.phases.values())
     shares = ", ".join(f"{n} {s / total:.0%}" for n, s in timing.phases.items() if s >= total / 200)
     ranks = timing.seconds_R
@@ -159,17 +156,14 @@ def print_definitions(result: Result, repeats: int) -> None:
 def print_sweep(results: list[Result]) -> None:
     """One line per shape of a sweep."""
     print("=" * _WIDTH)
-    names = list(dict.fromkeys(t.case for t in results[0].timings if t.case != "copy"))
     for step in STEPS:
-        _line([f"{step}, median ms", *(n.split()[0] for n in names), "best other", "% of floor"])
+        names = list(results[0].alternatives(step))
+        short = [
+            name.replace("epcomm in", "in").replace("flat ", "").split("_")[0] for name in names
+        ]
+        _line([f"{step}, median ms", *(s.split(" all")[0] for s in short), "% of floor"])
         for result in results:
-            seconds = [result.timing(name, step).seconds for name in names]
-            _line(
-                [
-                    result.label,
-                    *(f"{s * 1e3:.2f}" for s in seconds),
-                    f"x {min(seconds[1:]) / seconds[0]:.2f}",
-                    f"{result.floor_seconds(step) / seconds[0]:.0%}",
-                ]
-            )
+            seconds = [timing.seconds for timing in result.alternatives(step).values()]
+            share = result.floor_seconds(step) / seconds[0]
+            _line([result.label, *(f"{s * 1e3:.2f}" for s in seconds), f"{share:.0%}"])
         print()

@@ -58,6 +58,14 @@ class Result:
         """One of the timings."""
         return next(t for t in self.timings if (t.case, t.step) == (case, step))
 
+    def alternatives(self, step: str) -> dict[str, Timing]:
+        """Every way of doing a step, epcomm's first, by name."""
+        return {
+            timing.case + timing.step.removeprefix(step): timing
+            for timing in self.timings
+            if timing.step.startswith(step)
+        }
+
     def floor_seconds(self, step: str) -> float:
         """Time of the bytes a step must read and write, at the copy rate."""
         return least_bytes(self.shape, step, self.rows) / self.copy_rate
@@ -129,6 +137,7 @@ def run_shape(comm: Any, group: Any, shape: Shape, label: str, repeats: int) -> 
         inputs.topk_idx_TK, shape.experts, shape.ranks, shape.ranks_per_node
     )
     cases: list[Case] = [case, *flats, CopyCase()]
+    measure(comm, cases, 1)  # not counted: memory that is new to the process is slow
     timings = measure(comm, cases, repeats)
     case.close()
     return Result(

@@ -20,7 +20,7 @@ from .options import Shape
 from .workload import Inputs, make_inputs, normal_rows
 
 #: Tokens of every rank whose rows are compared in full.
-SAMPLE = 16
+SAMPLE = 8
 
 #: Largest relative difference (norm of the difference / norm) of the flat alternative's sums, which
 #: are not rounded between nodes, from epcomm's.
