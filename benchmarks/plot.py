@@ -1,13 +1,8 @@
 """Pictures of the results."""
 
-import matplotlib as mpl
+from matplotlib.figure import Figure
 
 from .run_shape import STEPS, Result
-
-mpl.use("agg")  # needs no display
-
-from matplotlib import pyplot as plt
-
 
 _COLORS = {
     "epcomm": "tab:blue",
@@ -20,7 +15,8 @@ _COLORS = {
 
 def plot(results: list[Result], path: str, title: str) -> None:
     """Draw the medians of every way and the floor, dispatch beside combine, and save the file."""
-    figure, axes = plt.subplots(1, len(STEPS), figsize=(11, 4.8), layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    axes = figure.subplots(1, len(STEPS))
     for axis, step in zip(axes, STEPS, strict=True):
         ways = [result.alternatives(step) for result in results]
         bars = {name: [way[name].seconds * 1e3 for way in ways] for name in ways[0]}
@@ -37,4 +33,3 @@ def plot(results: list[Result], path: str, title: str) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.suptitle(title, fontsize="small")
     figure.savefig(path)
-    plt.close(figure)
