@@ -6,6 +6,7 @@ from the library when this module is imported.
 
 import ctypes
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ class RecordLayout:
     scale_bytes: int
 
 
+@lru_cache
 def _record(
     function: str, fmt: int, hidden: int, num_topk: int, with_weights: bool
 ) -> RecordLayout:

@@ -99,7 +99,7 @@ class CpuBackend:
         hidden, num_topk = self.node.config.hidden, self.node.config.num_topk
         row_bytes = hidden * torch.empty((), dtype=dtype).element_size()
         parts = combine_parts(handle.num_rows, row_bytes, num_topk, handle.layout == "expert")
-        return self.node.windows.lease().tensor(parts.x, (handle.num_rows, hidden), dtype)
+        return self.node.windows.lease("combine").tensor(parts.x, (handle.num_rows, hidden), dtype)
 
     def close(self) -> None:
         self._broken = "the buffer was closed"

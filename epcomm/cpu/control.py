@@ -101,7 +101,7 @@ class NodeControl:
                 rank gave up.
         """
         if library.epcomm_counter_read(address) >= expected:
-            return
+            return  # the usual case after the first of several waits
         rank = self.topology.node_ranks[local_rank]
         self._publish(what, rank, expected, 0)
         how = Wait(
@@ -141,8 +141,7 @@ class NodeControl:
                 deadline, idle = time.monotonic() + self.timeout, 0
                 continue
             idle += 1
-            if idle < 4:
-                os.sched_yield()
+            if idle < self._spin // 50:
                 continue
             self._publish(what, next(iter(pending)), 1, 0)
             if library.epcomm_counter_read(self.own.counter("aborted")):
@@ -152,7 +151,7 @@ class NodeControl:
                 self._give_up(constants["WAIT_ABORTED"], -1)
             if time.monotonic() >= deadline:
                 self._give_up(constants["WAIT_TIMEOUT"], next(iter(pending)))
-            time.sleep(min(20e-6 * idle, 1e-3))
+            time.sleep(min(20e-6 * (idle - self._spin // 50), 1e-3))
         self.own.wait["waiting"] = 0
 
     def abort(self, what: Waiting) -> None:

@@ -60,3 +60,9 @@ i32_at = _view(nb.int32)
 i64_at = _view(nb.int64)
 u64_at = _view(nb.uint64)
 f32_at = _view(nb.float32)
+
+
+@kernel
+def copy_memory(to: int, source: int, count: int) -> None:
+    """Memcpy between addresses, callable from Python."""
+    copy_bytes(to, source, count)

@@ -98,8 +98,9 @@ def pack_tokens(
     outbox: Outbox,
     row_TK: np.ndarray,
 ) -> None:
-    """Pack ``tokens`` (int32 indices) once each; store rows of this node, write the others'
-    records. ``row_TK`` receives the rows stored on this node.
+    """Pack ``tokens`` (int32 indices) once each: store this node's rows, write others' records.
+
+    ``row_TK`` receives the rows stored on this node.
     """
     q_u8 = np.empty(rows.payload_bytes, np.uint8)
     s_u8 = np.empty(max(rows.scale_bytes, 1), np.uint8)[: rows.scale_bytes]
