@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .cpu.scaleout import MpiScaleOut, ScaleOut, TorchScaleOut
+from .errors import PeerError
 
 
 class Bootstrap(Protocol):
@@ -82,6 +83,21 @@ class TorchBootstrap:
 
     def close(self) -> None:
         self._group = None
+
+
+def raise_together(bootstrap: Bootstrap, error: Exception | None) -> None:
+    """Raise on every rank if a step of making a Buffer failed on any. Collective.
+
+    Raises:
+        PeerError: it failed on other ranks; where it failed, ``error`` itself.
+    """
+    reports = bootstrap.allgather(None if error is None else str(error))
+    if error is not None:
+        raise error
+    failed = {r: why for r, why in enumerate(reports) if why is not None}
+    if failed:
+        reasons = "; ".join(f"rank {r}: {why}" for r, why in failed.items())
+        raise PeerError(f"Buffer refused by other ranks: {reasons}", tuple(failed))
 
 
 def make_bootstrap(group: Any) -> Bootstrap:

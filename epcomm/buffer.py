@@ -1,5 +1,6 @@
 """Buffer: the public face of epcomm."""
 
+import math
 import os
 from types import TracebackType
 from typing import Any, Literal
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from .backend import Backend, Config, Options
-from .bootstrap import Bootstrap, make_bootstrap
+from .bootstrap import Bootstrap, make_bootstrap, raise_together
 from .check import (
     check_combine,
     check_config,
@@ -20,7 +21,7 @@ from .check import (
 from .cpu.backend import CpuBackend
 from .cpu.layout import BadChoice, make_layout
 from .cpu.memory_report import report_memory
-from .errors import BufferClosedError, MismatchError, PeerError
+from .errors import BufferClosedError, MismatchError
 from .results import (
     CombineResult,
     DispatchLayout,
@@ -59,7 +60,7 @@ class Buffer:
     Raises:
         TypeError: an argument of the wrong type, on every rank.
         ValueError: an argument out of range, on every rank.
-        PeerError: another rank's arguments were refused.
+        PeerError: another rank's arguments were refused, or it cannot share memory.
         MismatchError: the ranks passed different values.
         OSError: memory cannot be shared with a rank of the node.
     """
@@ -355,8 +356,8 @@ class Buffer:
 
 
 def _check_options(timeout: Any, backend: Any, num_threads: Any, ranks_per_node: Any) -> None:
-    if not isinstance(timeout, int | float) or not timeout > 0:
-        raise ValueError(f"timeout: expected seconds > 0, got {timeout!r}")
+    if not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+        raise ValueError(f"timeout: expected finite seconds > 0, got {timeout!r}")
     if backend not in ("auto", "cpu"):
         raise ValueError(f"backend: expected 'auto' or 'cpu', got {backend!r}")
     for name, value in (("num_threads", num_threads), ("ranks_per_node", ranks_per_node)):
@@ -366,19 +367,14 @@ def _check_options(timeout: Any, backend: Any, num_threads: Any, ranks_per_node:
 
 def _agree(bootstrap: Bootstrap, mine: Any, error: Exception | None) -> None:
     """Raise on every rank if any rank's arguments are refused or differ."""
-    reports = bootstrap.allgather((mine, None if error is None else str(error)))
-    if error is not None:
-        raise error
-    refused = {r: why for r, (_, why) in enumerate(reports) if why is not None}
-    if refused:
-        reasons = "; ".join(f"rank {r}: {why}" for r, why in refused.items())
-        raise PeerError(f"Buffer refused by other ranks: {reasons}", tuple(refused))
-    different = [r for r, (values, _) in enumerate(reports) if values != reports[0][0]]
+    raise_together(bootstrap, error)
+    reports = bootstrap.allgather(mine)
+    different = [r for r, values in enumerate(reports) if values != reports[0]]
     if different:
         r = different[0]
         raise MismatchError(
-            f"ranks disagree about the Buffer: rank 0 has {_words(reports[0][0])}, "
-            f"rank {r} has {_words(reports[r][0])}",
+            f"ranks disagree about the Buffer: rank 0 has {_words(reports[0])}, "
+            f"rank {r} has {_words(reports[r])}",
             tuple(different),
         )
 

@@ -64,7 +64,7 @@ def check_tensor(
     *,
     device: str = "cpu",
 ) -> torch.Tensor:
-    """Check a tensor argument; None in ``shape`` admits any extent.
+    """Check a tensor argument; None in ``shape`` admits any extent. Returns it detached.
 
     Raises:
         TypeError: not a tensor, or another dtype.
@@ -88,7 +88,7 @@ def check_tensor(
             f"{name}: expected a contiguous tensor, got strides {list(value.stride())}; "
             "pass .contiguous()"
         )
-    return value
+    return value.detach()
 
 
 def check_handle(handle: Any, owner: object) -> Handle:
@@ -129,7 +129,7 @@ def row_format(dtype: torch.dtype, quantize: Any) -> WireFormat:
     """
     if quantize is None:
         return WireFormat.BF16 if dtype == torch.bfloat16 else WireFormat.F32
-    if quantize not in _QUANTIZE:
+    if quantize not in list(_QUANTIZE):
         raise ValueError(f"quantize: expected None or one of {list(_QUANTIZE)}, got {quantize!r}")
     return _QUANTIZE[quantize]
 
@@ -181,7 +181,7 @@ def check_dispatch(
     num_tokens = rows.shape[0]
     choices = (num_tokens, config.num_topk)
     if topk_weights is not None:
-        check_tensor("topk_weights", topk_weights, [torch.float32], choices)
+        topk_weights = check_tensor("topk_weights", topk_weights, [torch.float32], choices)
     if handle is not None:
         check_handle(handle, owner)
         if topk_idx is not None:
@@ -235,11 +235,11 @@ def check_combine(
     check_handle(handle, owner)
     rows = check_tensor("x", x, [torch.bfloat16, torch.float32], (handle.num_rows, config.hidden))
     if weights is not None:
-        check_tensor("weights", weights, [torch.float32], (handle.num_rows,))
+        weights = check_tensor("weights", weights, [torch.float32], (handle.num_rows,))
     if topk_weights is not None:
         by_expert = handle.layout == "expert"
         shape = (handle.num_rows,) if by_expert else (handle.num_rows, config.num_topk)
-        check_tensor("topk_weights", topk_weights, [torch.float32], shape)
+        topk_weights = check_tensor("topk_weights", topk_weights, [torch.float32], shape)
     result = (handle.num_tokens, config.hidden)
     biases = () if bias is None else tuple(bias) if isinstance(bias, tuple | list) else (bias,)
     if len(biases) > 2:
@@ -250,6 +250,6 @@ def check_combine(
         check_tensor("out", out, [rows.dtype], result)
     if wire is None:
         wire = "bf16" if rows.dtype == torch.bfloat16 else "f32"
-    if wire not in _WIRE:
+    if wire not in list(_WIRE):
         raise ValueError(f"wire: expected one of {list(_WIRE)}, got {wire!r}")
     return CombineCall(rows, handle, weights, topk_weights, biases, _WIRE[wire], out)

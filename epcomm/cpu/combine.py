@@ -123,7 +123,9 @@ class Combine:
 
     def _inputs(self, headers: np.ndarray) -> Inputs:
         node = self.node
-        windows_L = node.window_addresses(headers)
+        what = Waiting(constants["OP_COMBINE"], constants["PHASE_DATA"], self.epoch)
+        everyone = np.ones(node.topology.ranks_per_node, bool)  # each waits for the others' release
+        windows_L = node.window_addresses(headers, everyone, what)
         here = headers[node.topology.node_ranks]
 
         def at(part: str, present: np.ndarray | bool) -> np.ndarray:

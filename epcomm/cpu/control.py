@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 
@@ -154,6 +155,13 @@ class NodeControl:
             time.sleep(min(20e-6 * (idle - self._spin // 50), 1e-3))
         self.own.wait["waiting"] = 0
 
+    def lost(self, local_rank: int, what: Waiting) -> NoReturn:
+        """The memory of a local rank is gone: raise PeerTimeoutError for whom that is due to."""
+        rank = self.topology.node_ranks[local_rank]
+        self._publish(what, rank, 1, 0)
+        aborted = library.epcomm_counter_read(self.own.counter("aborted")) != 0
+        self._give_up(constants["WAIT_ABORTED" if aborted else "WAIT_PEER_GONE"], rank)
+
     def abort(self, what: Waiting) -> None:
         """This rank failed half-way through a call: end the waits of all who depend on it."""
         self._publish(what, self.topology.rank, 0, 0)
@@ -189,22 +197,23 @@ class NodeControl:
             state, rank = next_state, int(next_state["rank"][0])
         return state
 
-    def _give_up(self, result: int, rank: int) -> None:
+    def _give_up(self, result: int, rank: int) -> NoReturn:
         """Tell everyone who can be told, then raise."""
         gone = result == constants["WAIT_PEER_GONE"]
         if result == constants["WAIT_ABORTED"]:
             error = self.own.error.copy()
         else:
             error = self.own.wait.copy() if gone else self._culprit(rank)
-        if result != constants["WAIT_ABORTED"]:
-            self._tell(error)
+        # Also what was learnt from others: it reached this rank by its node or by its rail, and
+        # some rank may wait for this one on the other way.
+        self._tell(error)
         raise PeerTimeoutError(*self._describe(error[0], gone, result))
 
     def _describe(self, error: np.void, gone: bool, result: int) -> tuple[str, tuple[int, ...]]:
         rank = int(error["rank"])
         why = f"no sign of it for {self.timeout:g} s"
         if gone:
-            why = "its process is gone"
+            why = "its process is gone, or its buffer closed"
         elif result == constants["WAIT_ABORTED"]:
             why = "another rank gave up on it"
         return (

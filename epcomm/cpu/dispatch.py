@@ -35,7 +35,7 @@ from .plan import Plan, make_plan
 from .reduce import Contributions
 from .scaleout import Request, Tag
 from .store import Rows, clear_rows
-from .window import RowParts, dispatch_parts
+from .window import RowParts, combine_parts, dispatch_parts
 
 _PACKING = {
     (torch.bfloat16, WireFormat.FP8): BF16_TO_FP8,
@@ -103,7 +103,8 @@ class Dispatch:
         """Do what can fail on this rank alone.
 
         Raises:
-            ValueError: an id is out of range or twice in a row of ``topk_idx``.
+            ValueError: an id is out of range or twice in a row of ``topk_idx``; more fixed rows
+                than a window can hold.
             OSError: no memory for the output.
         """
         self.node = node
@@ -112,6 +113,8 @@ class Dispatch:
         config = node.config
         self.record: RecordLayout = dispatch_record(call.format, config.hidden, config.num_topk)
         self.by_expert = call.layout == "expert"
+        if call.fixed_rows is not None:
+            self._check_window(call.fixed_rows)
         self.lease = node.windows.lease("dispatch")
         if call.handle is None:
             self.expert_TK, self.layout = choose(node, call)
@@ -197,6 +200,17 @@ class Dispatch:
                 f"would receive {int(routes.plan.rows_R[rank])} rows"
             )
 
+    def _check_window(self, rows: int) -> None:
+        config, window = self.node.config, self.node.windows.nbytes
+        back = combine_parts(rows, 4 * config.hidden, config.num_topk, self.by_expert)
+        needed = max(self._parts(rows).nbytes, back.nbytes)
+        if needed > window:
+            raise ValueError(
+                f"fixed_rows: {rows} rows need {needed} bytes with float32 rows on the way back, "
+                f"but a window has {window}, enough for all that max_tokens={config.max_tokens} "
+                "lets a rank receive"
+            )
+
     def _parts(self, rows: int) -> RowParts:
         record, num_topk = self.record, self.node.config.num_topk
         return dispatch_parts(
@@ -205,7 +219,11 @@ class Dispatch:
 
     def _rows(self, headers: np.ndarray, routes: Routes) -> Rows:
         node = self.node
-        windows_L = node.window_addresses(headers)
+        what = Waiting(self.op, constants["PHASE_DATA"], self.epoch)
+        me = node.topology.local_rank
+        needed_L = routes.plan.stored_LL[me] > 0
+        needed_L[me] = True
+        windows_L = node.window_addresses(headers, needed_L, what)
         parts_L = [self._parts(routes.rows_of(rank)) for rank in node.topology.node_ranks]
 
         def at(part: str) -> np.ndarray:

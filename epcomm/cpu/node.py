@@ -1,5 +1,6 @@
 """The shared state of the CPU back end on one rank: memory, peers, signals, threads."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -7,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from ..backend import Config, Options
-from ..bootstrap import Bootstrap
+from ..bootstrap import Bootstrap, raise_together
 from ..native import constants
 from ..topology import Topology
 from .announce import Announcer, announcement_bytes
-from .control import ControlBlock, NodeControl
+from .control import ControlBlock, NodeControl, Waiting
 from .segments import PeerWindows, Segment, WindowPool
 from .window import combine_parts, dispatch_parts
 
@@ -36,24 +37,13 @@ class Node:
     def __init__(
         self, bootstrap: Bootstrap, topology: Topology, config: Config, options: Options
     ) -> None:
-        import os
-
         self.topology = topology
         self.config = config
         self.scale_out = bootstrap.scale_out()
         self.experts_per_rank = config.num_experts // topology.num_ranks
         slot_bytes = announcement_bytes(topology, config.num_experts)
         control_bytes = ControlBlock.nbytes(topology.num_nodes, slot_bytes)
-        own = Segment.create("epcomm-control", control_bytes)
-        endpoints = bootstrap.allgather((os.getpid(), own.fd))
-        blocks = []
-        for rank in topology.node_ranks:
-            pid, fd = endpoints[rank]
-            mine = rank == topology.rank
-            segment = own if mine else Segment.open_peer(pid, fd, control_bytes)
-            blocks.append(ControlBlock(segment, pid))
-        # Nobody may let go of its descriptor before every peer has opened it.
-        bootstrap.allgather(None)
+        blocks = _share_control(bootstrap, topology, control_bytes)
         self.control = NodeControl(topology, blocks, self.scale_out, options.timeout)
         self.announcer = Announcer(topology, config.num_experts, self.control, self.scale_out)
         self.windows = WindowPool(window_bytes(config, topology.num_ranks))
@@ -69,16 +59,30 @@ class Node:
         if options.num_threads > 1:
             self._threads = ThreadPoolExecutor(options.num_threads, "epcomm")
 
-    def window_addresses(self, headers: np.ndarray) -> np.ndarray:
-        """Where the windows announced by this node's ranks are mapped here, int64 [L]."""
-        addresses = []
-        for local, rank in enumerate(self.topology.node_ranks):
+    def window_addresses(
+        self, headers: np.ndarray, needed_L: np.ndarray, what: Waiting
+    ) -> np.ndarray:
+        """Where the windows announced by this node's ranks are mapped here, int64 [L].
+
+        Only ``needed_L`` (bool [L]) are mapped, 0 stands for the others: a rank that waits for
+        nothing from this one may have finished the call and closed its buffer already.
+
+        Raises:
+            PeerTimeoutError: a rank has gone since it announced its window.
+            OSError: this process may not map it.
+        """
+        addresses = np.zeros(self.topology.ranks_per_node, np.int64)
+        for local in np.flatnonzero(needed_L):
+            rank = self.topology.node_ranks[local]
             header = headers[rank]
             pid = self.control.blocks[local].pid
             fd, serial = int(header["window_fd"]), int(header["window_serial"])
             nbytes = int(header["window_bytes"])
-            addresses.append(self.peer_windows.address(pid, fd, serial, nbytes))
-        return np.array(addresses, np.int64)
+            try:
+                addresses[local] = self.peer_windows.address(pid, fd, serial, nbytes)
+            except FileNotFoundError:
+                self.control.lost(int(local), what)
+        return addresses
 
     def for_items(self, kernel: Callable[..., None], items: np.ndarray, *args: Any) -> None:
         """Run a kernel over items (int32 indices), on this rank's threads."""
@@ -95,6 +99,31 @@ class Node:
         """Stop the threads; memory goes with the last reference."""
         if self._threads is not None:
             self._threads.shutdown(wait=False)
+
+
+def _share_control(bootstrap: Bootstrap, topology: Topology, nbytes: int) -> list[ControlBlock]:
+    """Make this rank's control segment and map those of its node. Collective; fails on all."""
+    error: OSError | None = None
+    own: Segment | None = None
+    try:
+        own = Segment.create("epcomm-control", nbytes)
+    except OSError as caught:
+        error = caught
+    raise_together(bootstrap, error)
+    assert own is not None
+    endpoints = bootstrap.allgather((os.getpid(), own.fd))
+    blocks = []
+    try:
+        for rank in topology.node_ranks:
+            pid, fd = endpoints[rank]
+            mine = rank == topology.rank
+            segment = own if mine else Segment.open_peer(pid, fd, nbytes)
+            blocks.append(ControlBlock(segment, pid))
+    except OSError as caught:
+        error = caught
+    # Nobody may let go of its descriptor before every peer has opened it.
+    raise_together(bootstrap, error)
+    return blocks
 
 
 def most_rows(config: Config, num_ranks: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ Messages of one (peer, tag) arrive in the order sent; that is all the protocol r
 
 import enum
 import threading
+import weakref
 from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, Protocol
@@ -44,13 +45,31 @@ class ScaleOut(Protocol):
         """Whether a peer gave up; fills ``into`` with its message."""
 
 
+#: Requests of transports that are gone. MPI may still touch their memory, which they keep.
+_abandoned: list[Any] = []
+
+
+def _abandon(receives: list[Any], sends: list[Any]) -> None:
+    for request in receives:
+        if not request.Test():
+            request.Cancel()
+    _abandoned[:] = [r for r in (*_abandoned, *receives, *sends) if not r.Test()]
+
+
 class MpiScaleOut:
     """mpi4py point-to-point messages."""
+
+    #: Requests kept before the completed ones are dropped.
+    _MANY = 64
 
     def __init__(self, comm: Any) -> None:
         self._comm = comm
         self._types: dict[int, Any] = {}
-        self._aborts: list[Any] = []
+        # After a failed call messages may be under way; a rank that comes late still sends and
+        # receives them. So requests are kept, and with them their memory, until they are done.
+        self._receives: list[Any] = []
+        self._sends: list[Any] = []
+        weakref.finalize(self, _abandon, self._receives, self._sends)
 
     def _describe(self, data: np.ndarray) -> list[Any]:
         # A row as MPI's unit keeps the count far below 2^31, whatever the message's size.
@@ -61,14 +80,24 @@ class MpiScaleOut:
             self._types[unit_bytes] = MPI.BYTE.Create_contiguous(unit_bytes).Commit()
         return [data, units, self._types[unit_bytes]]
 
+    def _keep(self, requests: list[Any], request: Any) -> Request:
+        if len(requests) >= self._MANY:
+            requests[:] = [r for r in requests if not r.Test()]
+        requests.append(request)
+        return _MpiRequest(request)
+
     def send(self, rank: int, tag: Tag, data: np.ndarray) -> Request:
-        return _MpiRequest(self._comm.Isend(self._describe(data), dest=rank, tag=tag))
+        request = self._comm.Isend(self._describe(data), dest=rank, tag=tag)
+        return self._keep(self._sends, request)
 
     def receive(self, rank: int, tag: Tag, into: np.ndarray) -> Request:
-        return _MpiRequest(self._comm.Irecv(self._describe(into), source=rank, tag=tag))
+        request = self._comm.Irecv(self._describe(into), source=rank, tag=tag)
+        return self._keep(self._receives, request)
 
     def send_abort(self, rank: int, message: np.ndarray) -> None:
-        self._aborts.append(self._comm.Isend(message, dest=rank, tag=Tag.ABORT))
+        # As bytes: MPI has no datatype for a structure.
+        data = message.view(np.uint8)
+        self._keep(self._sends, self._comm.Isend(data, dest=rank, tag=Tag.ABORT))
 
     def poll_abort(self, into: np.ndarray) -> bool:
         from mpi4py import MPI
@@ -76,7 +105,7 @@ class MpiScaleOut:
         status = MPI.Status()
         if not self._comm.Iprobe(source=MPI.ANY_SOURCE, tag=Tag.ABORT, status=status):
             return False
-        self._comm.Recv(into, source=status.Get_source(), tag=Tag.ABORT)
+        self._comm.Recv(into.view(np.uint8), source=status.Get_source(), tag=Tag.ABORT)
         return True
 
 
