@@ -121,16 +121,18 @@ class TorchScaleOut:
     """torch.distributed point-to-point messages (gloo).
 
     Gloo's requests can be waited for but not tested, so a thread waits for each; it has no probe
-    either, so an abort does not cross nodes and the peer's own deadline ends its wait.
+    either, so an abort does not cross nodes and the peer's own deadline ends its wait. ``number``
+    tells the buffers of a group apart.
     """
 
     #: Gloo's wait needs an end of its own; epcomm's deadline comes first.
     _GLOO_TIMEOUT = timedelta(hours=1)
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, number: int) -> None:
         import torch.distributed as dist
 
         self._group = group
+        self._first_tag = number * len(Tag)
         self._global = dist.get_process_group_ranks(group)
 
     def _wait_in_thread(self, work: Any, keep: Any) -> Request:
@@ -151,7 +153,7 @@ class TorchScaleOut:
         import torch.distributed as dist
 
         tensor = torch.from_numpy(data)
-        work = dist.isend(tensor, self._global[rank], group=self._group, tag=int(tag))
+        work = dist.isend(tensor, self._global[rank], group=self._group, tag=self._first_tag + tag)
         return self._wait_in_thread(work, tensor)
 
     def receive(self, rank: int, tag: Tag, into: np.ndarray) -> Request:
@@ -159,7 +161,7 @@ class TorchScaleOut:
         import torch.distributed as dist
 
         tensor = torch.from_numpy(into)
-        work = dist.irecv(tensor, self._global[rank], group=self._group, tag=int(tag))
+        work = dist.irecv(tensor, self._global[rank], group=self._group, tag=self._first_tag + tag)
         return self._wait_in_thread(work, tensor)
 
     def send_abort(self, rank: int, message: np.ndarray) -> None:
