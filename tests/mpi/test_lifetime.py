@@ -211,7 +211,9 @@ def test_combine_input_saves_a_copy_and_changes_nothing(comm):
                 assert torch.equal(in_place, copied)
                 weights = torch.full((len(place),), 0.5)
                 half = buffer.combine(place, recv.handle, weights=weights).x
-                assert torch.equal(half, buffer.combine(copied_rows(recv), recv.handle, weights=weights).x)
+                assert torch.equal(
+                    half, buffer.combine(copied_rows(recv), recv.handle, weights=weights).x
+                )
 
 
 def copied_rows(recv: epcomm.DispatchResult) -> torch.Tensor:

@@ -52,7 +52,9 @@ def records_from(case: Case, topk_idx: torch.Tensor, me: int) -> int:
 def total(case: Case, ranks_of_tokens: list[list[int]], me: int, far: bool) -> int:
     """Rows to other ranks, on other nodes or on this one."""
     return sum(
-        r != me and (node(case, r) != node(case, me)) == far for ranks in ranks_of_tokens for r in ranks
+        r != me and (node(case, r) != node(case, me)) == far
+        for ranks in ranks_of_tokens
+        for r in ranks
     )
 
 
@@ -149,7 +151,13 @@ def test_the_gate_bounds_the_nodes_of_a_token(comm):
         means = []
         for topk_groups in sorted({1, (comm.size + 1) // 2, comm.size}):
             topk_idx = make_routing(
-                "gate", 64, experts, 4, seed=comm.rank, num_groups=comm.size, topk_groups=topk_groups
+                "gate",
+                64,
+                experts,
+                4,
+                seed=comm.rank,
+                num_groups=comm.size,
+                topk_groups=topk_groups,
             ).topk_idx_TK.to(torch.int64)
             layout = buffer.get_dispatch_layout(topk_idx)
             assert int(layout.is_token_in_rank.sum(1).max()) <= topk_groups
