@@ -26,7 +26,7 @@ class Request(Protocol):
     """A message under way."""
 
     def done(self) -> bool:
-        """Whether it has completed; never blocks. Raises what the transport reports."""
+        """Whether it has completed; never blocks. Raises ConnectionError if it cannot any more."""
 
 
 class ScaleOut(Protocol):
@@ -135,8 +135,17 @@ class TorchScaleOut:
         self._first_tag = number * len(Tag)
         self._global = dist.get_process_group_ranks(group)
 
-    def _wait_in_thread(self, work: Any, keep: Any) -> Request:
+    def _start(self, operation: Any, data: np.ndarray, rank: int, tag: Tag) -> Request:
+        import torch
+
         future: Future[Any] = Future()
+        tensor = torch.from_numpy(data)
+        try:
+            number = self._first_tag + tag
+            work = operation(tensor, self._global[rank], group=self._group, tag=number)
+        except RuntimeError as error:  # the connection is closed already
+            future.set_exception(error)
+            return _ThreadRequest(future, tensor)
 
         def wait() -> None:
             try:
@@ -146,23 +155,17 @@ class TorchScaleOut:
 
         # A daemon: a message that never comes must not keep the process from ending.
         threading.Thread(target=wait, name="epcomm-gloo", daemon=True).start()
-        return _ThreadRequest(future, keep)
+        return _ThreadRequest(future, tensor)
 
     def send(self, rank: int, tag: Tag, data: np.ndarray) -> Request:
-        import torch
         import torch.distributed as dist
 
-        tensor = torch.from_numpy(data)
-        work = dist.isend(tensor, self._global[rank], group=self._group, tag=self._first_tag + tag)
-        return self._wait_in_thread(work, tensor)
+        return self._start(dist.isend, data, rank, tag)
 
     def receive(self, rank: int, tag: Tag, into: np.ndarray) -> Request:
-        import torch
         import torch.distributed as dist
 
-        tensor = torch.from_numpy(into)
-        work = dist.irecv(tensor, self._global[rank], group=self._group, tag=self._first_tag + tag)
-        return self._wait_in_thread(work, tensor)
+        return self._start(dist.irecv, into, rank, tag)
 
     def send_abort(self, rank: int, message: np.ndarray) -> None:
         del rank, message
@@ -180,5 +183,7 @@ class _ThreadRequest:
     def done(self) -> bool:
         if not self._future.done():
             return False
-        self._future.result()
+        error = self._future.exception()
+        if error is not None:
+            raise ConnectionError(str(error)) from error
         return True
