@@ -43,7 +43,9 @@ def main() -> None:
     for bits in (8, 10):
         logfmt_decode(logfmt_encode(x, bits), _HIDDEN, bits, torch.bfloat16)
     with tempfile.TemporaryDirectory() as directory:
-        dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=0, world_size=1)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{directory}/store", rank=0, world_size=1
+        )
         with Buffer(
             dist.group.WORLD,
             hidden=_HIDDEN,
