@@ -632,7 +632,7 @@ def test_nan_and_infinity_in_fp8(comm, quantize):
 @pytest.mark.parametrize("wire", ["bf16", "f32", "logfmt8", "logfmt10"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_infinity_in_combine(comm, wire, value):
-    """A value that is not finite stays so, spoils at most its tile of LogFMT, and no other token."""
+    """It stays not finite, spoils at most its tile of LogFMT, and no other token."""
     case = Case(1, hidden=144, experts_per_rank=1, num_topk=1, tokens=(2,))
     with make_buffer(comm, case) as buffer:
         far = (comm.rank + 1) % comm.size

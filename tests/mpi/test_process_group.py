@@ -114,8 +114,8 @@ def test_bad_input_is_told_over_gloo(comm, group):
         given = draw_inputs(case, comm.size)[comm.rank]
         with buffer_on(group, case) as buffer:
             bad = comm.rank == comm.size - 1
+            layout = "none" if bad else "rank"
             with pytest.raises(ValueError if bad else epcomm.PeerError, match="layout"):
-                layout = "none" if bad else "rank"
                 buffer.dispatch(given.x, given.topk_idx, given.topk_weights, layout=layout)
             check(Sized(group), case, buffer)
 

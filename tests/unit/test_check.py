@@ -51,7 +51,7 @@ def test_bad_config(change, kind, words):
 
 def test_row_numbers_fit_32_bits():
     check_config(Config(8, 4096, 1, 2**19 - 1), 4096)
-    with pytest.raises(ValueError, match="max_tokens: 4096 ranks .* 32 bits"):
+    with pytest.raises(ValueError, match=r"max_tokens: 4096 ranks .* 32 bits"):
         check_config(Config(8, 4096, 1, 2**19), 4096)
 
 
