@@ -58,12 +58,17 @@ class MpiBootstrap:
 class TorchBootstrap:
     """Bootstrap over a torch.distributed process group with a CPU back end (gloo)."""
 
+    _made = 0
+
     def __init__(self, group: Any) -> None:
         import torch.distributed as dist
 
         self._group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        # A group cannot be duplicated by its members alone, so tags keep apart what is under way
+        # for an earlier buffer: every buffer gets a number none of the ranks has used.
+        TorchBootstrap._made = self._number = 1 + max(self.allgather(TorchBootstrap._made))
 
     def allgather(self, item: Any) -> list[Any]:
         import torch.distributed as dist
@@ -79,7 +84,7 @@ class TorchBootstrap:
         return self.allgather((socket.gethostname(), boot, str(pids)))
 
     def scale_out(self) -> ScaleOut:
-        return TorchScaleOut(self._group)
+        return TorchScaleOut(self._group, self._number)
 
     def close(self) -> None:
         self._group = None

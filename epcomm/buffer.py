@@ -15,6 +15,9 @@ from .check import (
     check_config,
     check_dispatch,
     check_handle,
+    check_int,
+    check_layout,
+    check_row,
     check_tensor,
     row_format,
 )
@@ -22,6 +25,7 @@ from .cpu.backend import CpuBackend
 from .cpu.layout import BadChoice, make_layout
 from .cpu.memory_report import report_memory
 from .errors import BufferClosedError, MismatchError
+from .native import constants
 from .results import (
     CombineResult,
     DispatchLayout,
@@ -327,9 +331,14 @@ class Buffer:
             TypeError, ValueError: as making the Buffer and calling ``dispatch`` would.
         """
         config = Config(hidden, num_experts, num_topk, max_tokens)
+        check_int("num_ranks", num_ranks, 1, constants["limit_max_ranks"])
+        check_int("ranks_per_node", ranks_per_node, 1, constants["limit_max_local_ranks"])
         check_config(config, num_ranks)
+        check_layout(layout)
+        fmt = row_format(torch.bfloat16, quantize)
+        check_row(fmt, hidden)
         topology = make_topology(0, [0] * num_ranks, ranks_per_node)
-        return report_memory(config, topology, layout, row_format(torch.bfloat16, quantize))
+        return report_memory(config, topology, layout, fmt)
 
     def close(self) -> None:
         """Let go of the memory. Local: no rank waits, and results in use stay valid."""

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <linux/futex.h>
+#include <poll.h>
 #include <signal.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -32,7 +33,17 @@ int64_t now_ns() {
 // which can wake it.
 constexpr int64_t kWatchNs = 20'000'000;
 
-bool process_is_gone(int32_t pid) { return pid > 0 && kill(pid, 0) != 0 && errno == ESRCH; }
+// A process that ended stays visible to kill() until its parent asks for its status; a pidfd is
+// readable from the end on. Kernels before 5.3 have none.
+bool process_is_gone(int32_t pid) {
+    if (pid <= 0) return false;
+    const int fd = int(syscall(SYS_pidfd_open, pid, 0));
+    if (fd < 0) return errno == ESRCH || (kill(pid, 0) != 0 && errno == ESRCH);
+    pollfd ended = {fd, POLLIN, 0};
+    const bool gone = poll(&ended, 1, 0) == 1;
+    close(fd);
+    return gone;
+}
 
 }  // namespace
 

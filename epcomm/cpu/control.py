@@ -133,7 +133,15 @@ class NodeControl:
         deadline = time.monotonic() + self.timeout
         idle = 0
         while pending:
-            completed = [rank for rank, request in pending.items() if request.done()]
+            try:
+                completed = []
+                for suspect, request in pending.items():
+                    if request.done():
+                        completed.append(suspect)
+            except ConnectionError:
+                self._publish(what, suspect, 1, 0)
+                aborted = library.epcomm_counter_read(self.own.counter("aborted")) != 0
+                self._give_up(constants["WAIT_ABORTED" if aborted else "WAIT_PEER_GONE"], suspect)
             for rank in completed:
                 del pending[rank]
                 if on_done is not None:

@@ -170,7 +170,9 @@ DISPATCH = {
         ValueError,
         ("topk_weights:", "meta"),
     ),
-    "unknown layout": Bad(lambda a: {"layout": "token"}, ValueError, ("layout:", "'token'", "rank")),
+    "unknown layout": Bad(
+        lambda a: {"layout": "token"}, ValueError, ("layout:", "'token'", "rank")
+    ),
     "alignment of rows by rank": Bad(
         lambda a: {"alignment": 8}, ValueError, ("alignment:", "8", "'expert'")
     ),
@@ -221,7 +223,9 @@ CACHED = {
         ValueError,
         ("x: 4 tokens", "the handle's dispatch had"),
     ),
-    "released handle": Bad(lambda a: a["handle"].release() or {}, ValueError, ("handle:", "released")),
+    "released handle": Bad(
+        lambda a: a["handle"].release() or {}, ValueError, ("handle:", "released")
+    ),
     "handle of another buffer": Bad(
         lambda a: {"handle": a["foreign"]}, ValueError, ("handle:", "another buffer")
     ),
@@ -290,8 +294,12 @@ COMBINE = {
     ),
     "unknown wire": Bad(lambda a: {"wire": "fp8"}, ValueError, ("wire:", "'fp8'", "logfmt10")),
     "wire unhashable": Bad(lambda a: {"wire": ["bf16"]}, ValueError, ("wire:", "['bf16']")),
-    "handle no handle": Bad(lambda a: {"handle": None}, TypeError, ("handle:", "Handle", "NoneType")),
-    "released handle": Bad(lambda a: a["handle"].release() or {}, ValueError, ("handle:", "released")),
+    "handle no handle": Bad(
+        lambda a: {"handle": None}, TypeError, ("handle:", "Handle", "NoneType")
+    ),
+    "released handle": Bad(
+        lambda a: a["handle"].release() or {}, ValueError, ("handle:", "released")
+    ),
     "handle of another buffer": Bad(
         lambda a: {"handle": a["foreign"]}, ValueError, ("handle:", "another buffer")
     ),
@@ -349,7 +357,9 @@ def test_fixed_rows_too_few_somewhere(comm, layout):
             last = comm.size - 1
             topk_idx = torch.full((4, 3), -1)
             topk_idx[:, 0] = last * case.experts_per_rank
-            with pytest.raises(ValueError, match=rf"fixed_rows: 3 .* rank {last} .* {4 * comm.size}"):
+            with pytest.raises(
+                ValueError, match=rf"fixed_rows: 3 .* rank {last} .* {4 * comm.size}"
+            ):
                 buffer.dispatch(rows(4), topk_idx, layout=layout, fixed_rows=3)
             check(comm, case, buffer)
 
@@ -622,7 +632,7 @@ def test_nan_and_infinity_in_fp8(comm, quantize):
 @pytest.mark.parametrize("wire", ["bf16", "f32", "logfmt8", "logfmt10"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_infinity_in_combine(comm, wire, value):
-    """A value that is not finite stays so, spoils at most its tile of LogFMT, and no other token."""
+    """It stays not finite, spoils at most its tile of LogFMT, and no other token."""
     case = Case(1, hidden=144, experts_per_rank=1, num_topk=1, tokens=(2,))
     with make_buffer(comm, case) as buffer:
         far = (comm.rank + 1) % comm.size
