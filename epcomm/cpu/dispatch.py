@@ -359,9 +359,9 @@ class Dispatch:
             clear_rows(rows, me, begin, end, node.config.num_topk)
         self.arrived_L += plan.stored_LL[:, me]
         what = Waiting(self.op, constants["PHASE_ARRIVE"], self.epoch)
-        for local in np.flatnonzero(plan.stored_LL[:, me]):
-            address = node.control.own.counter("arrived", int(local))
-            node.control.wait(address, int(self.arrived_L[local]), int(local), what)
+        for writer in np.flatnonzero(plan.stored_LL[:, me]).tolist():
+            address = node.control.own.counter("arrived", writer)
+            node.control.wait(address, int(self.arrived_L[writer]), writer, what)
         self.phases.mark("arrive")
 
     def _result(self, routes: Routes, handle: Handle, messages: int) -> DispatchResult:

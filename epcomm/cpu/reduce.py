@@ -66,12 +66,12 @@ class Home(NamedTuple):
 class Terms(NamedTuple):
     """Rows waiting to be added to an accumulator, in order: addresses and factors.
 
-    ``count[0]`` of them wait; they are added when a group is full or on flush.
+    ``pending[0]`` of them wait; they are added when a group is full or on flush.
     """
 
     address: np.ndarray
     weight: np.ndarray
-    count: np.ndarray
+    pending: np.ndarray
     weighted: bool
 
 
@@ -92,7 +92,7 @@ def _widen(x: int) -> np.float32:
 def _add_bf16(terms: Terms, acc: np.ndarray) -> None:
     at, n = terms.address, acc.size
     a, b, c, d = u16_at(at[0], n), u16_at(at[1], n), u16_at(at[2], n), u16_at(at[3], n)
-    count = terms.count[0]
+    count = terms.pending[0]
     if terms.weighted:
         for j in range(count):
             x, w = u16_at(at[j], n), terms.weight[j]
@@ -116,7 +116,7 @@ def _add_bf16(terms: Terms, acc: np.ndarray) -> None:
 @kernel
 def _add_f32(terms: Terms, acc: np.ndarray) -> None:
     n = acc.size
-    for j in range(terms.count[0]):
+    for j in range(terms.pending[0]):
         x, w = f32_at(terms.address[j], n), terms.weight[j]
         for i in range(n):
             acc[i] += w * x[i]  # a weight of 1 changes no bit
@@ -125,21 +125,21 @@ def _add_f32(terms: Terms, acc: np.ndarray) -> None:
 @kernel
 def _flush(terms: Terms, row_format: int, acc: np.ndarray) -> None:
     """Add the waiting rows."""
-    if terms.count[0] == 0:
+    if terms.pending[0] == 0:
         return
     if row_format == BF16:
         _add_bf16(terms, acc)
     else:
         _add_f32(terms, acc)
-    terms.count[0] = 0
+    terms.pending[0] = 0
 
 
 @kernel
 def _add_row(terms: Terms, address: int, weight: float, row_format: int, acc: np.ndarray) -> None:
-    at = terms.count[0]
+    at = terms.pending[0]
     terms.address[at] = address
     terms.weight[at] = weight
-    terms.count[0] = at + 1
+    terms.pending[0] = at + 1
     if at + 1 == GROUP:
         _flush(terms, row_format, acc)
 
