@@ -57,13 +57,16 @@ def _abandon(receives: list[Any], sends: list[Any]) -> None:
 
 
 class MpiScaleOut:
-    """mpi4py point-to-point messages."""
+    """mpi4py point-to-point messages. ``number`` tells the buffers of a communicator apart."""
 
     #: Requests kept before the completed ones are dropped.
     _MANY = 64
 
-    def __init__(self, comm: Any) -> None:
+    def __init__(self, comm: Any, number: int) -> None:
+        from mpi4py import MPI
+
         self._comm = comm
+        self._first_tag = number % (comm.Get_attr(MPI.TAG_UB) // len(Tag) - 1) * len(Tag)
         self._types: dict[int, Any] = {}
         # After a failed call messages may be under way; a rank that comes late still sends and
         # receives them. So requests are kept, and with them their memory, until they are done.
@@ -87,25 +90,25 @@ class MpiScaleOut:
         return _MpiRequest(request)
 
     def send(self, rank: int, tag: Tag, data: np.ndarray) -> Request:
-        request = self._comm.Isend(self._describe(data), dest=rank, tag=tag)
+        request = self._comm.Isend(self._describe(data), dest=rank, tag=self._first_tag + tag)
         return self._keep(self._sends, request)
 
     def receive(self, rank: int, tag: Tag, into: np.ndarray) -> Request:
-        request = self._comm.Irecv(self._describe(into), source=rank, tag=tag)
+        request = self._comm.Irecv(self._describe(into), source=rank, tag=self._first_tag + tag)
         return self._keep(self._receives, request)
 
     def send_abort(self, rank: int, message: np.ndarray) -> None:
         # As bytes: MPI has no datatype for a structure.
         data = message.view(np.uint8)
-        self._keep(self._sends, self._comm.Isend(data, dest=rank, tag=Tag.ABORT))
+        self._keep(self._sends, self._comm.Isend(data, dest=rank, tag=self._first_tag + Tag.ABORT))
 
     def poll_abort(self, into: np.ndarray) -> bool:
         from mpi4py import MPI
 
-        status = MPI.Status()
-        if not self._comm.Iprobe(source=MPI.ANY_SOURCE, tag=Tag.ABORT, status=status):
+        status, tag = MPI.Status(), self._first_tag + Tag.ABORT
+        if not self._comm.Iprobe(source=MPI.ANY_SOURCE, tag=tag, status=status):
             return False
-        self._comm.Recv(into.view(np.uint8), source=status.Get_source(), tag=Tag.ABORT)
+        self._comm.Recv(into.view(np.uint8), source=status.Get_source(), tag=tag)
         return True
 
 
