@@ -62,8 +62,8 @@ class Buffer:
         num_threads: threads of this rank; None: this host's cores shared by its ranks.
 
     Raises:
-        TypeError: an argument of the wrong type, on every rank.
-        ValueError: an argument out of range, on every rank.
+        TypeError: an argument of the wrong type, on the rank that passed it.
+        ValueError: an argument out of range, likewise.
         PeerError: another rank's arguments were refused, or it cannot share memory.
         MismatchError: the ranks passed different values.
         OSError: memory cannot be shared with a rank of the node.
@@ -95,10 +95,11 @@ class Buffer:
         except (TypeError, ValueError) as caught:
             error = caught
         _agree(bootstrap, (self.config, ranks_per_node, backend), error)
+        cores = len(os.sched_getaffinity(0))
+        on_host = sum(host == hosts[bootstrap.rank] for host in hosts)
         if num_threads is None:
-            on_host = sum(host == hosts[bootstrap.rank] for host in hosts)
-            num_threads = max(1, len(os.sched_getaffinity(0)) // on_host)
-        options = Options(float(timeout), num_threads)
+            num_threads = max(1, cores // on_host)
+        options = Options(float(timeout), num_threads, own_core=cores >= on_host)
         self._backend = CpuBackend(bootstrap, topology, self.config, options)
         self._owner = topology  # tells handles of this buffer from others
 
@@ -255,8 +256,9 @@ class Buffer:
         own node is not rounded in between. A token without any destination gets the biases alone.
 
         Args:
-            x: rows in the order of the dispatch's output, bfloat16 or float32 [M, H]. A tensor
-                from ``combine_input`` is read in place, others are copied first.
+            x: rows in the order of the dispatch's output, bfloat16 or float32 [M, H]. Rows in
+                memory of epcomm's (from ``combine_input``, or a dispatch's own output) are read
+                in place when no weights are passed; others are copied first.
             handle: of the dispatch.
             weights: float32 [M], a factor for each row; None: a plain sum.
             topk_weights: float32 [M, K] ([M] in layout "expert") to bring home as [T, K]: choice
@@ -321,11 +323,13 @@ class Buffer:
         num_topk: int,
         max_tokens: int,
         layout: Layout = "rank",
+        alignment: int = 1,
         quantize: Literal["fp8", "fp8_ue8m0"] | None = None,
     ) -> MemoryReport:
         """Bytes a Buffer used like this may take on one rank, by purpose. Allocates nothing.
 
-        The worst case: every rank sends ``max_tokens`` tokens, all of them to this rank.
+        The worst case for BF16 input and a BF16 wire: every rank sends ``max_tokens`` tokens, all
+        of them to this rank.
 
         Raises:
             TypeError, ValueError: as making the Buffer and calling ``dispatch`` would.
@@ -335,10 +339,11 @@ class Buffer:
         check_int("ranks_per_node", ranks_per_node, 1, constants["limit_max_local_ranks"])
         check_config(config, num_ranks)
         check_layout(layout)
+        check_int("alignment", alignment, 1, constants["limit_max_alignment"])
         fmt = row_format(torch.bfloat16, quantize)
         check_row(fmt, hidden)
         topology = make_topology(0, [0] * num_ranks, ranks_per_node)
-        return report_memory(config, topology, layout, fmt)
+        return report_memory(config, topology, layout, alignment, fmt)
 
     def close(self) -> None:
         """Let go of the memory. Local: no rank waits, and results in use stay valid."""

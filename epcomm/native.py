@@ -6,6 +6,7 @@ from the library when this module is imported.
 
 import ctypes
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def _read_dtypes() -> dict[str, np.dtype]:
         for field in fields:
             scalar = f"{field.kind.decode()}{field.item_bytes}"
             formats.append(scalar if field.count == 1 else f"({field.count},){scalar}")
-        description: dict[str, Any] = {
+        description: Any = {
             "names": [field.field.decode() for field in fields],
             "formats": formats,
             "offsets": [field.offset for field in fields],
@@ -116,6 +117,7 @@ class RecordLayout:
     scale_bytes: int
 
 
+@lru_cache
 def _record(
     function: str, fmt: int, hidden: int, num_topk: int, with_weights: bool
 ) -> RecordLayout:

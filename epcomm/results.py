@@ -1,6 +1,8 @@
 """What dispatch, combine and get_dispatch_layout return."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -87,7 +89,6 @@ class DispatchResult:
             counts as in use).
         handle: for ``combine`` and cached ``dispatch``.
         event: when the tensors may be used.
-        traffic: bytes this rank moved.
         phases: seconds this rank spent in each phase of the call.
 
     The tensors are views of shared memory that this result's tensors keep reserved: they stay
@@ -103,8 +104,13 @@ class DispatchResult:
     num_rows: int
     handle: Handle
     event: Event
-    traffic: Traffic
     phases: dict[str, float]
+    _count_traffic: Callable[[], Traffic] = field(repr=False)
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        """Bytes this rank moved; counted when first asked for."""
+        return self._count_traffic()
 
 
 @dataclass
@@ -114,14 +120,19 @@ class CombineResult:
     Attributes:
         x: sums, [T, H], dtype of the combined rows.
         topk_weights: float32 [T, K], 0 for dropped choices; None if none were passed.
-        event, traffic, phases: as for a dispatch.
+        event, phases: as for a dispatch.
     """
 
     x: torch.Tensor
     topk_weights: torch.Tensor | None
     event: Event
-    traffic: Traffic
     phases: dict[str, float]
+    _count_traffic: Callable[[], Traffic] = field(repr=False)
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        """Bytes this rank moved; counted when first asked for."""
+        return self._count_traffic()
 
 
 @dataclass

@@ -50,20 +50,20 @@ class Topology:
             local[ranks_L] = np.arange(self.ranks_per_node)
         return local
 
-    @property
+    @cached_property
     def node(self) -> int:
         return self.node_of[self.rank]
 
-    @property
+    @cached_property
     def local_rank(self) -> int:
         return int(self.local_of_R[self.rank])
 
-    @property
+    @cached_property
     def node_ranks(self) -> list[int]:
         """Ranks of this node, by local rank."""
         return [int(r) for r in self.rank_of_NL[self.node]]
 
-    @property
+    @cached_property
     def rail(self) -> list[int]:
         """Ranks of this rail, by node; includes this rank."""
         return [int(r) for r in self.rank_of_NL[:, self.local_rank]]

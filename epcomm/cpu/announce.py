@@ -28,6 +28,8 @@ _AGREED = {
     "wire": "wire",
     "handle_epoch": "the dispatch the handle belongs to",
 }
+# They come first in the structure, the status among them: what follows may differ.
+_AGREED_END = _HEADER.fields["num_tokens"][1]  # type: ignore[index]
 
 
 @dataclass
@@ -113,6 +115,10 @@ class Announcer:
         return headers, Counts(*np.split(body, splits, axis=1))
 
     def _judge(self, headers: np.ndarray) -> None:
+        if (self._agreed_bytes(headers) == self._agreed_bytes(headers[:1])).all() and not headers[
+            "status"
+        ].any():
+            return
         refused = np.flatnonzero(headers["status"] == constants["STATUS_REFUSED"])
         others = [int(r) for r in refused if r != self._topology.rank]
         if others:
@@ -135,6 +141,12 @@ class Announcer:
                     f"rank 0 has {_name(field, values[0])}, rank {r} has {_name(field, values[r])}",
                     tuple(int(d) for d in different),
                 )
+
+    @staticmethod
+    def _agreed_bytes(headers: np.ndarray) -> np.ndarray:
+        """The agreed fields of each header, uint8 [R, bytes]; the C header keeps them together."""
+        flat = headers.view(np.uint8).reshape(len(headers), -1)
+        return flat[:, :_AGREED_END]
 
 
 def announcement_bytes(topology: Topology, num_experts: int) -> int:

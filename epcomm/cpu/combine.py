@@ -3,6 +3,8 @@
 The sums are in ``reduce.py``; this file puts the steps in order.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -13,6 +15,7 @@ from ..results import CombineResult, Event
 from ..traffic import LinkTraffic, Traffic
 from .control import Waiting
 from .dispatch import Routes, alternatives
+from .memory import STREAM_BYTES, copy_memory
 from .node import Node
 from .phases import Phases
 from .reduce import Contributions, Home, Inputs, Wire, finish_tokens, reduce_records
@@ -56,8 +59,15 @@ class Combine:
             x=out,
             topk_weights=None if out_weights is None else torch.from_numpy(out_weights),
             event=Event(),
-            traffic=self._traffic(),
             phases=self.phases.seconds,
+            _count_traffic=partial(
+                count_traffic,
+                self.node,
+                self.record,
+                self.routes,
+                self.messages,
+                self.call.x.element_size() * self.node.config.hidden,
+            ),
         )
 
     # Expose and announce ------------------------------------------------------------------
@@ -77,10 +87,11 @@ class Combine:
             node.config.num_topk,
             self.routes.by_expert,
         )
-        lease = node.windows.lease()
+        lease = node.windows.lease("combine")
         self._describe(header, lease.segment, lease.serial)
         header["weights_offset"], header["topk_offset"] = parts.row_weights, parts.topk_weights
-        lease.tensor(parts.x, tuple(call.x.shape), call.x.dtype).copy_(call.x)
+        # memcpy passes by the cache where a copy this long would only flush it.
+        copy_memory(lease.segment.address + parts.x, call.x.data_ptr(), call.x.nbytes)
         if call.weights is not None:
             shape = tuple(call.weights.shape)
             lease.tensor(parts.row_weights, shape, torch.float32).copy_(call.weights)
@@ -140,6 +151,7 @@ class Combine:
             int(self.call.wire),
             self.record.weight if self.with_weights else -1,
             self.record.bytes,
+            self._stream(),
         )
         receives, inbox_N = self._post_receives()
         sends = self._send_rails(inputs, wire)
@@ -149,7 +161,7 @@ class Combine:
         if out is None:
             # Memory of a window is warm from earlier calls; fresh pages cost more than the sum.
             shape = (num_tokens, config.hidden)
-            out = node.windows.lease().tensor(0, shape, self.call.x.dtype)
+            out = node.windows.lease("result").tensor(0, shape, self.call.x.dtype)
         out_weights = np.zeros(
             (num_tokens if self.with_weights else 0, config.num_topk), np.float32
         )
@@ -172,6 +184,11 @@ class Combine:
         self.phases.mark("wait for records")
         self.messages = len(sends)
         return out, out_weights if self.with_weights else None
+
+    def _stream(self) -> bool:
+        out = self.call.out
+        aligned = out is None or out.data_ptr() % constants["limit_row_align"] == 0
+        return aligned and self.call.handle.num_tokens * self.record.bytes > STREAM_BYTES
 
     def _post_receives(self) -> tuple[dict[int, Request], np.ndarray]:
         node, topology = self.node, self.node.topology
@@ -214,34 +231,36 @@ class Combine:
             control.wait(control.own.counter("released", local), combines, local, what)
         self.phases.mark("release")
 
-    def _traffic(self) -> Traffic:
-        node, routes, topology = self.node, self.routes, self.node.topology
-        row_bytes = self.call.x.element_size() * node.config.hidden
-        weight_bytes = 0
-        if self.with_weights:
-            weight_bytes = 4 if routes.by_expert else 4 * node.config.num_topk
-        read = sum(
-            rows_read(c, node.local_of_E, topology.local_rank, routes.by_expert)
-            for c in (routes.own, *routes.forwarded.values())
-        )
-        records = sum(len(c.row_CK) for c in routes.forwarded.values())
-        payload = self.record.payload_bytes + self.record.scale_bytes
-        announced = node.announcer.nbytes
-        return Traffic(
-            scale_up=LinkTraffic(
-                read,
-                read * row_bytes,
-                read * weight_bytes
-                + announced * topology.num_nodes * (topology.ranks_per_node - 1),
-            ),
-            scale_out=LinkTraffic(
-                self.messages + topology.num_nodes - 1,
-                records * payload,
-                records * (self.record.bytes - payload) + announced * (topology.num_nodes - 1),
-            ),
-            records=records,
-            alternatives=alternatives(node, routes.layout, row_bytes, read),
-        )
+
+def count_traffic(
+    node: Node, record: RecordLayout, routes: Routes, messages: int, row_bytes: int
+) -> Traffic:
+    """What this rank moved in a combine; rows of ``row_bytes``."""
+    topology = node.topology
+    weight_bytes = 0
+    if record.bytes > record.weight:
+        weight_bytes = 4 if routes.by_expert else 4 * node.config.num_topk
+    read = sum(
+        rows_read(c, node.local_of_E, topology.local_rank, routes.by_expert)
+        for c in (routes.own, *routes.forwarded.values())
+    )
+    records = sum(len(c.row_CK) for c in routes.forwarded.values())
+    payload = record.payload_bytes + record.scale_bytes
+    announced = node.announcer.nbytes
+    return Traffic(
+        scale_up=LinkTraffic(
+            read,
+            read * row_bytes,
+            read * weight_bytes + announced * topology.num_nodes * (topology.ranks_per_node - 1),
+        ),
+        scale_out=LinkTraffic(
+            messages + topology.num_nodes - 1,
+            records * payload,
+            records * (record.bytes - payload) + announced * (topology.num_nodes - 1),
+        ),
+        records=records,
+        alternatives=alternatives(node, routes.layout, row_bytes, read),
+    )
 
 
 def rows_read(c: Contributions, local_of_E: np.ndarray, me: int, by_expert: bool) -> int:

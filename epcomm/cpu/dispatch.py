@@ -4,6 +4,7 @@ The steps are in the files of those names; this one puts them in order.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from .announce import Counts
 from .control import Waiting
 from .forward import Inbox, forward_records
 from .layout import BadChoice, Layout, make_layout
+from .memory import STREAM_BYTES
 from .node import Node
 from .pack import (
     AS_IS,
@@ -114,7 +116,7 @@ class Dispatch:
         self.by_expert = call.layout == "expert"
         if call.fixed_rows is not None:
             self._check_window(call.fixed_rows)
-        self.lease = node.windows.lease()
+        self.lease = node.windows.lease("dispatch")
         if call.handle is None:
             self.expert_TK, self.layout = choose(node, call)
         self.phases.mark("layout")
@@ -239,6 +241,9 @@ class Dispatch:
             scale_bytes=self.record.scale_bytes,
             experts_per_rank=node.experts_per_rank,
             by_expert=self.by_expert,
+            stream=int(routes.plan.stored_LL[node.topology.local_rank].sum())
+            * self.record.payload_bytes
+            > STREAM_BYTES,
         )
 
     # Data ---------------------------------------------------------------------------------
@@ -354,9 +359,9 @@ class Dispatch:
             clear_rows(rows, me, begin, end, node.config.num_topk)
         self.arrived_L += plan.stored_LL[:, me]
         what = Waiting(self.op, constants["PHASE_ARRIVE"], self.epoch)
-        for local in np.flatnonzero(plan.stored_LL[:, me]):
-            address = node.control.own.counter("arrived", int(local))
-            node.control.wait(address, int(self.arrived_L[local]), int(local), what)
+        for writer in np.flatnonzero(plan.stored_LL[:, me]).tolist():
+            address = node.control.own.counter("arrived", writer)
+            node.control.wait(address, int(self.arrived_L[writer]), writer, what)
         self.phases.mark("arrive")
 
     def _result(self, routes: Routes, handle: Handle, messages: int) -> DispatchResult:
@@ -386,32 +391,33 @@ class Dispatch:
             num_rows=int(routes.plan.rows_R[self.node.topology.rank]),
             handle=handle,
             event=Event(),
-            traffic=self._traffic(routes, messages),
             phases=self.phases.seconds,
+            _count_traffic=partial(count_traffic, self.node, self.record, routes, messages),
         )
 
-    def _traffic(self, routes: Routes, messages: int) -> Traffic:
-        node, record = self.node, self.record
-        topology, layout = node.topology, routes.layout
-        row_payload = record.payload_bytes + record.scale_bytes
-        row_meta = 8 + (4 if self.by_expert else 12 * node.config.num_topk)
-        others = np.arange(topology.ranks_per_node) != topology.local_rank
-        stored = int(routes.plan.stored_LL[topology.local_rank][others].sum())
-        remote = np.arange(topology.num_nodes) != topology.node
-        records = int(layout.node_tokens_N[remote].sum())
-        announced = node.announcer.nbytes
-        up_announced = announced * topology.num_nodes * (topology.ranks_per_node - 1)
-        out_announced = announced * (topology.num_nodes - 1)
-        return Traffic(
-            scale_up=LinkTraffic(stored, stored * row_payload, stored * row_meta + up_announced),
-            scale_out=LinkTraffic(
-                messages + topology.num_nodes - 1,
-                records * row_payload,
-                records * (record.bytes - row_payload) + out_announced,
-            ),
-            records=records,
-            alternatives=alternatives(node, layout, row_payload, stored),
-        )
+
+def count_traffic(node: Node, record: RecordLayout, routes: Routes, messages: int) -> Traffic:
+    """What this rank moved in a dispatch."""
+    topology, layout = node.topology, routes.layout
+    row_payload = record.payload_bytes + record.scale_bytes
+    row_meta = 8 + (4 if routes.by_expert else 12 * node.config.num_topk)
+    others = np.arange(topology.ranks_per_node) != topology.local_rank
+    stored = int(routes.plan.stored_LL[topology.local_rank][others].sum())
+    remote = np.arange(topology.num_nodes) != topology.node
+    records = int(layout.node_tokens_N[remote].sum())
+    announced = node.announcer.nbytes
+    up_announced = announced * topology.num_nodes * (topology.ranks_per_node - 1)
+    out_announced = announced * (topology.num_nodes - 1)
+    return Traffic(
+        scale_up=LinkTraffic(stored, stored * row_payload, stored * row_meta + up_announced),
+        scale_out=LinkTraffic(
+            messages + topology.num_nodes - 1,
+            records * row_payload,
+            records * (record.bytes - row_payload) + out_announced,
+        ),
+        records=records,
+        alternatives=alternatives(node, layout, row_payload, stored),
+    )
 
 
 def alternatives(

@@ -93,22 +93,31 @@ class Lease:
 
 
 class WindowPool:
-    """Windows of this rank: made when all are lent, reused last-in first-out while warm."""
+    """Windows of this rank, kept apart by purpose so that each purpose finds its pages warm.
+
+    A window is made when all of its purpose are lent, and reused last-in first-out.
+    """
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        self._free: deque[tuple[Segment, int]] = deque()
+        self._free: dict[str, deque[tuple[Segment, int]]] = {}
         self._made: list[Segment] = []
 
-    def lease(self) -> Lease:
+    @property
+    def num_made(self) -> int:
+        """Windows made so far; they are kept."""
+        return len(self._made)
+
+    def lease(self, purpose: str) -> Lease:
         """Lend a window. Raises OSError when the kernel gives no more memory."""
+        free = self._free.setdefault(purpose, deque())
         try:
-            segment, serial = self._free.pop()
+            segment, serial = free.pop()
         except IndexError:
-            segment, serial = Segment.create("epcomm-window", self.nbytes), len(self._made)
+            segment, serial = Segment.create(f"epcomm-{purpose}", self.nbytes), len(self._made)
             self._made.append(segment)
         lease = Lease(segment, serial)
-        weakref.finalize(lease.keeper, self._free.append, (segment, serial))
+        weakref.finalize(lease.keeper, free.append, (segment, serial))
         return lease
 
     def find(self, tensor: torch.Tensor) -> tuple[Segment, int, int] | None:

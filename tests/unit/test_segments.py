@@ -69,7 +69,7 @@ def test_large_segments_cost_nothing_until_touched():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int64])
 def test_tensors_of_a_lease(dtype):
     pool = WindowPool(PAGE)
-    lease = pool.lease()
+    lease = pool.lease("test")
     tensor = lease.tensor(256, (3, 5), dtype)
     assert tensor.shape == (3, 5)
     assert tensor.dtype == dtype
@@ -86,51 +86,51 @@ def test_tensors_of_a_lease(dtype):
 
 def test_empty_tensors_hold_nothing():
     pool = WindowPool(PAGE)
-    lease = pool.lease()
+    lease = pool.lease("test")
     empty = lease.tensor(PAGE, (0, 7), torch.float32)
     assert empty.shape == (0, 7)
     first = lease.segment
     del lease
-    assert pool.lease().segment is first
+    assert pool.lease("test").segment is first
 
 
 def test_memory_outside_the_pool_is_not_found():
     pool = WindowPool(PAGE)
-    lease = pool.lease()
+    lease = pool.lease("test")
     assert pool.find(torch.zeros(4)) is None
-    assert pool.find(WindowPool(PAGE).lease().tensor(0, (4,), torch.float32)) is None
+    assert pool.find(WindowPool(PAGE).lease("test").tensor(0, (4,), torch.float32)) is None
     assert pool.find(lease.tensor(0, (4,), torch.float32)) is not None
 
 
 def test_a_window_is_lent_until_the_last_tensor_is_gone():
     pool = WindowPool(PAGE)
-    lease = pool.lease()
+    lease = pool.lease("test")
     first, view = lease.segment, lease.tensor(0, (8,), torch.float32)[2:4]
     array = view.numpy()
     del lease, view
     gc.collect()
-    other = pool.lease()
+    other = pool.lease("test")
     assert other.segment is not first
     del array
     gc.collect()
-    assert pool.lease().segment is first
+    assert pool.lease("test").segment is first
 
 
 def test_last_in_first_out():
     """The window used last is the warmest."""
     pool = WindowPool(PAGE)
-    one, two = pool.lease(), pool.lease()
+    one, two = pool.lease("test"), pool.lease("test")
     first, second = one.segment, two.segment
     del two
     del one
-    assert pool.lease().segment is first
+    assert pool.lease("test").segment is first
     assert first is not second
 
 
 def test_a_pool_ends_with_its_leases():
     pool = WindowPool(PAGE)
     before = descriptors()
-    tensor = pool.lease().tensor(0, (4,), torch.float32)
+    tensor = pool.lease("test").tensor(0, (4,), torch.float32)
     assert descriptors() > before
     del pool
     gc.collect()
