@@ -9,7 +9,7 @@ from harness import Case, draw_inputs, make_buffer, nodes_of
 import epcomm
 from epcomm.routing import make_routing
 
-CASE = Case(1, hidden=256, experts_per_rank=3, num_topk=4, tokens=(11, 0, 23))
+CASE = Case(1, hidden=256, experts_per_rank=5, num_topk=4, tokens=(11, 0, 23))
 
 
 def node(case: Case, rank: int) -> int:
