@@ -73,8 +73,10 @@ class Combine:
     # Expose and announce ------------------------------------------------------------------
 
     def _expose(self, header: np.ndarray) -> Lease | None:
-        """Make the rows readable by the node's ranks: where they are, or in a window."""
+        """Make the rows readable by the node's other ranks: where they are, or in a window."""
         node, call = self.node, self.call
+        if node.topology.ranks_per_node == 1:
+            return None
         plain = call.weights is None and call.topk_weights is None
         found = node.windows.find(call.x)
         if found is not None and plain:
@@ -124,17 +126,23 @@ class Combine:
     def _inputs(self, headers: np.ndarray) -> Inputs:
         node = self.node
         what = Waiting(constants["OP_COMBINE"], constants["PHASE_DATA"], self.epoch)
-        everyone = np.ones(node.topology.ranks_per_node, bool)  # each waits for the others' release
-        windows_L = node.window_addresses(headers, everyone, what)
+        me = node.topology.local_rank
+        others = np.ones(node.topology.ranks_per_node, bool)  # each waits for all others' release
+        others[me] = False
+        windows_L = node.window_addresses(headers, others, what)
         here = headers[node.topology.node_ranks]
 
-        def at(part: str, present: np.ndarray | bool) -> np.ndarray:
-            return np.where(present, windows_L + here[part].astype(np.int64), 0)
+        def at(part: str, mine: torch.Tensor | None, present: np.ndarray | bool) -> np.ndarray:
+            """Addresses of a part; this rank's own is read from where the caller has it."""
+            address_L = np.where(present, windows_L + here[part].astype(np.int64), 0)
+            address_L[me] = 0 if mine is None else mine.data_ptr()
+            return address_L
 
+        call = self.call
         return Inputs(
-            x_L=at("rows_offset", True),
-            row_weights_L=at("weights_offset", here["row_weights"] != 0),
-            topk_weights_L=at("topk_offset", self.with_weights),
+            x_L=at("rows_offset", call.x, True),
+            row_weights_L=at("weights_offset", call.weights, here["row_weights"] != 0),
+            topk_weights_L=at("topk_offset", call.topk_weights, self.with_weights),
             local_of_E=node.local_of_E,
             format=int(here["format"][0]),
             hidden=node.config.hidden,

@@ -75,6 +75,9 @@ class Node:
         for local in np.flatnonzero(needed_L):
             rank = self.topology.node_ranks[local]
             header = headers[rank]
+            if rank == self.topology.rank:
+                addresses[local] = self.windows.address(int(header["window_serial"]))
+                continue
             pid = self.control.blocks[local].pid
             fd, serial = int(header["window_fd"]), int(header["window_serial"])
             nbytes = int(header["window_bytes"])
