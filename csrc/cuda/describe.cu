@@ -49,11 +49,13 @@ constexpr epcomm_field kFields[] = {
     FIELD(report, rows),
     FIELD(report, bad_choice),
     FIELD(report, failed),
-    FIELD(report, finished),
+    FIELD(report, refused),
+    FIELD(report, refused_verdict),
     FIELD(report, error),
     END(report),
     FIELD(control, bad_choice),
     FIELD(control, epoch),
+    FIELD(control, stamps),
     FIELD(control, aborted),
     END(control),
     FIELD(world, rank),
@@ -91,7 +93,6 @@ constexpr epcomm_field kFields[] = {
     FIELD(layout, group_count),
     FIELD(layout, num_tokens),
     FIELD(layout, max_dests),
-    FIELD(layout, host_waits),
     FIELD(layout, num_blocks),
     END(layout),
     FIELD(dispatch, world),
@@ -127,6 +128,7 @@ constexpr epcomm_field kFields[] = {
     FIELD(combine, layout),
     FIELD(combine, num_blocks),
     FIELD(combine, num_threads),
+    FIELD(combine, stages),
     END(combine),
 };
 
@@ -142,6 +144,7 @@ constexpr epcomm_constant kConstants[] = {
     CONSTANT(FIXED_ROWS)
     CONSTANT(TIMEOUT)
     CONSTANT(ABORTED)
+    CONSTANT(STAMPS)
 #undef CONSTANT
 };
 

@@ -24,6 +24,15 @@ typedef struct {
     uint64_t reserved[15];
 } epcomm_cuda_counter;
 
+/// Moments of a data kernel, in nanoseconds of the GPU's clock.
+typedef enum {
+    EPCOMM_CUDA_STAMP_START = 0,
+    EPCOMM_CUDA_STAMP_ANNOUNCED = 1,  ///< all announcements are in
+    EPCOMM_CUDA_STAMP_MOVED = 2,      ///< this rank's rows are stored, or its sums done
+    EPCOMM_CUDA_STAMP_END = 3,        ///< all ranks' are
+    EPCOMM_CUDA_STAMPS = 4,
+} epcomm_cuda_stamp;
+
 /// How a call ended, or why a kernel left early.
 typedef enum {
     EPCOMM_CUDA_OK = 0,
@@ -49,12 +58,14 @@ typedef struct {
 
 /// Host-mapped memory the kernels report to. `tokens_per_expert i32[E / R]` follows it.
 typedef struct {
-    uint64_t prepared;    ///< epoch whose row count stands here (written last, release)
-    int32_t verdict;      ///< of that epoch
+    uint64_t prepared;    ///< last epoch counted; its row count stands here (release)
+    int32_t verdict;      ///< of that epoch; the data kernel comes to the same
     int32_t rows;         ///< rows this rank receives
     int32_t bad_choice;   ///< token * K + k of the first expert id out of range, or -1
-    int32_t failed;       ///< nonzero once `error` is valid (written last, release)
-    uint64_t finished;    ///< last epoch that moved its data
+    int32_t failed;       ///< nonzero: the buffer is unusable, `error` says why (release)
+    uint64_t refused;     ///< last epoch that ended before data moved (release)
+    int32_t refused_verdict;  ///< why
+    int32_t reserved;
     epcomm_cuda_error error;
 } epcomm_cuda_report;
 
@@ -69,9 +80,11 @@ typedef struct {
     epcomm_cuda_error error;
     // Used by the owner's kernels alone.
     epcomm_cuda_counter epoch;     ///< calls finished; the next call is this + 1
+    uint64_t stamps[EPCOMM_CUDA_STAMPS];  ///< of the last call
     epcomm_cuda_counter counted;   ///< epoch in which all blocks have counted
     uint32_t counting;             ///< blocks that have counted
     uint32_t leaving;              ///< blocks that are done
+    uint32_t dealt;                ///< tokens handed out beyond the first of every warp
     int32_t bad_choice;            ///< smallest offending token * K + k, or INT32_MAX
     int32_t reporting;             ///< taken by the first thread that reports an error
 } epcomm_cuda_control;
@@ -130,8 +143,8 @@ typedef struct {
     int32_t* group_count;      ///< out: rows of a local expert without padding, [E / R]
     int32_t num_tokens;
     int32_t max_dests;         ///< D
-    int32_t host_waits;        ///< the host reads the verdict before it launches the data kernel
     int32_t num_blocks;
+    int32_t reserved;
 } epcomm_cuda_layout;
 
 /// Data: store every copy at its place, signal, wait for all peers' rows.
@@ -172,6 +185,8 @@ typedef struct {
     int32_t layout;
     int32_t num_blocks;
     int32_t num_threads;
+    int32_t stages;            ///< columns in flight per warp, 1 to 8; fewer if they do not fit
+    int32_t reserved;
 } epcomm_cuda_combine;
 
 /// The fields of every structure above, and the enumerators, as epcomm_fields does. The field ""

@@ -58,9 +58,9 @@ __device__ inline void announce(const epcomm_cuda_world& world, const epcomm_ann
             to_counts[i] = counts[i];
         }
     }
+    // The barrier orders the block's stores before the release, which is cumulative.
     __syncthreads();
     for (int r = int(threadIdx.x); r < world.num_ranks; r += int(blockDim.x)) {
-        __threadfence_system();
         store_release(&world.controls[r]->announced[world.rank].value, epoch);
     }
 }

@@ -42,18 +42,29 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
         : "memory");
 }
 
-/// Global to shared; completes on `barrier`.
-__device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t bytes,
-                                          uint64_t* barrier) {
+/// The phase of `barrier` completes once this many bytes have been loaded.
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
                      shared_address(barrier)),
                  "r"(bytes)
                  : "memory");
+}
+
+/// Global to shared; counts on `barrier`, which expects the bytes already.
+__device__ __forceinline__ void bulk_load_expected(void* to, const void* from, uint32_t bytes,
+                                                   uint64_t* barrier) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
         "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(kEvictFirst)
         : "memory");
+}
+
+/// Global to shared; completes on `barrier`.
+__device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t bytes,
+                                          uint64_t* barrier) {
+    barrier_expect(barrier, bytes);
+    bulk_load_expected(to, from, bytes, barrier);
 }
 
 /// Shared to global; belongs to the group closed by the next bulk_commit.

@@ -2,7 +2,7 @@
 // the peers that their rows have been read.
 #include "finish.cuh"
 #include "launch.cuh"
-#include "reduce.cuh"
+#include "pull.cuh"
 #include "return_weights.cuh"
 
 namespace epcomm {
@@ -27,53 +27,79 @@ __device__ inline bool find_offers(const epcomm_cuda_combine& call, uint64_t epo
     return __syncthreads_or(weighted);
 }
 
-/// Most threads of a block: more registers a thread where rows are float32.
-template <bool f32>
-constexpr int kThreads = f32 ? 512 : 768;
+constexpr int kMaxThreads = 768;
 
 template <bool f32>
-__global__ void __launch_bounds__(kThreads<f32>, 1)
-    combine_kernel(const __grid_constant__ epcomm_cuda_combine call) {
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    combine_kernel(const __grid_constant__ epcomm_cuda_combine call,
+                   const __grid_constant__ PullPlan plan) {
+    extern __shared__ __align__(128) uint8_t shared[];
     __shared__ Offer offers[EPCOMM_CUDA_MAX_RANKS];
     const epcomm_cuda_world& world = call.world;
     const uint64_t epoch = load_relaxed(&own_control(world)->epoch.value) + 1;
+    const bool timed = blockIdx.x == 0 && threadIdx.x == 0;
+    if (timed) stamp(world, EPCOMM_CUDA_STAMP_START);
     if (blockIdx.x == 0) {
         announce(world, call.announcement, call.announcement.status, nullptr, epoch);
     }
     Waiting what = {EPCOMM_OP_COMBINE, EPCOMM_PHASE_ANNOUNCE, epoch};
     if (!wait_all_ranks(world, own_control(world)->announced, epoch, what)) return;
+    if (timed) stamp(world, EPCOMM_CUDA_STAMP_ANNOUNCED);
     const epcomm_cuda_row no_row = {};
     const int verdict = judge_all(world, call.announcement, no_row, nullptr, epoch);
     if (verdict == EPCOMM_CUDA_OK) {
-        if (find_offers(call, epoch, offers)) {
-            sum_tokens<f32, true>(call, offers);
+        const bool weighted = find_offers(call, epoch, offers);
+        if (weighted) {
+            pull_tokens<f32, true>(call, offers, plan, shared);
         } else {
-            sum_tokens<f32, false>(call, offers);
+            pull_tokens<f32, false>(call, offers, plan, shared);
         }
         if (call.topk_weights != nullptr) return_weights(call, offers);
     }
     if (!is_last_block(world)) return;
+    if (threadIdx.x == 0) {
+        collect_deck(world);
+        stamp(world, EPCOMM_CUDA_STAMP_MOVED);
+    }
     signal_all(world, false, epoch);
     what.phase = EPCOMM_PHASE_RELEASE;
     if (!wait_all_ranks(world, own_control(world)->released, epoch, what)) return;
     if (threadIdx.x == 0) {
-        if (verdict != EPCOMM_CUDA_OK) report_verdict(world, verdict, what.op, epoch);
+        if (verdict != EPCOMM_CUDA_OK) report_refusal(world, verdict, epoch);
         finish_epoch(world, epoch);
-        store_release(&world.report->finished, epoch);
+        stamp(world, EPCOMM_CUDA_STAMP_END);
     }
 }
 
+/// As many columns as asked for and fit.
+PullPlan plan_combine(const epcomm_cuda_combine& call) {
+    PullPlan plan;
+    plan.copies = call.max_dests < kPullCopies ? call.max_dests : kPullCopies;
+    const int64_t room = (shared_limit() - int64_t(sizeof(Offer)) * EPCOMM_CUDA_MAX_RANKS) /
+                         (call.num_threads / 32);
+    plan.stages = call.stages < kMaxPullStages ? call.stages : kMaxPullStages;
+    while (plan.stages > 0 && pull_bytes(plan) > room) --plan.stages;
+    return plan;
+}
+
+template <bool f32>
+int launch_combine_of(const epcomm_cuda_combine& call, cudaStream_t stream) {
+    const PullPlan plan = plan_combine(call);
+    const int64_t bytes = pull_bytes(plan) * (call.num_threads / 32);
+    if (plan.stages < 1) return cudaErrorInvalidValue;
+    combine_kernel<f32>
+        <<<call.num_blocks, call.num_threads, size_t(bytes), stream>>>(call, plan);
+    return cudaGetLastError();
+}
+
 int launch_combine(const epcomm_cuda_combine& call, cudaStream_t stream) {
-    if (call.num_blocks < 1 || call.num_threads < 32 || call.num_threads % 32 != 0 || call.max_dests > EPCOMM_CUDA_MAX_DESTS ||
+    if (call.num_blocks < 1 || call.num_threads < 32 || call.num_threads % 32 != 0 ||
+        call.num_threads > kMaxThreads || call.max_dests > EPCOMM_CUDA_MAX_DESTS ||
         call.row_bytes % 16 != 0) {
         return cudaErrorInvalidValue;
     }
-    if (call.announcement.format == EPCOMM_FORMAT_F32) {
-        const int threads = call.num_threads < kThreads<true> ? call.num_threads : kThreads<true>;
-        return launch(combine_kernel<true>, call, call.num_blocks, threads, 0, stream);
-    }
-    const int threads = call.num_threads < kThreads<false> ? call.num_threads : kThreads<false>;
-    return launch(combine_kernel<false>, call, call.num_blocks, threads, 0, stream);
+    if (call.announcement.format == EPCOMM_FORMAT_F32) return launch_combine_of<true>(call, stream);
+    return launch_combine_of<false>(call, stream);
 }
 
 int load_combine() {

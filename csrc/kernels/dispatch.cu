@@ -17,9 +17,9 @@ struct DispatchPlan {
     int scale_bytes;   ///< of a warp's scales area
 };
 
-/// Shared memory: targets | barriers | scales areas | stages (from the next 128 bytes).
+/// Shared memory: targets | barriers | items | scales areas | stages (from the next 128 bytes).
 __host__ __device__ inline int64_t dispatch_shared(const DispatchPlan& plan, int ranks, int warps) {
-    return epcomm_align(int64_t(ranks) * sizeof(Target) + int64_t(warps) * kMaxStages * 8 +
+    return epcomm_align(int64_t(ranks) * sizeof(Target) + int64_t(warps) * kMaxStages * (8 + sizeof(Item)) +
                             int64_t(warps) * plan.scale_bytes,
                         128) +
            int64_t(warps) * plan.stages * plan.stage_bytes;
@@ -35,23 +35,29 @@ __global__ void __launch_bounds__(512, 1)
     auto* targets = reinterpret_cast<Target*>(shared);
     auto* barriers = reinterpret_cast<uint64_t*>(targets + world.num_ranks) +
                      warp_id() * kMaxStages;
-    uint8_t* areas = shared + world.num_ranks * sizeof(Target) + warps * kMaxStages * 8;
+    auto* items = reinterpret_cast<Item*>(reinterpret_cast<uint64_t*>(targets + world.num_ranks) +
+                                          warps * kMaxStages);
+    uint8_t* areas = reinterpret_cast<uint8_t*>(items + warps * kMaxStages);
     auto* scales = reinterpret_cast<uint32_t*>(areas + warp_id() * plan.scale_bytes);
     for (int i = lane_id(); i < plan.scale_bytes / 4; i += 32) scales[i] = 0;
 
     const uint64_t epoch = load_relaxed(&own_control(world)->epoch.value) + 1;
+    const bool timed = blockIdx.x == 0 && threadIdx.x == 0;
+    if (timed) stamp(world, EPCOMM_CUDA_STAMP_START);
     if (call.announce && blockIdx.x == 0) {
         announce(world, call.announcement, call.announcement.status, nullptr, epoch);
     }
 #if EPCOMM_BULK
     uint8_t* stages = shared + epcomm_align(areas + warps * plan.scale_bytes - shared, 128) +
                       warp_id() * plan.stages * plan.stage_bytes;
-    const Ring ring = {stages, plan.stage_bytes, plan.stages, barriers, scales};
+    const Ring ring = {stages, plan.stage_bytes, plan.stages,
+                       barriers, items + warp_id() * kMaxStages, scales};
     if (lane_id() < kMaxStages) barrier_init(barriers + lane_id());
     barrier_init_fence();
 #endif
     Waiting what = {call.announcement.op, EPCOMM_PHASE_ANNOUNCE, epoch};
     if (!wait_all_ranks(world, own_control(world)->announced, epoch, what)) return;
+    if (timed) stamp(world, EPCOMM_CUDA_STAMP_ANNOUNCED);
     const int verdict = judge_all(world, call.announcement, call.row, call.rows, epoch);
     if (verdict == EPCOMM_CUDA_OK) {
         find_targets(call, epoch, targets);
@@ -64,14 +70,18 @@ __global__ void __launch_bounds__(512, 1)
 #endif
     }
     if (!is_last_block(world)) return;
+    if (threadIdx.x == 0) {
+        collect_deck(world);
+        stamp(world, EPCOMM_CUDA_STAMP_MOVED);
+    }
     // Refused calls signal as well: the counters of all ranks stay in step.
     signal_all(world, true, epoch);
     what.phase = EPCOMM_PHASE_ARRIVE;
     if (!wait_all_ranks(world, own_control(world)->arrived, epoch, what)) return;
     if (threadIdx.x == 0) {
-        if (verdict != EPCOMM_CUDA_OK) report_verdict(world, verdict, what.op, epoch);
+        if (verdict != EPCOMM_CUDA_OK) report_refusal(world, verdict, epoch);
         finish_epoch(world, epoch);
-        store_release(&world.report->finished, epoch);
+        stamp(world, EPCOMM_CUDA_STAMP_END);
     }
 }
 

@@ -27,11 +27,12 @@ __device__ inline bool meet(const epcomm_cuda_world& world, const Waiting& what)
 /// blocks did and may signal on their behalf.
 __device__ inline bool is_last_block(const epcomm_cuda_world& world) {
     __shared__ bool last;
-    __threadfence_system();
+    // Fences are cumulative: through the barrier, thread 0 releases what its whole block stored.
     __syncthreads();
     if (threadIdx.x == 0) {
+        __threadfence();
         last = atomicInc(&own_control(world)->leaving, gridDim.x - 1) == gridDim.x - 1;
-        __threadfence_system();
+        __threadfence();
     }
     __syncthreads();
     return last;
@@ -42,9 +43,13 @@ __device__ inline void signal_all(const epcomm_cuda_world& world, bool arrived, 
     for (int r = int(threadIdx.x); r < world.num_ranks; r += int(blockDim.x)) {
         epcomm_cuda_control* peer = world.controls[r];
         epcomm_cuda_counter* counters = arrived ? peer->arrived : peer->released;
-        __threadfence_system();
         store_release(&counters[world.rank].value, epoch);
     }
+}
+
+/// Note the time, for whoever asks later. One thread.
+__device__ inline void stamp(const epcomm_cuda_world& world, epcomm_cuda_stamp which) {
+    own_control(world)->stamps[which] = now_ns();
 }
 
 /// Count the call as finished, moved or refused. One thread of the last block.
@@ -52,17 +57,12 @@ __device__ inline void finish_epoch(const epcomm_cuda_world& world, uint64_t epo
     store_relaxed(&own_control(world)->epoch.value, epoch);
 }
 
-/// Report a verdict that ended the call before data moved.
-__device__ inline void report_verdict(const epcomm_cuda_world& world, int verdict, int op,
+/// Tell the host that the call's announcements ended it before data moved. One thread.
+__device__ inline void report_refusal(const epcomm_cuda_world& world, int verdict,
                                       uint64_t epoch) {
-    epcomm_cuda_error error = {};
-    error.verdict = verdict;
-    error.op = op;
-    error.phase = EPCOMM_PHASE_ANNOUNCE;
-    error.reporter = world.rank;
-    error.rank = -1;
-    error.epoch = epoch;
-    report_error(world, error);
+    world.report->refused_verdict = verdict;
+    __threadfence_system();
+    store_release(&world.report->refused, epoch);
 }
 
 }  // namespace epcomm

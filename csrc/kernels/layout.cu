@@ -139,15 +139,10 @@ __global__ void __launch_bounds__(256, 1)
         scan_warps(call, shared);
         __syncthreads();
     }
-    int verdict = EPCOMM_CUDA_OK;
     if (ok && leads) {
         for (int r = int(threadIdx.x); r < R; r += int(blockDim.x)) call.rows[r] = shared.rows[r];
-        verdict = judge_all(world, call.announcement, call.row, shared.rows, epoch);
+        const int verdict = judge_all(world, call.announcement, call.row, shared.rows, epoch);
         report_prepared(call, verdict, shared.rows[world.rank], epoch);
-        if (verdict != EPCOMM_CUDA_OK && call.host_waits && threadIdx.x == 0) {
-            // The other blocks may still need the epoch's announcements, but not its number.
-            finish_epoch(world, epoch);
-        }
     }
     if (!ok) return;
     if (by_expert) {

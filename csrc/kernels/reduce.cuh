@@ -1,9 +1,6 @@
-// Role: pull the rows of a token from the ranks that hold them and sum them in order of (rank,
-// choice) in float32. A warp takes one token at a time; all copies of a column are in flight
-// together. No multiply-add is contracted: the bits are those of the CPU back end.
+// Summing the rows of a token in order of (rank, choice) in float32. No multiply-add is
+// contracted: the bits are those of the CPU back end.
 #pragma once
-
-#include <cuda_bf16.h>
 
 #include "targets.cuh"
 
@@ -33,11 +30,20 @@ __device__ __forceinline__ void widen(const uint4& v, float (&x)[kElements<f32>]
     }
 }
 
-/// Nearest even; every NaN becomes 0x7FC0 with its sign.
-__device__ __forceinline__ uint32_t to_bf16(float x) {
-    const uint32_t bits = __float_as_uint(x);
-    const uint32_t rounded = __bfloat16_as_ushort(__float2bfloat16_rn(x));
-    return x != x ? (bits >> 16 & 0x8000u) | 0x7fc0u : rounded;
+/// Two values to BF16, nearest even.
+__device__ __forceinline__ uint32_t two_bf16(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+/// Every NaN becomes 0x7FC0 with its sign; the conversion above makes them 0x7FFF.
+__device__ inline uint32_t canonical_nans(uint32_t pair, float low, float high) {
+    if (low != low) pair = (pair & 0xffff0000u) | (__float_as_uint(low) >> 16 & 0x8000u) | 0x7fc0u;
+    if (high != high) {
+        pair = (pair & 0x0000ffffu) | (__float_as_uint(high) & 0x80000000u) | 0x7fc00000u;
+    }
+    return pair;
 }
 
 template <bool f32>
@@ -48,7 +54,17 @@ __device__ __forceinline__ uint4 narrow(const float (&x)[kElements<f32>]) {
         if constexpr (f32) {
             words[i] = __float_as_uint(x[i]);
         } else {
-            words[i] = to_bf16(x[2 * i]) | to_bf16(x[2 * i + 1]) << 16;
+            words[i] = two_bf16(x[2 * i], x[2 * i + 1]);
+        }
+    }
+    if constexpr (!f32) {
+        const bool nan = isunordered(x[0], x[1]) || isunordered(x[2], x[3]) ||
+                         isunordered(x[4], x[5]) || isunordered(x[6], x[7]);
+        if (nan) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                words[i] = canonical_nans(words[i], x[2 * i], x[2 * i + 1]);
+            }
         }
     }
     return make_uint4(words[0], words[1], words[2], words[3]);
@@ -82,53 +98,11 @@ __device__ __forceinline__ void finish_column(const Result& result, int column,
     store_once(result.out + column, narrow<f32>(sum));
 }
 
-/// A token with exactly `count` copies; lane i < count holds copy i's address and weight.
-template <int count, bool f32, bool weighted>
-__device__ __forceinline__ void sum_copies(const uint8_t* row, float weight, int row_bytes,
-                                           const Result& result) {
-    // Columns in flight together: few copies leave room for more.
-    constexpr int kUnroll = f32 ? 1 : count <= 2 ? 4 : count <= 4 ? 2 : 1;
-    constexpr int kStride = 32 * 16;
-    const uint8_t* from[count];
-    float by[count];
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-        from[i] = reinterpret_cast<const uint8_t*>(
-            __shfl_sync(kWarp, reinterpret_cast<unsigned long long>(row), i));
-        by[i] = weighted ? __shfl_sync(kWarp, weight, i) : 1.0f;
-    }
-    int at = lane_id() * 16;
-    for (; at + (kUnroll - 1) * kStride < row_bytes; at += kUnroll * kStride) {
-        uint4 v[kUnroll][count];
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-            for (int i = 0; i < count; ++i) v[u][i] = load_once(from[i] + at + u * kStride);
-        }
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            float sum[kElements<f32>] = {};
-#pragma unroll
-            for (int i = 0; i < count; ++i) accumulate<f32, weighted>(v[u][i], by[i], sum);
-            finish_column<f32>(result, at + u * kStride, sum);
-        }
-    }
-    for (; at < row_bytes; at += kStride) {
-        uint4 v[count];
-#pragma unroll
-        for (int i = 0; i < count; ++i) v[i] = load_once(from[i] + at);
-        float sum[kElements<f32>] = {};
-#pragma unroll
-        for (int i = 0; i < count; ++i) accumulate<f32, weighted>(v[i], by[i], sum);
-        finish_column<f32>(result, at, sum);
-    }
-}
-
-/// Any number of copies, four in flight.
+/// Any number of copies by plain loads, eight in flight; lane i holds copy i's address and weight.
 template <bool f32, bool weighted>
 __device__ __noinline__ void sum_many(const uint8_t* row, float weight, int count, int row_bytes,
                                       const Result result) {
-    constexpr int kGroup = 4;
+    constexpr int kGroup = 8;
     for (int first = 0; first < row_bytes; first += 32 * 16) {
         const int at = first + lane_id() * 16;
         float sum[kElements<f32>] = {};
@@ -152,17 +126,7 @@ __device__ __noinline__ void sum_many(const uint8_t* row, float weight, int coun
     }
 }
 
-/// Sum one token's row.
-template <bool f32, bool weighted>
-__device__ __forceinline__ void sum_token(const epcomm_cuda_combine& call, const Offer* offers,
-                                          const Copies& copies, int token) {
-    const uint8_t* row = nullptr;
-    float weight = 1.0f;
-    if (lane_id() < copies.count) {
-        const Offer& offer = offers[copies.rank];
-        row = offer.rows + int64_t(copies.row) * call.row_bytes;
-        if (weighted && offer.weights != nullptr) weight = offer.weights[copies.row];
-    }
+__device__ __forceinline__ Result result_of(const epcomm_cuda_combine& call, int token) {
     const int64_t offset = int64_t(token) * call.row_bytes;
     Result result;
     result.out = static_cast<uint8_t*>(call.out) + offset;
@@ -170,36 +134,22 @@ __device__ __forceinline__ void sum_token(const epcomm_cuda_combine& call, const
         const auto* bias = static_cast<const uint8_t*>(call.bias[i]);
         result.bias[i] = bias == nullptr ? nullptr : bias + offset;
     }
-    // Seven float32 addresses and weights and more would not fit into 80 registers.
-    if (f32 && copies.count > 6) {
-        return sum_many<f32, weighted>(row, weight, copies.count, call.row_bytes, result);
-    }
-    switch (copies.count) {
-#define EPCOMM_SUM(n) \
-    case n: return sum_copies<n, f32, weighted>(row, weight, call.row_bytes, result);
-        EPCOMM_SUM(1)
-        EPCOMM_SUM(2)
-        EPCOMM_SUM(3)
-        EPCOMM_SUM(4)
-        EPCOMM_SUM(5)
-        EPCOMM_SUM(6)
-        EPCOMM_SUM(7)
-        EPCOMM_SUM(8)
-#undef EPCOMM_SUM
-        default:
-            return sum_many<f32, weighted>(row, weight, copies.count, call.row_bytes, result);
-    }
+    return result;
 }
 
-/// All tokens, dealt over all warps of all blocks.
+/// Sum one token's row.
 template <bool f32, bool weighted>
-__device__ inline void sum_tokens(const epcomm_cuda_combine& call, const Offer* offers) {
-    const int warps = int(gridDim.x * (blockDim.x >> 5));
-    const int first = int(blockIdx.x * (blockDim.x >> 5)) + warp_id();
-    for (int token = first; token < call.num_tokens; token += warps) {
-        const Copies copies = copies_of(call.dests, call.max_dests, token);
-        sum_token<f32, weighted>(call, offers, copies, token);
+__device__ __forceinline__ void sum_token_plain(const epcomm_cuda_combine& call,
+                                                const Offer* offers, const Copies& copies,
+                                                int token) {
+    const uint8_t* row = nullptr;
+    float weight = 1.0f;
+    if (lane_id() < copies.count) {
+        const Offer& offer = offers[copies.rank];
+        row = offer.rows + int64_t(copies.row) * call.row_bytes;
+        if (weighted && offer.weights != nullptr) weight = offer.weights[copies.row];
     }
+    sum_many<f32, weighted>(row, weight, copies.count, call.row_bytes, result_of(call, token));
 }
 
 }  // namespace epcomm

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "bulk.cuh"
+#include "deal.cuh"
 #include "quantize.cuh"
 #include "targets.cuh"
 
@@ -16,53 +17,90 @@ struct Pieces {
     int count;       ///< per row
 };
 
-/// A warp's ring of pieces in shared memory.
+/// Which piece a stage holds; token -1: no more come.
+struct Item {
+    int token;
+    int piece;
+};
+
+/// A warp's ring of stages in shared memory.
 struct Ring {
     uint8_t* first;      ///< stage 0
     int stage_bytes;
     int stages;
     uint64_t* loaded;    ///< a barrier a stage
+    Item* items;         ///< what each stage holds
     uint32_t* scales;    ///< of the current row, when packing
-
-    __device__ uint8_t* stage(int item) const { return first + item % stages * stage_bytes; }
-    __device__ uint64_t* barrier(int item) const { return loaded + item % stages; }
-    __device__ uint32_t parity(int item) const { return uint32_t(item / stages) & 1; }
 };
 
 #if EPCOMM_BULK
 
-/// Pack the piece at `bytes` from BF16 or float32 to FP8, in place: the codes written by a
-/// step lie below everything a later step reads. Scales go to `scales`.
+/// Lane 0: fill stages in order, each with the next piece of the next token.
+struct Loader {
+    const epcomm_cuda_dispatch& call;
+    const Pieces& pieces;
+    const Ring& ring;
+    Dealer dealer;
+    Item next;
+    int slot;
+
+    __device__ Loader(const epcomm_cuda_dispatch& c, const Pieces& p, const Ring& r)
+        : call(c), pieces(p), ring(r), dealer(c.world, c.num_tokens), next{0, p.count}, slot(0) {}
+
+    __device__ void load() {
+        if (next.piece == pieces.count) next = {dealer.take(), 0};
+        ring.items[slot] = next;
+        if (next.token >= 0) {
+            const int offset = next.piece * pieces.in_bytes;
+            const auto* row =
+                static_cast<const uint8_t*>(call.x) + int64_t(next.token) * call.row_in_bytes;
+            bulk_load(ring.first + slot * ring.stage_bytes, row + offset,
+                      uint32_t(min(pieces.in_bytes, call.row_in_bytes - offset)),
+                      ring.loaded + slot);
+            ++next.piece;
+        } else {
+            next.piece = pieces.count;
+        }
+        slot = slot + 1 == ring.stages ? 0 : slot + 1;
+    }
+};
+
+/// Pack the piece at `bytes` from BF16 or float32 to FP8, in place: the codes written by a step
+/// lie below everything a later step reads. Scales go to `scales`.
 template <bool f32>
 __device__ __forceinline__ void pack_piece(uint8_t* bytes, uint32_t* scales, int elements,
                                            int first_tile, bool power_of_two) {
-    constexpr int kStep = 256;              // elements a warp packs at once
-    constexpr int kUnroll = f32 ? 2 : 4;    // steps whose reads are in flight together
-    const int lane = lane_id();
-    for (int at = 0; at < elements; at += kStep * kUnroll) {
-        Raw8<f32> raw[kUnroll];
+    constexpr int kSize = f32 ? 4 : 2;
+    constexpr int kUnroll = f32 ? 1 : 2;  // steps whose reads are in flight together
+    const PackLane mine;
+    for (int at = 0; at < elements; at += kPackStep * kUnroll) {
+        Raw8<f32> raw[kUnroll][2];
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
-            const int element = at + u * kStep + lane * 8;
-            if (element < elements) {
-                raw[u] = *reinterpret_cast<const Raw8<f32>*>(bytes + element * (f32 ? 4 : 2));
-            } else {
-                raw[u] = {};
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const int element = at + u * kPackStep + mine.chunk[c];
+                raw[u][c] = {};
+                if (element < elements) {
+                    raw[u][c] = *reinterpret_cast<const Raw8<f32>*>(bytes + element * kSize);
+                }
             }
         }
         __syncwarp();
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
-            const int element = at + u * kStep + lane * 8;
-            const Packed8 packed = pack8(raw[u], power_of_two);
-            if (element >= elements) continue;
-            *reinterpret_cast<uint2*>(bytes + element) = packed.codes;
-            if (lane % 16 != 0) continue;
-            const int tile = first_tile + element / EPCOMM_LIMIT_tile;
-            if (power_of_two) {
-                reinterpret_cast<uint8_t*>(scales)[tile] = uint8_t(packed.scale);
-            } else {
-                scales[tile] = packed.scale;
+            const Packed16 packed = pack16(raw[u][0], raw[u][1], power_of_two);
+            const int start = at + u * kPackStep;
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const int element = start + mine.chunk[c];
+                if (element < elements) {
+                    *reinterpret_cast<uint2*>(bytes + element) = packed.codes[c];
+                }
+            }
+            if (lane_id() % 8 == 0 && start + mine.chunk[0] < elements) {
+                const int tile = first_tile + start / EPCOMM_LIMIT_tile + mine.tile;
+                put_scale(scales, tile, packed.scale, power_of_two);
             }
         }
     }
@@ -74,72 +112,63 @@ template <int packing>
 __device__ inline void store_rows(const epcomm_cuda_dispatch& call, const Target* targets,
                                   const Pieces& pieces, const Ring& ring) {
     const int lane = lane_id();
-    const int warps = int(gridDim.x * (blockDim.x >> 5));
-    const int first = int(blockIdx.x * (blockDim.x >> 5)) + warp_id();
-    const int mine = call.num_tokens > first ? (call.num_tokens - first + warps - 1) / warps : 0;
-    const int items = mine * pieces.count;
-    const bool power_of_two = call.row.scale_bytes > 0 &&
-                              call.announcement.format == EPCOMM_FORMAT_FP8_UE8M0;
-
-    auto load = [&](int item) {
-        const int token = first + item / pieces.count * warps, piece = item % pieces.count;
-        const int offset = piece * pieces.in_bytes;
-        const int bytes = min(pieces.in_bytes, call.row_in_bytes - offset);
-        const auto* row = static_cast<const uint8_t*>(call.x) + int64_t(token) * call.row_in_bytes;
-        bulk_load(ring.stage(item), row + offset, uint32_t(bytes), ring.barrier(item));
-    };
-
+    const bool power_of_two = call.announcement.format == EPCOMM_FORMAT_FP8_UE8M0;
+    Loader loader(call, pieces, ring);
     // With one stage the next load waits for this item's stores, with more for the last one's.
     const int ahead = ring.stages > 1 ? ring.stages - 1 : 1;
     if (lane == 0) {
-        for (int item = 0; item < min(ahead, items); ++item) load(item);
+        for (int i = 0; i < ahead; ++i) loader.load();
     }
-    for (int item = 0; item < items; ++item) {
-        const int token = first + item / pieces.count * warps, piece = item % pieces.count;
-        uint8_t* bytes_here = ring.stage(item);
-        const Copies copies = copies_of(call.dests, call.max_dests, token);
-        if (piece == 0) store_labels(call, targets, copies, token);
-        if (packing == 0 && piece == 0 && call.scales != nullptr) {
-            store_scale_words(call, targets, copies,
-                              static_cast<const uint32_t*>(call.scales) +
-                                  int64_t(token) * (call.row.scale_bytes / 4));
+    __syncwarp();
+    uint32_t parity = 0;
+    int slot = 0;
+    while (true) {
+        const Item item = ring.items[slot];
+        if (item.token < 0) break;
+        uint8_t* const bytes = ring.first + slot * ring.stage_bytes;
+        const Copies copies = copies_of(call.dests, call.max_dests, item.token);
+        if (item.piece == 0) {
+            store_labels(call, targets, copies, item.token);
+            if (packing == 0 && call.scales != nullptr) {
+                store_scale_words(call, targets, copies,
+                                  static_cast<const uint32_t*>(call.scales) +
+                                      int64_t(item.token) * (call.row.scale_bytes / 4));
+            }
         }
-        barrier_wait(ring.barrier(item), ring.parity(item));
-        const int in_offset = piece * pieces.in_bytes, offset = piece * pieces.out_bytes;
+        barrier_wait(ring.loaded + slot, parity);
+        const int offset = item.piece * pieces.out_bytes;
         if constexpr (packing != 0) {
-            constexpr int kElement = packing == 2 ? 4 : 2;
-            const int elements =
-                min(pieces.in_bytes, call.row_in_bytes - in_offset) / kElement;
-            pack_piece<packing == 2>(bytes_here, ring.scales, elements, offset / EPCOMM_LIMIT_tile,
-                                     power_of_two);
+            const int left = call.row_in_bytes - item.piece * pieces.in_bytes;
+            pack_piece<packing == 2>(bytes, ring.scales,
+                                     min(pieces.in_bytes, left) / (packing == 2 ? 4 : 2),
+                                     offset / EPCOMM_LIMIT_tile, power_of_two);
             proxy_fence();
             __syncwarp();
         }
-        const int bytes = min(pieces.out_bytes, call.row.row_bytes - offset);
+        const int length = min(pieces.out_bytes, call.row.row_bytes - offset);
         for (int i = 0; i < copies.count; ++i) {
             const int rank = __shfl_sync(kWarp, copies.rank, i);
             const int64_t row = __shfl_sync(kWarp, copies.row, i);
             if (lane == 0) {
-                bulk_store(targets[rank].rows + row * call.row.row_bytes + offset, bytes_here,
-                           uint32_t(bytes));
+                bulk_store(targets[rank].rows + row * call.row.row_bytes + offset, bytes,
+                           uint32_t(length));
             }
+        }
+        if (packing != 0 && item.piece == pieces.count - 1) {
+            store_scale_words(call, targets, copies, ring.scales);
         }
         if (lane == 0) {
             bulk_commit();
-            if (item + ahead < items) {
-                if (ring.stages > 1) {
-                    bulk_wait_read<1>();
-                } else {
-                    bulk_wait_read<0>();
-                }
-                load(item + ahead);
+            if (ring.stages > 1) {
+                bulk_wait_read<1>();
+            } else {
+                bulk_wait_read<0>();
             }
-        }
-        if (packing != 0 && piece == pieces.count - 1) {
-            // The scales area is the warp's, one for all stages: done before the next packing.
-            store_scale_words(call, targets, copies, ring.scales);
+            loader.load();
         }
         __syncwarp();
+        slot = slot + 1 == ring.stages ? 0 : slot + 1;
+        parity ^= uint32_t(slot == 0);
     }
     if (lane == 0) {
         bulk_wait_written();

@@ -88,16 +88,20 @@ __device__ __forceinline__ void store_labels(const epcomm_cuda_dispatch& call,
     }
 }
 
-/// Store one 4-byte word of a row's scales at every copy. `copies` as the whole warp holds it.
+/// Role: store a row's scales at every copy.
 __device__ __forceinline__ void store_scale_words(const epcomm_cuda_dispatch& call,
                                                   const Target* targets, const Copies& copies,
                                                   const uint32_t* words) {
     const int count = call.row.scale_bytes / 4;
-    for (int i = 0; i < copies.count; ++i) {
-        const int rank = __shfl_sync(kWarp, copies.rank, i);
-        const int64_t row = __shfl_sync(kWarp, copies.row, i);
-        auto* to = reinterpret_cast<uint32_t*>(targets[rank].scales + row * call.row.scale_bytes);
-        for (int w = lane_id(); w < count; w += 32) to[w] = words[w];
+    for (int first = 0; first < count; first += 32) {
+        const int w = first + lane_id();
+        const uint32_t word = w < count ? words[w] : 0;
+        for (int i = 0; i < copies.count; ++i) {
+            const int rank = __shfl_sync(kWarp, copies.rank, i);
+            const int64_t row = __shfl_sync(kWarp, copies.row, i);
+            uint8_t* to = targets[rank].scales + row * call.row.scale_bytes;
+            if (w < count) reinterpret_cast<uint32_t*>(to)[w] = word;
+        }
     }
 }
 

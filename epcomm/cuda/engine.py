@@ -37,13 +37,16 @@ class Tuning:
         num_sms: thread blocks of a call; all must be resident at once.
         dispatch_warps: warps of a dispatch block.
         dispatch_stages: rows in flight per warp, fewer where they do not fit.
-        combine_threads: threads of a combine block.
+        combine_warps: warps of a combine block.
+        combine_stages: columns (512 bytes of every copy) in flight per warp, fewer where they
+            do not fit.
     """
 
     num_sms: int = 16
     dispatch_warps: int = 8
     dispatch_stages: int = 2
-    combine_threads: int = 768
+    combine_warps: int = 16
+    combine_stages: int = 8
 
 
 @dataclass
@@ -244,7 +247,6 @@ class Engine:
         tuning: Tuning,
         stream: int,
         *,
-        host_waits: bool = True,
         status: int = 0,
     ) -> None:
         """Count, announce and place: the first half of a first dispatch."""
@@ -260,15 +262,14 @@ class Engine:
         call["group_count"] = routes.group_count.data.ptr
         call["num_tokens"] = routes.num_tokens
         call["max_dests"] = self.max_dests(routes.layout)
-        call["host_waits"] = host_waits
         call["num_blocks"] = tuning.num_sms
         self._launch("layout", call, stream)
 
-    def wait_prepared(self, timeout: float) -> int:
-        """Wait for the layout kernel's verdict on the next epoch. Returns 0, 1 (failed) or 2."""
+    def wait_prepared(self, epoch: int, timeout: float) -> int:
+        """Wait for the layout kernel's verdict on ``epoch``. Returns 0, 1 (failed) or 2."""
         return int(
             native.library.epcomm_cuda_wait_prepared(
-                self._report.pointer, self.epoch + 1, int(timeout * 1e9)
+                self._report.pointer, epoch, int(timeout * 1e9)
             )
         )
 
@@ -350,7 +351,8 @@ class Engine:
         call["row_bytes"] = row_bytes
         call["layout"] = routes.layout
         call["num_blocks"] = tuning.num_sms
-        call["num_threads"] = tuning.combine_threads
+        call["num_threads"] = 32 * tuning.combine_warps
+        call["stages"] = tuning.combine_stages
         self._launch("combine", call, stream)
         self.epoch += 1
 
@@ -369,6 +371,18 @@ class Engine:
             runtime.memcpyDeviceToHost,
         )
         return record
+
+    def stamps(self) -> np.ndarray:
+        """Moments of the last data kernel (``epcomm_cuda_stamp``), int64 ns (blocks)."""
+        offset = abi.dtypes["control"].fields["stamps"][1]  # type: ignore[index]
+        stamps = np.zeros(abi.constants["STAMPS"], np.int64)
+        runtime.memcpy(
+            stamps.ctypes.data,
+            self._control.pointer + offset,
+            stamps.nbytes,
+            runtime.memcpyDeviceToHost,
+        )
+        return stamps
 
     def error(self) -> np.ndarray | None:
         """The error record (``epcomm_cuda_error``), or None."""
