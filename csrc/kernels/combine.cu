@@ -27,7 +27,7 @@ __device__ inline bool find_offers(const epcomm_cuda_combine& call, uint64_t epo
     return __syncthreads_or(weighted);
 }
 
-constexpr int kMaxThreads = 768;
+constexpr int kMaxThreads = 512;
 
 template <bool f32>
 __global__ void __launch_bounds__(kMaxThreads, 1)

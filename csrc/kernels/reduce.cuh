@@ -58,9 +58,9 @@ __device__ __forceinline__ uint4 narrow(const float (&x)[kElements<f32>]) {
         }
     }
     if constexpr (!f32) {
-        const bool nan = isunordered(x[0], x[1]) || isunordered(x[2], x[3]) ||
-                         isunordered(x[4], x[5]) || isunordered(x[6], x[7]);
-        if (nan) {
+        // A NaN makes the sum one; so may infinities and overflow, which costs time only.
+        const float all = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+        if (all != all) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 words[i] = canonical_nans(words[i], x[2 * i], x[2 * i + 1]);
