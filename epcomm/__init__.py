@@ -1,5 +1,39 @@
 """Expert-parallel dispatch and combine for Mixture-of-Experts models."""
 
+from .buffer import Buffer
+from .errors import (
+    BufferClosedError,
+    EpcommError,
+    MismatchError,
+    PeerError,
+    PeerTimeoutError,
+)
+from .results import (
+    CombineResult,
+    DispatchLayout,
+    DispatchResult,
+    Event,
+    Handle,
+    MemoryReport,
+)
+from .traffic import LinkBytes, LinkTraffic, Traffic
 from .version import __version__
 
-__all__ = ["__version__"]
+__all__ = [
+    "Buffer",
+    "BufferClosedError",
+    "CombineResult",
+    "DispatchLayout",
+    "DispatchResult",
+    "EpcommError",
+    "Event",
+    "Handle",
+    "LinkBytes",
+    "LinkTraffic",
+    "MemoryReport",
+    "MismatchError",
+    "PeerError",
+    "PeerTimeoutError",
+    "Traffic",
+    "__version__",
+]

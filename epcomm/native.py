@@ -6,7 +6,9 @@ from the library when this module is imported.
 
 import ctypes
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,7 +84,7 @@ def _read_dtypes() -> dict[str, np.dtype]:
         for field in fields:
             scalar = f"{field.kind.decode()}{field.item_bytes}"
             formats.append(scalar if field.count == 1 else f"({field.count},){scalar}")
-        description = {
+        description: dict[str, Any] = {
             "names": [field.field.decode() for field in fields],
             "formats": formats,
             "offsets": [field.offset for field in fields],
@@ -90,7 +92,7 @@ def _read_dtypes() -> dict[str, np.dtype]:
         size = constants.get(f"sizeof_{structure}")
         if size is not None:
             description["itemsize"] = size
-        dtypes[structure] = np.dtype(description)  # type: ignore[call-overload]
+        dtypes[structure] = np.dtype(description)
     return dtypes
 
 
@@ -115,7 +117,10 @@ class RecordLayout:
     scale_bytes: int
 
 
-def _record(function: str, fmt: int, hidden: int, num_topk: int, with_weights: bool) -> RecordLayout:
+@lru_cache
+def _record(
+    function: str, fmt: int, hidden: int, num_topk: int, with_weights: bool
+) -> RecordLayout:
     shape = np.zeros((), dtypes["record_shape"])
     shape["format"], shape["hidden"], shape["num_topk"] = fmt, hidden, num_topk
     shape["with_weights"] = with_weights

@@ -19,32 +19,32 @@ constexpr epcomm_constant kConstants[] = {
 #define LIMIT(name, value) {"limit_" #name, EPCOMM_LIMIT_##name},
     EPCOMM_LIMITS(LIMIT)
 #undef LIMIT
-#define ENUMERATOR(name) {#name, EPCOMM_##name},
-    ENUMERATOR(FORMAT_F32)
-    ENUMERATOR(FORMAT_BF16)
-    ENUMERATOR(FORMAT_FP8)
-    ENUMERATOR(FORMAT_FP8_UE8M0)
-    ENUMERATOR(FORMAT_LOGFMT8)
-    ENUMERATOR(FORMAT_LOGFMT10)
-    ENUMERATOR(LAYOUT_RANK)
-    ENUMERATOR(LAYOUT_EXPERT)
-    ENUMERATOR(OP_NONE)
-    ENUMERATOR(OP_DISPATCH)
-    ENUMERATOR(OP_CACHED_DISPATCH)
-    ENUMERATOR(OP_COMBINE)
-    ENUMERATOR(STATUS_OK)
-    ENUMERATOR(STATUS_REFUSED)
-    ENUMERATOR(PHASE_NONE)
-    ENUMERATOR(PHASE_ANNOUNCE)
-    ENUMERATOR(PHASE_DATA)
-    ENUMERATOR(PHASE_ARRIVE)
-    ENUMERATOR(PHASE_RETURN)
-    ENUMERATOR(PHASE_RELEASE)
-    ENUMERATOR(WAIT_OK)
-    ENUMERATOR(WAIT_TIMEOUT)
-    ENUMERATOR(WAIT_PEER_GONE)
-    ENUMERATOR(WAIT_ABORTED)
-    ENUMERATOR(REASON_BYTES)
+#define ENUMERATOR(name) {#name, EPCOMM_##name}
+        ENUMERATOR(FORMAT_F32),
+    ENUMERATOR(FORMAT_BF16),
+    ENUMERATOR(FORMAT_FP8),
+    ENUMERATOR(FORMAT_FP8_UE8M0),
+    ENUMERATOR(FORMAT_LOGFMT8),
+    ENUMERATOR(FORMAT_LOGFMT10),
+    ENUMERATOR(LAYOUT_RANK),
+    ENUMERATOR(LAYOUT_EXPERT),
+    ENUMERATOR(OP_NONE),
+    ENUMERATOR(OP_DISPATCH),
+    ENUMERATOR(OP_CACHED_DISPATCH),
+    ENUMERATOR(OP_COMBINE),
+    ENUMERATOR(STATUS_OK),
+    ENUMERATOR(STATUS_REFUSED),
+    ENUMERATOR(PHASE_NONE),
+    ENUMERATOR(PHASE_ANNOUNCE),
+    ENUMERATOR(PHASE_DATA),
+    ENUMERATOR(PHASE_ARRIVE),
+    ENUMERATOR(PHASE_RETURN),
+    ENUMERATOR(PHASE_RELEASE),
+    ENUMERATOR(WAIT_OK),
+    ENUMERATOR(WAIT_TIMEOUT),
+    ENUMERATOR(WAIT_PEER_GONE),
+    ENUMERATOR(WAIT_ABORTED),
+    ENUMERATOR(REASON_BYTES),
 #undef ENUMERATOR
     {"sizeof_counter", sizeof(epcomm_counter)},
     {"sizeof_control", sizeof(epcomm_control)},
@@ -54,11 +54,18 @@ constexpr epcomm_constant kConstants[] = {
 #define FIELD_OF(structure, field, type, count) \
     {#structure, #field, offsetof(epcomm_##structure, field), sizeof(type), count, kind_of<type>()}
 #define FIELD(structure, field) FIELD_OF(structure, field, decltype(epcomm_##structure::field), 1)
-#define TEXT(structure, field) \
-    {#structure, #field, offsetof(epcomm_##structure, field), sizeof(epcomm_##structure::field), 1, 'S'}
+#define TEXT(structure, field)                                                                   \
+    {#structure, #field, offsetof(epcomm_##structure, field), sizeof(epcomm_##structure::field), \
+     1,          'S'}
 // Nested structures and arrays of them are described by their byte offset only.
-#define PART(structure, field) \
-    {#structure, #field, offsetof(epcomm_##structure, field), 1, sizeof(epcomm_##structure::field), 'u'}
+#define PART(structure, field)               \
+    {                                        \
+        #structure,                          \
+        #field,                              \
+        offsetof(epcomm_##structure, field), \
+        1,                                   \
+        sizeof(epcomm_##structure::field),   \
+        'u'}
 
 constexpr epcomm_field kFields[] = {
     FIELD(announcement, epoch),

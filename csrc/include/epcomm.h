@@ -50,10 +50,10 @@ EPCOMM_API int64_t epcomm_scale_bytes(int32_t format, int64_t hidden);
 
 /// How to wait: see epcomm_counter_wait.
 typedef struct {
-    int64_t timeout_ns;             ///< how long, from the call
-    int32_t peer_pid;               ///< process that will signal; 0 = not watched
-    int32_t spin;                   ///< polls before sleeping
-    const epcomm_counter* abort;    ///< nonzero value ends the wait; may be null
+    int64_t timeout_ns;           ///< how long, from the call
+    int32_t peer_pid;             ///< process that will signal; 0 = not watched
+    int32_t spin;                 ///< polls before sleeping
+    const epcomm_counter* abort;  ///< nonzero value ends the wait; may be null
 } epcomm_wait;
 
 typedef enum {

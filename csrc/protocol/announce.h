@@ -31,9 +31,9 @@ typedef enum {
 enum { EPCOMM_REASON_BYTES = 232 };
 
 typedef struct {
-    uint64_t epoch;         ///< number of the call, counted by every rank's host
-    int32_t op;             ///< epcomm_op
-    int32_t status;         ///< epcomm_status
+    uint64_t epoch;  ///< number of the call, counted by every rank's host
+    int32_t op;      ///< epcomm_op
+    int32_t status;  ///< epcomm_status
     // Must agree on all ranks.
     int32_t format;         ///< epcomm_format of the rows
     int32_t layout;         ///< epcomm_layout
@@ -43,13 +43,13 @@ typedef struct {
     int32_t wire;           ///< epcomm_format of a combine record
     uint64_t handle_epoch;  ///< the dispatch a cached dispatch or a combine refers to
     // May differ.
-    int32_t num_tokens;     ///< T of this rank
-    int32_t row_weights;    ///< combine: rows carry a weight
+    int32_t num_tokens;   ///< T of this rank
+    int32_t row_weights;  ///< combine: rows carry a weight
     // Where the owner's node peers write (dispatch) or read (combine) rows.
     int32_t window_fd;      ///< descriptor of the window in the owner's process
     int32_t window_serial;  ///< tells reused descriptors apart
     uint64_t window_bytes;
-    uint64_t rows_offset;   ///< combine: byte offset of the rows in the window
+    uint64_t rows_offset;  ///< combine: byte offset of the rows in the window
     uint64_t weights_offset;
     uint64_t topk_offset;
     char reason[EPCOMM_REASON_BYTES];

@@ -17,10 +17,10 @@ typedef struct {
 /// What a rank is waiting for right now, so that a rank that gives up on it can tell the
 /// culprit from another victim.
 typedef struct {
-    int32_t waiting;      ///< nonzero inside a wait
-    int32_t op;           ///< epcomm_op
-    int32_t phase;        ///< epcomm_phase
-    int32_t rank;         ///< waited for
+    int32_t waiting;  ///< nonzero inside a wait
+    int32_t op;       ///< epcomm_op
+    int32_t phase;    ///< epcomm_phase
+    int32_t rank;     ///< waited for
     uint64_t epoch;
     uint64_t expected;
     uint64_t seen;
@@ -31,8 +31,8 @@ typedef enum {
     EPCOMM_PHASE_ANNOUNCE = 1,
     EPCOMM_PHASE_DATA = 2,
     EPCOMM_PHASE_ARRIVE = 3,
-    EPCOMM_PHASE_RETURN = 4,  ///< combine: records coming home
-    EPCOMM_PHASE_RELEASE = 5, ///< combine: node peers still read my rows
+    EPCOMM_PHASE_RETURN = 4,   ///< combine: records coming home
+    EPCOMM_PHASE_RELEASE = 5,  ///< combine: node peers still read my rows
 } epcomm_phase;
 
 typedef struct {
@@ -45,5 +45,5 @@ typedef struct {
     epcomm_counter arrived[EPCOMM_LIMIT_max_local_ranks];   ///< rows stored here, by writer
     epcomm_counter released[EPCOMM_LIMIT_max_local_ranks];  ///< combines read here, by reader
     epcomm_wait_state wait;
-    epcomm_wait_state error;   ///< written once, before `aborted` is raised
+    epcomm_wait_state error;  ///< written once, before `aborted` is raised
 } epcomm_control;

@@ -62,7 +62,7 @@ typedef struct {
 
 /// Fixed part of a dispatch record.
 typedef struct {
-    uint64_t rank_mask;     ///< bit l: local rank l of the receiving node gets a row
+    uint64_t rank_mask;  ///< bit l: local rank l of the receiving node gets a row
     int32_t source_rank;
     int32_t source_token;
 } epcomm_record_meta;

@@ -1,0 +1,255 @@
+"""Checks of what users pass: what came, what was expected, before anything is sent."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .backend import CombineCall, Config, DispatchCall
+from .formats.wire import WireFormat
+from .native import constants
+from .results import Handle
+
+_QUANTIZE = {"fp8": WireFormat.FP8, "fp8_ue8m0": WireFormat.FP8_UE8M0}
+_WIRE = {
+    "f32": WireFormat.F32,
+    "bf16": WireFormat.BF16,
+    "logfmt8": WireFormat.LOGFMT8,
+    "logfmt10": WireFormat.LOGFMT10,
+}
+_LAYOUTS = ("rank", "expert")
+
+
+def check_config(config: Config, num_ranks: int) -> None:
+    """Check a Buffer's arguments against the protocol's limits.
+
+    Raises:
+        TypeError: an argument is not an integer.
+        ValueError: an argument is out of range.
+    """
+    for name in ("hidden", "num_experts", "num_topk", "max_tokens"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+        limit = constants["limit_max_" + name.removeprefix("num_").removeprefix("max_")]
+        lowest = 0 if name == "max_tokens" else 1
+        if not lowest <= value <= limit:
+            raise ValueError(f"{name}: {value} is not in {lowest}..{limit}")
+    unit = constants["limit_row_align"] // 2
+    if config.hidden % unit:
+        raise ValueError(
+            f"hidden: {config.hidden} BF16 elements are not a whole number of "
+            f"{constants['limit_row_align']}-byte units; expected a multiple of {unit}"
+        )
+    if config.num_experts % num_ranks:
+        raise ValueError(
+            f"num_experts: {config.num_experts} experts cannot be shared equally by "
+            f"{num_ranks} ranks"
+        )
+    if config.num_topk > config.num_experts:
+        raise ValueError(f"num_topk: {config.num_topk} exceeds num_experts={config.num_experts}")
+    rows = num_ranks * config.max_tokens * min(config.num_topk, config.num_experts // num_ranks)
+    if rows >= 2**31:
+        raise ValueError(
+            f"max_tokens: {num_ranks} ranks of {config.max_tokens} tokens make up to {rows} rows "
+            "on one rank; row numbers are 32 bits wide"
+        )
+
+
+def check_tensor(
+    name: str,
+    value: Any,
+    dtypes: Sequence[torch.dtype],
+    shape: Sequence[int | None],
+    *,
+    device: str = "cpu",
+) -> torch.Tensor:
+    """Check a tensor argument; None in ``shape`` admits any extent. Returns it detached.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another shape, device or memory layout.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name}: expected dtype {expected}, got {str(value.dtype)[6:]}")
+    matches = value.ndim == len(shape) and all(
+        want is None or got == want for got, want in zip(value.shape, shape, strict=True)
+    )
+    if not matches:
+        expected = ", ".join("*" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name}: expected shape [{expected}], got {list(value.shape)}")
+    if value.device.type != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
+    if not value.is_contiguous():
+        raise ValueError(
+            f"{name}: expected a contiguous tensor, got strides {list(value.stride())}; "
+            "pass .contiguous()"
+        )
+    return value.detach()
+
+
+def check_handle(handle: Any, owner: object) -> Handle:
+    """Check that a handle may be used on this buffer.
+
+    Raises:
+        TypeError: not a Handle.
+        ValueError: of another buffer, or released.
+    """
+    if not isinstance(handle, Handle):
+        raise TypeError(f"handle: expected an epcomm Handle, got {type(handle).__name__}")
+    if handle._owner is not owner:
+        raise ValueError("handle: it belongs to another buffer")
+    if handle.released:
+        raise ValueError("handle: it was released and cannot be used any more")
+    return handle
+
+
+def _check_packed(x: Any, config: Config) -> tuple[torch.Tensor, torch.Tensor, WireFormat]:
+    if len(x) != 2:
+        raise TypeError(f"x: expected a tensor or a pair (x, scales), got a tuple of {len(x)}")
+    q = check_tensor("x[0]", x[0], [torch.float8_e4m3fn], (None, config.hidden))
+    tiles = -(-config.hidden // constants["limit_tile"])
+    scales = x[1]
+    words = tiles
+    if isinstance(scales, torch.Tensor) and scales.dtype == torch.int32:
+        words = -(-tiles // 4)
+    check_tensor("x[1] (scales)", scales, [torch.float32, torch.int32], (q.shape[0], words))
+    packed = WireFormat.FP8 if scales.dtype == torch.float32 else WireFormat.FP8_UE8M0
+    return q, scales, packed
+
+
+def row_format(dtype: torch.dtype, quantize: Any) -> WireFormat:
+    """Format in which rows of ``dtype`` travel.
+
+    Raises:
+        ValueError: ``quantize`` is not known.
+    """
+    if quantize is None:
+        return WireFormat.BF16 if dtype == torch.bfloat16 else WireFormat.F32
+    if quantize not in list(_QUANTIZE):
+        raise ValueError(f"quantize: expected None or one of {list(_QUANTIZE)}, got {quantize!r}")
+    return _QUANTIZE[quantize]
+
+
+def _check_rows(
+    x: Any, quantize: str | None, config: Config
+) -> tuple[torch.Tensor, torch.Tensor | None, WireFormat]:
+    """(rows, scales, format of the rows that travel)."""
+    scales = None
+    if isinstance(x, tuple | list):
+        if quantize is not None:
+            raise ValueError(f"quantize: {quantize!r} given, but x is packed already")
+        rows, scales, fmt = _check_packed(x, config)
+    else:
+        rows = check_tensor("x", x, [torch.bfloat16, torch.float32], (None, config.hidden))
+        fmt = row_format(rows.dtype, quantize)
+    if rows.shape[0] > config.max_tokens:
+        raise ValueError(
+            f"x: {rows.shape[0]} tokens exceed the buffer's max_tokens={config.max_tokens}"
+        )
+    row_bytes = fmt.payload_bytes(config.hidden)
+    if row_bytes % constants["limit_row_align"]:
+        raise ValueError(
+            f"x: a row of {config.hidden} elements takes {row_bytes} bytes in {fmt.name}; expected "
+            f"a multiple of {constants['limit_row_align']} (hidden a multiple of 16 for FP8)"
+        )
+    return rows, scales, fmt
+
+
+def check_dispatch(
+    config: Config,
+    owner: object,
+    x: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    *,
+    quantize: Any,
+    layout: Any,
+    alignment: Any,
+    fixed_rows: Any,
+    handle: Any,
+) -> DispatchCall:
+    """Check the arguments of Buffer.dispatch, which documents them.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    rows, scales, fmt = _check_rows(x, quantize, config)
+    num_tokens = rows.shape[0]
+    choices = (num_tokens, config.num_topk)
+    if topk_weights is not None:
+        topk_weights = check_tensor("topk_weights", topk_weights, [torch.float32], choices)
+    if handle is not None:
+        check_handle(handle, owner)
+        if topk_idx is not None:
+            raise ValueError("topk_idx: expected None with a handle, whose routes are used")
+        if num_tokens != handle.num_tokens:
+            raise ValueError(
+                f"x: {num_tokens} tokens, but the handle's dispatch had {handle.num_tokens}"
+            )
+        routes = handle._state
+        fixed = None if routes.fixed_rows < 0 else routes.fixed_rows
+        return DispatchCall(
+            rows, scales, fmt, None, topk_weights, handle.layout, routes.alignment, fixed, handle
+        )
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout: expected one of {list(_LAYOUTS)}, got {layout!r}")
+    check_tensor("topk_idx", topk_idx, [torch.int64, torch.int32], choices)
+    _check_int("alignment", alignment, 1, constants["limit_max_alignment"])
+    if layout == "rank" and alignment != 1:
+        raise ValueError(f"alignment: {alignment} given, but only layout 'expert' has padding")
+    if fixed_rows is not None:
+        _check_int("fixed_rows", fixed_rows, 0, 2**31 - 1)
+    return DispatchCall(
+        rows, scales, fmt, topk_idx, topk_weights, layout, alignment, fixed_rows, None
+    )
+
+
+def _check_int(name: str, value: Any, lowest: int, highest: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not lowest <= value <= highest:
+        raise ValueError(f"{name}: {value} is not in {lowest}..{highest}")
+
+
+def check_combine(
+    config: Config,
+    owner: object,
+    x: Any,
+    handle: Any,
+    *,
+    weights: Any,
+    topk_weights: Any,
+    bias: Any,
+    wire: Any,
+    out: Any,
+) -> CombineCall:
+    """Check the arguments of Buffer.combine, which documents them.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    check_handle(handle, owner)
+    rows = check_tensor("x", x, [torch.bfloat16, torch.float32], (handle.num_rows, config.hidden))
+    if weights is not None:
+        weights = check_tensor("weights", weights, [torch.float32], (handle.num_rows,))
+    if topk_weights is not None:
+        by_expert = handle.layout == "expert"
+        shape = (handle.num_rows,) if by_expert else (handle.num_rows, config.num_topk)
+        topk_weights = check_tensor("topk_weights", topk_weights, [torch.float32], shape)
+    result = (handle.num_tokens, config.hidden)
+    biases = () if bias is None else tuple(bias) if isinstance(bias, tuple | list) else (bias,)
+    if len(biases) > 2:
+        raise ValueError(f"bias: expected at most two tensors, got {len(biases)}")
+    for one in biases:
+        check_tensor("bias", one, [rows.dtype], result)
+    if out is not None:
+        check_tensor("out", out, [rows.dtype], result)
+    if wire is None:
+        wire = "bf16" if rows.dtype == torch.bfloat16 else "f32"
+    if wire not in list(_WIRE):
+        raise ValueError(f"wire: expected one of {list(_WIRE)}, got {wire!r}")
+    return CombineCall(rows, handle, weights, topk_weights, biases, _WIRE[wire], out)

@@ -1,0 +1,146 @@
+"""The shared state of the CPU back end on one rank: memory, peers, signals, threads."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from ..backend import Config, Options
+from ..bootstrap import Bootstrap, raise_together
+from ..native import constants
+from ..topology import Topology
+from .announce import Announcer, announcement_bytes
+from .control import ControlBlock, NodeControl, Waiting
+from .segments import PeerWindows, Segment, WindowPool
+from .window import combine_parts, dispatch_parts
+
+
+class Scratch:
+    """Private staging memory, by purpose; grows and is kept, so that it stays warm."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def get(self, purpose: str, nbytes: int) -> np.ndarray:
+        """At least ``nbytes`` of uint8, the same memory every time it suffices."""
+        array = self._arrays.get(purpose)
+        if array is None or array.size < nbytes:
+            array = self._arrays[purpose] = np.empty(nbytes, np.uint8)
+        return array[:nbytes]
+
+
+class Node:
+    """Everything two calls share. Made collectively."""
+
+    def __init__(
+        self, bootstrap: Bootstrap, topology: Topology, config: Config, options: Options
+    ) -> None:
+        self.topology = topology
+        self.config = config
+        self.scale_out = bootstrap.scale_out()
+        self.experts_per_rank = config.num_experts // topology.num_ranks
+        slot_bytes = announcement_bytes(topology, config.num_experts)
+        control_bytes = ControlBlock.nbytes(topology.num_nodes, slot_bytes)
+        blocks = _share_control(bootstrap, topology, control_bytes)
+        self.control = NodeControl(topology, blocks, self.scale_out, options.timeout)
+        self.announcer = Announcer(topology, config.num_experts, self.control, self.scale_out)
+        self.windows = WindowPool(window_bytes(config, topology.num_ranks))
+        self.peer_windows = PeerWindows()
+        self.scratch = Scratch()
+        self.local_of_E = np.full(config.num_experts, -1, np.int64)
+        for local, rank in enumerate(topology.node_ranks):
+            first = rank * self.experts_per_rank
+            self.local_of_E[first : first + self.experts_per_rank] = local
+        self.node_of_R = np.array(topology.node_of, np.int32)
+        self._threads = None
+        self._num_threads = options.num_threads
+        if options.num_threads > 1:
+            self._threads = ThreadPoolExecutor(options.num_threads, "epcomm")
+
+    def window_addresses(
+        self, headers: np.ndarray, needed_L: np.ndarray, what: Waiting
+    ) -> np.ndarray:
+        """Where the windows announced by this node's ranks are mapped here, int64 [L].
+
+        Only ``needed_L`` (bool [L]) are mapped, 0 stands for the others: a rank that waits for
+        nothing from this one may have finished the call and closed its buffer already.
+
+        Raises:
+            PeerTimeoutError: a rank has gone since it announced its window.
+            OSError: this process may not map it.
+        """
+        addresses = np.zeros(self.topology.ranks_per_node, np.int64)
+        for local in np.flatnonzero(needed_L):
+            rank = self.topology.node_ranks[local]
+            header = headers[rank]
+            pid = self.control.blocks[local].pid
+            fd, serial = int(header["window_fd"]), int(header["window_serial"])
+            nbytes = int(header["window_bytes"])
+            try:
+                addresses[local] = self.peer_windows.address(pid, fd, serial, nbytes)
+            except FileNotFoundError:
+                self.control.lost(int(local), what)
+        return addresses
+
+    def for_items(self, kernel: Callable[..., None], items: np.ndarray, *args: Any) -> None:
+        """Run a kernel over items (int32 indices), on this rank's threads."""
+        if items.size == 0:
+            return
+        if self._threads is None or items.size < 2 * self._num_threads:
+            kernel(items, *args)
+            return
+        parts = np.array_split(items, self._num_threads)
+        for done in [self._threads.submit(kernel, part, *args) for part in parts]:
+            done.result()
+
+    def close(self) -> None:
+        """Stop the threads; memory goes with the last reference."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False)
+
+
+def _share_control(bootstrap: Bootstrap, topology: Topology, nbytes: int) -> list[ControlBlock]:
+    """Make this rank's control segment and map those of its node. Collective; fails on all."""
+    error: OSError | None = None
+    own: Segment | None = None
+    try:
+        own = Segment.create("epcomm-control", nbytes)
+    except OSError as caught:
+        error = caught
+    raise_together(bootstrap, error)
+    assert own is not None
+    endpoints = bootstrap.allgather((os.getpid(), own.fd))
+    blocks = []
+    try:
+        for rank in topology.node_ranks:
+            pid, fd = endpoints[rank]
+            mine = rank == topology.rank
+            segment = own if mine else Segment.open_peer(pid, fd, nbytes)
+            blocks.append(ControlBlock(segment, pid))
+    except OSError as caught:
+        error = caught
+    # Nobody may let go of its descriptor before every peer has opened it.
+    raise_together(bootstrap, error)
+    return blocks
+
+
+def most_rows(config: Config, num_ranks: int) -> tuple[int, int]:
+    """Most rows a rank can receive: (layout rank, layout expert with any alignment)."""
+    experts_per_rank = config.num_experts // num_ranks
+    tokens = num_ranks * config.max_tokens
+    padding = experts_per_rank * (constants["limit_max_alignment"] - 1)
+    return tokens, tokens * min(config.num_topk, experts_per_rank) + padding
+
+
+def window_bytes(config: Config, num_ranks: int) -> int:
+    """Size of a window: float32 rows in the larger layout. Pages exist once written."""
+    by_rank, by_expert = most_rows(config, num_ranks)
+    row_bytes, num_topk = 4 * config.hidden, config.num_topk
+    return max(
+        dispatch_parts(by_rank, row_bytes, 0, num_topk, False).nbytes,
+        dispatch_parts(by_expert, row_bytes, 0, num_topk, True).nbytes,
+        combine_parts(by_rank, row_bytes, num_topk, False).nbytes,
+        combine_parts(by_expert, row_bytes, num_topk, True).nbytes,
+    )

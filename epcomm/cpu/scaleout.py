@@ -1,0 +1,182 @@
+"""Messages between nodes, along rails: one per destination node and phase.
+
+Messages of one (peer, tag) arrive in the order sent; that is all the protocol relies on.
+"""
+
+import enum
+import threading
+import weakref
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Tag(enum.IntEnum):
+    """What a message is."""
+
+    ANNOUNCE = 1
+    DATA = 2
+    RETURN = 3
+    ABORT = 4
+
+
+class Request(Protocol):
+    """A message under way."""
+
+    def done(self) -> bool:
+        """Whether it has completed; never blocks. Raises what the transport reports."""
+
+
+class ScaleOut(Protocol):
+    """A transport for bytes between nodes. Buffers stay untouched until a request is done."""
+
+    def send(self, rank: int, tag: Tag, data: np.ndarray) -> Request:
+        """Start sending ``data`` (uint8 [units, unit bytes])."""
+
+    def receive(self, rank: int, tag: Tag, into: np.ndarray) -> Request:
+        """Start receiving exactly ``into.nbytes`` bytes (uint8 [units, unit bytes])."""
+
+    def send_abort(self, rank: int, message: np.ndarray) -> None:
+        """Tell a rank that this one gave up; best effort, never waits."""
+
+    def poll_abort(self, into: np.ndarray) -> bool:
+        """Whether a peer gave up; fills ``into`` with its message."""
+
+
+#: Requests of transports that are gone. MPI may still touch their memory, which they keep.
+_abandoned: list[Any] = []
+
+
+def _abandon(receives: list[Any], sends: list[Any]) -> None:
+    for request in receives:
+        if not request.Test():
+            request.Cancel()
+    _abandoned[:] = [r for r in (*_abandoned, *receives, *sends) if not r.Test()]
+
+
+class MpiScaleOut:
+    """mpi4py point-to-point messages."""
+
+    #: Requests kept before the completed ones are dropped.
+    _MANY = 64
+
+    def __init__(self, comm: Any) -> None:
+        self._comm = comm
+        self._types: dict[int, Any] = {}
+        # After a failed call messages may be under way; a rank that comes late still sends and
+        # receives them. So requests are kept, and with them their memory, until they are done.
+        self._receives: list[Any] = []
+        self._sends: list[Any] = []
+        weakref.finalize(self, _abandon, self._receives, self._sends)
+
+    def _describe(self, data: np.ndarray) -> list[Any]:
+        # A row as MPI's unit keeps the count far below 2^31, whatever the message's size.
+        from mpi4py import MPI
+
+        units, unit_bytes = data.shape
+        if unit_bytes not in self._types:
+            self._types[unit_bytes] = MPI.BYTE.Create_contiguous(unit_bytes).Commit()
+        return [data, units, self._types[unit_bytes]]
+
+    def _keep(self, requests: list[Any], request: Any) -> Request:
+        if len(requests) >= self._MANY:
+            requests[:] = [r for r in requests if not r.Test()]
+        requests.append(request)
+        return _MpiRequest(request)
+
+    def send(self, rank: int, tag: Tag, data: np.ndarray) -> Request:
+        request = self._comm.Isend(self._describe(data), dest=rank, tag=tag)
+        return self._keep(self._sends, request)
+
+    def receive(self, rank: int, tag: Tag, into: np.ndarray) -> Request:
+        request = self._comm.Irecv(self._describe(into), source=rank, tag=tag)
+        return self._keep(self._receives, request)
+
+    def send_abort(self, rank: int, message: np.ndarray) -> None:
+        # As bytes: MPI has no datatype for a structure.
+        data = message.view(np.uint8)
+        self._keep(self._sends, self._comm.Isend(data, dest=rank, tag=Tag.ABORT))
+
+    def poll_abort(self, into: np.ndarray) -> bool:
+        from mpi4py import MPI
+
+        status = MPI.Status()
+        if not self._comm.Iprobe(source=MPI.ANY_SOURCE, tag=Tag.ABORT, status=status):
+            return False
+        self._comm.Recv(into.view(np.uint8), source=status.Get_source(), tag=Tag.ABORT)
+        return True
+
+
+class _MpiRequest:
+    def __init__(self, request: Any) -> None:
+        self._request = request
+
+    def done(self) -> bool:
+        return bool(self._request.Test())
+
+
+class TorchScaleOut:
+    """torch.distributed point-to-point messages (gloo).
+
+    Gloo's requests can be waited for but not tested, so a thread waits for each; it has no probe
+    either, so an abort does not cross nodes and the peer's own deadline ends its wait.
+    """
+
+    #: Gloo's wait needs an end of its own; epcomm's deadline comes first.
+    _GLOO_TIMEOUT = timedelta(hours=1)
+
+    def __init__(self, group: Any) -> None:
+        import torch.distributed as dist
+
+        self._group = group
+        self._global = dist.get_process_group_ranks(group)
+
+    def _wait_in_thread(self, work: Any, keep: Any) -> Request:
+        future: Future[Any] = Future()
+
+        def wait() -> None:
+            try:
+                future.set_result(work.wait(self._GLOO_TIMEOUT))
+            except Exception as error:  # handed to whoever asks the request
+                future.set_exception(error)
+
+        # A daemon: a message that never comes must not keep the process from ending.
+        threading.Thread(target=wait, name="epcomm-gloo", daemon=True).start()
+        return _ThreadRequest(future, keep)
+
+    def send(self, rank: int, tag: Tag, data: np.ndarray) -> Request:
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.from_numpy(data)
+        work = dist.isend(tensor, self._global[rank], group=self._group, tag=int(tag))
+        return self._wait_in_thread(work, tensor)
+
+    def receive(self, rank: int, tag: Tag, into: np.ndarray) -> Request:
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.from_numpy(into)
+        work = dist.irecv(tensor, self._global[rank], group=self._group, tag=int(tag))
+        return self._wait_in_thread(work, tensor)
+
+    def send_abort(self, rank: int, message: np.ndarray) -> None:
+        del rank, message
+
+    def poll_abort(self, into: np.ndarray) -> bool:
+        del into
+        return False
+
+
+class _ThreadRequest:
+    def __init__(self, future: "Future[Any]", keep: Any) -> None:
+        self._future = future
+        self._keep = keep
+
+    def done(self) -> bool:
+        if not self._future.done():
+            return False
+        self._future.result()
+        return True

@@ -1,0 +1,159 @@
+"""What dispatch, combine and get_dispatch_layout return."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from .traffic import Traffic
+
+Layout = Literal["rank", "expert"]
+
+
+class Event:
+    """When a call's outputs may be used.
+
+    The CPU back end finishes a call before it returns, so its events are always complete.
+    """
+
+    def wait(self) -> None:
+        """Make the caller's current stream (CUDA) or thread (CPU) wait for the call."""
+
+    def query(self) -> bool:
+        """Whether the call has completed."""
+        return True
+
+
+class Handle:
+    """What a dispatch leaves for the calls that follow its routes.
+
+    A handle serves any number of ``combine`` and cached ``dispatch`` calls on the buffer that
+    made it, until :meth:`release` or the buffer's ``close``.
+
+    Attributes:
+        num_tokens: T, tokens this rank sent.
+        num_rows: M, rows of this rank's output (with padding).
+        layout: "rank" or "expert".
+    """
+
+    def __init__(self, owner: object, state: Any, num_tokens: int, num_rows: int, layout: Layout):
+        self._owner = owner
+        self._state = state
+        self.num_tokens = num_tokens
+        self.num_rows = num_rows
+        self.layout: Layout = layout
+
+    @property
+    def released(self) -> bool:
+        """Whether :meth:`release` was called."""
+        return self._state is None
+
+    def release(self) -> None:
+        """Free what the handle keeps; using it afterwards is a ValueError."""
+        self._state = None
+
+
+@dataclass
+class DispatchLayout:
+    """Where this rank's tokens go.
+
+    Attributes:
+        tokens_per_rank: distinct tokens for each rank, int32 [R].
+        tokens_per_node: distinct tokens for each node, int32 [N].
+        tokens_per_expert: tokens for each expert, int32 [E].
+        is_token_in_rank: bool [T, R].
+    """
+
+    tokens_per_rank: torch.Tensor
+    tokens_per_node: torch.Tensor
+    tokens_per_expert: torch.Tensor
+    is_token_in_rank: torch.Tensor
+
+
+@dataclass
+class DispatchResult:
+    """What a rank received.
+
+    Attributes:
+        x: rows, [M, H]; bfloat16, float32 or float8_e4m3fn.
+        scales: float32 [M, ceil(H/128)] or int32 [M, ceil(H/512)] (UE8M0) for FP8 rows, else None.
+        topk_idx: local expert ids, int64 [M, K], -1 for choices held elsewhere; None in layout
+            "expert".
+        topk_weights: float32 [M, K], 0 where ``topk_idx`` is -1; [M] in layout "expert"; None if
+            no weights were sent.
+        source: (source rank, source token) of each row, int32 [M, 2]; -1 in padding rows.
+        tokens_per_expert: tokens received for each local expert, without padding, int32 [E/R].
+        num_rows: rows in use: M, or less when ``fixed_rows`` was given (padding of experts
+            counts as in use).
+        handle: for ``combine`` and cached ``dispatch``.
+        event: when the tensors may be used.
+        phases: seconds this rank spent in each phase of the call.
+
+    The tensors are views of shared memory that this result's tensors keep reserved: they stay
+    valid as long as any of them lives.
+    """
+
+    x: torch.Tensor
+    scales: torch.Tensor | None
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    source: torch.Tensor
+    tokens_per_expert: torch.Tensor
+    num_rows: int
+    handle: Handle
+    event: Event
+    phases: dict[str, float]
+    _count_traffic: Callable[[], Traffic] = field(repr=False)
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        """Bytes this rank moved; counted when first asked for."""
+        return self._count_traffic()
+
+
+@dataclass
+class CombineResult:
+    """What came home.
+
+    Attributes:
+        x: sums, [T, H], dtype of the combined rows.
+        topk_weights: float32 [T, K], 0 for dropped choices; None if none were passed.
+        event, phases: as for a dispatch.
+    """
+
+    x: torch.Tensor
+    topk_weights: torch.Tensor | None
+    event: Event
+    phases: dict[str, float]
+    _count_traffic: Callable[[], Traffic] = field(repr=False)
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        """Bytes this rank moved; counted when first asked for."""
+        return self._count_traffic()
+
+
+@dataclass
+class MemoryReport:
+    """Bytes a Buffer may use on this rank, by purpose.
+
+    Attributes:
+        purposes: name -> (bytes at most, what decides it).
+    """
+
+    purposes: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Sum over the purposes, bytes."""
+        return sum(nbytes for nbytes, _ in self.purposes.values())
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.purposes)
+        lines = [
+            f"{name:<{width}}  {nbytes / 2**20:12,.1f} MiB  {why}"
+            for name, (nbytes, why) in self.purposes.items()
+        ]
+        return "\n".join([*lines, f"{'total':<{width}}  {self.total / 2**20:12,.1f} MiB"])

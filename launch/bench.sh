@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# launch/bench.sh [options]: run the benchmark, by default as 2 nodes of 4 ranks on this machine.
+# --help lists the options; --ranks decides how many ranks mpirun starts.
+set -euo pipefail
+# shellcheck source=launch/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+cd "$EPCOMM_ROOT"
+
+for argument in "$@"; do
+    if [[ $argument == -h || $argument == --help ]]; then
+        exec python -m benchmarks.main --help
+    fi
+done
+ranks=$(python -m benchmarks.options "$@")
+exec bash launch/mpirun.sh "$ranks" -m benchmarks.main "$@"

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# launch/test.sh [--quick] [pytest arguments]: set-up, lint, unit tests, then the tests that need
+# several ranks, under mpirun, in worlds of several sizes. The last line is the total.
+#
+#   --quick   one world instead of all
+set -euo pipefail
+# shellcheck source=launch/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+cd "$EPCOMM_ROOT"
+
+# One rank, one node of several, odd counts, several nodes; tests choose the nodes in each.
+worlds=(1 2 3 4 6 8)
+if [[ ${1:-} == --quick ]]; then
+    worlds=(4)
+    shift
+fi
+pytest_args=("$@")
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+passed=0 failed=0 skipped=0
+bad=()
+
+# The number before a word in pytest's closing line.
+count() { { tail -n 1 "$log" | grep -aoE "[0-9]+ $1" || echo 0; } | cut -d' ' -f1; }
+
+stage() {
+    local name=$1
+    shift
+    printf '\n=== %s\n' "$name"
+    "$@" || { bad+=("$name"); failed=$((failed + 1)); }
+}
+
+# A pytest stage: adds its counts to the total. Status 5 means that the caller's arguments, such as
+# -k, selected nothing here.
+test_stage() {
+    local name=$1 status=0
+    shift
+    printf '\n=== %s\n' "$name"
+    "$@" ${pytest_args[@]+"${pytest_args[@]}"} 2>&1 | tee "$log" || status=$?
+    grep -aE '[0-9]+ (passed|failed|skipped|deselected|error)' "$log" | tail -n 1 >"$log.last" || true
+    mv "$log.last" "$log"
+    passed=$((passed + $(count passed)))
+    skipped=$((skipped + $(count skipped)))
+    local wrong=$(($(count failed) + $(count error)))
+    if [[ $status -eq 5 && ${#pytest_args[@]} -gt 0 ]]; then
+        status=0
+    fi
+    if [[ $status -ne 0 ]]; then
+        bad+=("$name")
+        # A stage that died before pytest could count still counts as one failure.
+        failed=$((failed + (wrong > 0 ? wrong : 1)))
+    fi
+}
+
+stage "lint" bash launch/lint.sh
+test_stage "unit tests" python -m pytest --color=no tests/unit
+# Just before the timeout of a test, every rank prints where it is: the rank that is late is seldom
+# the one whose timeout ends the run.
+for size in "${worlds[@]}"; do
+    test_stage "$size ranks" bash launch/mpirun.sh "$size" -m pytest --color=no --with-mpi \
+        -o faulthandler_timeout=115 tests/mpi
+done
+
+echo
+[[ ${#bad[@]} -eq 0 ]] || printf 'failed: %s\n' "${bad[@]}"
+echo "$passed passed, $failed failed, $skipped skipped"
+[[ ${#bad[@]} -eq 0 ]]
