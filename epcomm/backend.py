@@ -19,12 +19,14 @@ class Config:
         num_experts: E, over all ranks; rank r holds experts r * E/R ... (r+1) * E/R - 1.
         num_topk: K.
         max_tokens: most tokens a rank sends in a call.
+        device: where tensors are: "cpu" or "cuda".
     """
 
     hidden: int
     num_experts: int
     num_topk: int
     max_tokens: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Options:
 
     timeout: float
     num_threads: int
+    num_sms: int | None = None
 
 
 @dataclass

@@ -47,6 +47,7 @@ constexpr epcomm_field kFields[] = {
     FIELD(report, prepared),
     FIELD(report, verdict),
     FIELD(report, rows),
+    FIELD(report, max_rows),
     FIELD(report, bad_choice),
     FIELD(report, failed),
     FIELD(report, refused),

@@ -61,11 +61,12 @@ typedef struct {
     uint64_t prepared;    ///< last epoch counted; its row count stands here (release)
     int32_t verdict;      ///< of that epoch; the data kernel comes to the same
     int32_t rows;         ///< rows this rank receives
+    int32_t max_rows;     ///< rows the fullest rank receives
     int32_t bad_choice;   ///< token * K + k of the first expert id out of range, or -1
+    int32_t reserved;
     int32_t failed;       ///< nonzero: the buffer is unusable, `error` says why (release)
     uint64_t refused;     ///< last epoch that ended before data moved (release)
     int32_t refused_verdict;  ///< why
-    int32_t reserved;
     epcomm_cuda_error error;
 } epcomm_cuda_report;
 

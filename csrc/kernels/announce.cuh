@@ -39,13 +39,13 @@ __device__ inline int32_t* rank_rows_of(epcomm_announcement* announcement) {
 /// ranks, itself included; `status` may be worse than the host knew. Called by one whole block.
 __device__ inline void announce(const epcomm_cuda_world& world, const epcomm_announcement& mine,
                                 int status, const int32_t* counts, uint64_t epoch) {
-    constexpr int kWords = int(offsetof(epcomm_announcement, reason) / 4);
+    constexpr int kWords = int(sizeof(epcomm_announcement) / 4);
     const auto* words = reinterpret_cast<const uint32_t*>(&mine);
     const int num_counts = counts == nullptr ? 0 : world.num_ranks + world.num_experts;
     for (int r = 0; r < world.num_ranks; ++r) {
         epcomm_announcement* slot = announcement_of(world, r, world.rank, epoch);
         auto* to = reinterpret_cast<uint32_t*>(slot);
-        // The kernel knows the epoch, the host did not; the reason stays with the host.
+        // The kernel knows the epoch, the host did not.
         for (int i = int(threadIdx.x); i < kWords; i += int(blockDim.x)) {
             uint32_t word = words[i];
             if (i == 0) word = uint32_t(epoch);

@@ -61,9 +61,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         collect_deck(world);
         stamp(world, EPCOMM_CUDA_STAMP_MOVED);
     }
-    signal_all(world, false, epoch);
-    what.phase = EPCOMM_PHASE_RELEASE;
-    if (!wait_all_ranks(world, own_control(world)->released, epoch, what)) return;
+    // All ranks come to the same verdict, so after a refusal nobody waits.
+    if (verdict == EPCOMM_CUDA_OK) {
+        signal_all(world, false, epoch);
+        what.phase = EPCOMM_PHASE_RELEASE;
+        if (!wait_all_ranks(world, own_control(world)->released, epoch, what)) return;
+    }
     if (threadIdx.x == 0) {
         if (verdict != EPCOMM_CUDA_OK) report_refusal(world, verdict, epoch);
         finish_epoch(world, epoch);

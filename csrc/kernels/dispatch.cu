@@ -74,10 +74,12 @@ __global__ void __launch_bounds__(512, 1)
         collect_deck(world);
         stamp(world, EPCOMM_CUDA_STAMP_MOVED);
     }
-    // Refused calls signal as well: the counters of all ranks stay in step.
-    signal_all(world, true, epoch);
-    what.phase = EPCOMM_PHASE_ARRIVE;
-    if (!wait_all_ranks(world, own_control(world)->arrived, epoch, what)) return;
+    // All ranks come to the same verdict, so after a refusal nobody waits.
+    if (verdict == EPCOMM_CUDA_OK) {
+        signal_all(world, true, epoch);
+        what.phase = EPCOMM_PHASE_ARRIVE;
+        if (!wait_all_ranks(world, own_control(world)->arrived, epoch, what)) return;
+    }
     if (threadIdx.x == 0) {
         if (verdict != EPCOMM_CUDA_OK) report_refusal(world, verdict, epoch);
         finish_epoch(world, epoch);

@@ -90,8 +90,8 @@ __device__ inline void scan_warps(const epcomm_cuda_layout& call, const LayoutSh
 }
 
 /// Tell the host the verdict and this rank's row counts. Block 0.
-__device__ inline void report_prepared(const epcomm_cuda_layout& call, int verdict, int rows,
-                                       uint64_t epoch) {
+__device__ inline void report_prepared(const epcomm_cuda_layout& call, int verdict,
+                                       const int* rows, uint64_t epoch) {
     const epcomm_cuda_world& world = call.world;
     auto* tokens_per_expert = reinterpret_cast<int32_t*>(world.report + 1);
     const int per_rank = world.num_experts / world.num_ranks;
@@ -103,7 +103,10 @@ __device__ inline void report_prepared(const epcomm_cuda_layout& call, int verdi
     if (threadIdx.x == 0) {
         const int bad = own_control(world)->bad_choice;
         world.report->verdict = verdict;
-        world.report->rows = rows;
+        world.report->rows = rows[world.rank];
+        int largest = 0;
+        for (int r = 0; r < world.num_ranks; ++r) largest = max(largest, rows[r]);
+        world.report->max_rows = largest;
         world.report->bad_choice = bad == INT32_MAX ? -1 : bad;
         own_control(world)->bad_choice = INT32_MAX;
         __threadfence_system();
@@ -142,7 +145,7 @@ __global__ void __launch_bounds__(256, 1)
     if (ok && leads) {
         for (int r = int(threadIdx.x); r < R; r += int(blockDim.x)) call.rows[r] = shared.rows[r];
         const int verdict = judge_all(world, call.announcement, call.row, shared.rows, epoch);
-        report_prepared(call, verdict, shared.rows[world.rank], epoch);
+        report_prepared(call, verdict, shared.rows, epoch);
     }
     if (!ok) return;
     if (by_expert) {

@@ -39,7 +39,7 @@ def _read_dtypes() -> dict[str, np.dtype]:
         parts["names"].append(name)
         parts["formats"].append(scalar if field.count == 1 else f"({field.count},){scalar}")
         parts["offsets"].append(field.offset)
-    return {name: np.dtype(parts) for name, parts in descriptions.items()}
+    return {name: np.dtype(parts) for name, parts in descriptions.items()}  # type: ignore[call-overload]
 
 
 def _declare() -> None:

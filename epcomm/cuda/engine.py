@@ -10,6 +10,7 @@ from typing import Any
 
 import cupy
 import numpy as np
+import torch
 from cupy.cuda import runtime
 
 from .. import native
@@ -35,7 +36,8 @@ class Tuning:
 
     Attributes:
         num_sms: thread blocks of a call; all must be resident at once.
-        dispatch_warps: warps of a dispatch block.
+        dispatch_warps, packing_warps: warps of a dispatch block that moves rows as they are, or
+            packs them to FP8.
         dispatch_stages: rows in flight per warp, fewer where they do not fit.
         combine_warps: warps of a combine block.
         combine_stages: columns (512 bytes of every copy) in flight per warp, fewer where they
@@ -44,6 +46,7 @@ class Tuning:
 
     num_sms: int = 16
     dispatch_warps: int = 8
+    packing_warps: int = 14
     dispatch_stages: int = 2
     combine_warps: int = 16
     combine_stages: int = 8
@@ -61,11 +64,11 @@ class Routes:
         topk_idx: global expert ids, int64 [T, K].
     """
 
-    dests: cupy.ndarray
-    rows: cupy.ndarray
-    group_start: cupy.ndarray
-    group_count: cupy.ndarray
-    topk_idx: cupy.ndarray
+    dests: torch.Tensor
+    rows: torch.Tensor
+    group_start: torch.Tensor
+    group_count: torch.Tensor
+    topk_idx: torch.Tensor
     epoch: int
     layout: int
     num_tokens: int
@@ -101,7 +104,7 @@ class Engine:
         shape: Shape,
         allgather: AllGather,
         *,
-        max_windows: int = 16,
+        max_windows: int = 64,
         timeout: float = 60.0,
         max_sms: int = 132,
     ) -> None:
@@ -121,6 +124,7 @@ class Engine:
         self.local_expert_rows = self._report.array(
             abi.dtypes["report"].itemsize, (local,), np.int32
         )
+        self._no_rows = cupy.zeros(R, np.int32)
         self._block_bins = cupy.empty((max_sms, R + E), np.int32)
         self.windows: list[DeviceBlock] = []
         self._table = np.zeros((R, max_windows), np.uint64)
@@ -166,8 +170,17 @@ class Engine:
     # Windows --------------------------------------------------------------------------------
 
     def add_window(self, num_bytes: int) -> int:
-        """Give every rank one more window; returns its serial number here. Collective."""
+        """Give every rank one more window; returns its serial number. Collective.
+
+        Raises:
+            MemoryError: there are ``max_windows`` already.
+        """
         serial = len(self.windows)
+        if serial == self.max_windows:
+            raise MemoryError(
+                f"all {serial} windows of this buffer are in use: results of earlier calls keep "
+                "them; drop those results, or copy what is needed of them"
+            )
         block = DeviceBlock(num_bytes)
         self.windows.append(block)
         self._table[:, serial] = self._exchange(block)
@@ -177,10 +190,9 @@ class Engine:
 
     # Launches -------------------------------------------------------------------------------
 
-    def _announcement(self, call: np.ndarray, agreed: Agreed, status: int) -> np.ndarray:
+    def _announcement(self, call: np.ndarray, agreed: Agreed) -> np.ndarray:
         announcement = abi.part(call, "announcement", native.dtypes["announcement"])
         announcement["op"] = agreed.op
-        announcement["status"] = status
         announcement["format"] = agreed.format
         announcement["layout"] = agreed.layout
         announcement["alignment"] = agreed.alignment
@@ -217,14 +229,15 @@ class Engine:
         by_expert = layout == native.constants["LAYOUT_EXPERT"]
         return self.shape.num_topk if by_expert else min(self.shape.num_topk, self.shape.num_ranks)
 
-    def make_routes(self, topk_idx: cupy.ndarray, layout: int) -> Routes:
+    def make_routes(self, topk_idx: torch.Tensor, layout: int) -> Routes:
         """Unwritten routes for :meth:`layout` to fill."""
         num_tokens = topk_idx.shape[0]
         local = self.shape.num_experts // self.shape.num_ranks
-        ints = cupy.empty(self.shape.num_ranks + 2 * local + 1, np.int32)
-        R = self.shape.num_ranks
+        R, device = self.shape.num_ranks, topk_idx.device
+        ints = torch.empty(R + 2 * local + 1, dtype=torch.int32, device=device)
+        D = self.max_dests(layout)
         return Routes(
-            dests=cupy.empty((max(num_tokens, 1), self.max_dests(layout)), np.int64),
+            dests=torch.empty((num_tokens, D), dtype=torch.int64, device=device),
             rows=ints[:R],
             group_start=ints[R : R + local + 1],
             group_count=ints[R + local + 1 :],
@@ -234,32 +247,32 @@ class Engine:
             num_tokens=num_tokens,
         )
 
-    def _window(self, announcement: np.ndarray, serial: int) -> None:
-        announcement["window_serial"] = serial
-        announcement["window_bytes"] = self.windows[serial].num_bytes
+    def _window(self, announcement: np.ndarray, serial: int | None) -> None:
+        """Announce a window; None: this rank has none to offer, and all agree to grow."""
+        if serial is not None:
+            announcement["window_serial"] = serial
+            announcement["window_bytes"] = self.windows[serial].num_bytes
 
     def layout(
         self,
         agreed: Agreed,
         row: np.ndarray,
         routes: Routes,
-        window: int,
+        window: int | None,
         tuning: Tuning,
         stream: int,
-        *,
-        status: int = 0,
     ) -> None:
         """Count, announce and place: the first half of a first dispatch."""
         call = self._templates["layout"].copy()
-        announcement = self._announcement(call, agreed, status)
+        announcement = self._announcement(call, agreed)
         announcement["num_tokens"] = routes.num_tokens
         self._window(announcement, window)
         call["row"] = row.reshape(1).view(np.uint8)
-        call["topk_idx"] = routes.topk_idx.data.ptr
-        call["dests"] = routes.dests.data.ptr
-        call["rows"] = routes.rows.data.ptr
-        call["group_start"] = routes.group_start.data.ptr
-        call["group_count"] = routes.group_count.data.ptr
+        call["topk_idx"] = routes.topk_idx.data_ptr()
+        call["dests"] = routes.dests.data_ptr()
+        call["rows"] = routes.rows.data_ptr()
+        call["group_start"] = routes.group_start.data_ptr()
+        call["group_count"] = routes.group_count.data_ptr()
         call["num_tokens"] = routes.num_tokens
         call["max_dests"] = self.max_dests(routes.layout)
         call["num_blocks"] = tuning.num_sms
@@ -278,7 +291,7 @@ class Engine:
         agreed: Agreed,
         row: np.ndarray,
         routes: Routes,
-        window: int,
+        window: int | None,
         tuning: Tuning,
         stream: int,
         *,
@@ -288,29 +301,29 @@ class Engine:
         scales: int = 0,
         topk_weights: int = 0,
         announce: bool = False,
-        status: int = 0,
     ) -> None:
         """Move the rows. Pointers are device addresses; ``announce`` for cached routes."""
         call = self._templates["dispatch"].copy()
-        announcement = self._announcement(call, agreed, status)
+        announcement = self._announcement(call, agreed)
         announcement["num_tokens"] = routes.num_tokens
         self._window(announcement, window)
         call["row"] = row.reshape(1).view(np.uint8)
         call["x"] = x
         call["scales"] = scales
-        call["topk_idx"] = routes.topk_idx.data.ptr
+        call["topk_idx"] = routes.topk_idx.data_ptr()
         call["topk_weights"] = topk_weights
-        call["dests"] = routes.dests.data.ptr
-        call["rows"] = routes.rows.data.ptr
-        call["group_start"] = routes.group_start.data.ptr
-        call["group_count"] = routes.group_count.data.ptr
+        call["dests"] = routes.dests.data_ptr()
+        call["rows"] = routes.rows.data_ptr()
+        call["group_start"] = routes.group_start.data_ptr()
+        call["group_count"] = routes.group_count.data_ptr()
         call["num_tokens"] = routes.num_tokens
         call["max_dests"] = self.max_dests(routes.layout)
         call["row_in_bytes"] = row_in_bytes
         call["input_format"] = input_format
         call["announce"] = announce
         call["num_blocks"] = tuning.num_sms
-        call["num_warps"] = tuning.dispatch_warps
+        packs = input_format != agreed.format
+        call["num_warps"] = tuning.packing_warps if packs else tuning.dispatch_warps
         call["stages"] = tuning.dispatch_stages
         self._launch("dispatch", call, stream)
         self.epoch += 1
@@ -319,7 +332,7 @@ class Engine:
         self,
         agreed: Agreed,
         routes: Routes,
-        window: int,
+        window: int | None,
         tuning: Tuning,
         stream: int,
         *,
@@ -330,21 +343,20 @@ class Engine:
         topk_offset: int = 0,
         bias: tuple[int, ...] = (),
         topk_weights: int = 0,
-        status: int = 0,
     ) -> None:
         """Sum the rows of every token. ``weights_offset`` < 0: rows carry no weight."""
         call = self._templates["combine"].copy()
-        announcement = self._announcement(call, agreed, status)
+        announcement = self._announcement(call, agreed)
         announcement["num_tokens"] = routes.num_tokens
         self._window(announcement, window)
         announcement["rows_offset"] = rows_offset
         announcement["row_weights"] = weights_offset >= 0
         announcement["weights_offset"] = max(weights_offset, 0)
         announcement["topk_offset"] = topk_offset
-        call["dests"] = routes.dests.data.ptr
+        call["dests"] = routes.dests.data_ptr()
         call["bias"][: len(bias)] = bias
         call["out"] = out
-        call["topk_idx"] = routes.topk_idx.data.ptr
+        call["topk_idx"] = routes.topk_idx.data_ptr()
         call["topk_weights"] = topk_weights
         call["num_tokens"] = routes.num_tokens
         call["max_dests"] = self.max_dests(routes.layout)
@@ -354,6 +366,25 @@ class Engine:
         call["num_threads"] = 32 * tuning.combine_warps
         call["stages"] = tuning.combine_stages
         self._launch("combine", call, stream)
+        self.epoch += 1
+
+    def refuse(self, op: int, reason: str, stream: int) -> None:
+        """Take part in a call as the rank whose arguments were refused: nobody moves data."""
+        combines = op == native.constants["OP_COMBINE"]
+        call = self._templates["combine" if combines else "dispatch"].copy()
+        announcement = self._announcement(call, Agreed(op, 0, 0))
+        announcement["status"] = native.constants["STATUS_REFUSED"]
+        announcement["reason"] = reason.encode()[: native.constants["REASON_BYTES"]]
+        call["num_blocks"] = call["stages"] = 1
+        if combines:
+            call["num_threads"] = 32
+            call["max_dests"] = 1
+        else:
+            call["num_warps"] = 1
+            call["announce"] = 1
+            call["rows"] = self._no_rows.data.ptr
+            call["row_in_bytes"] = 16
+        self._launch("combine" if combines else "dispatch", call, stream)
         self.epoch += 1
 
     # Errors and lifetime --------------------------------------------------------------------
@@ -391,18 +422,12 @@ class Engine:
         return abi.part(self.report, "error", abi.dtypes["error"]).copy()
 
     def close(self) -> None:
-        """Unmap and free everything; the ranks must have stopped using each other's memory."""
+        """Unmap and free all but the windows; the ranks must have stopped using the memory."""
         for pointer in self._opened:
             close_block(pointer)
         self._opened.clear()
-        for block in [*self.windows, self._control, self._report]:
-            block.close()
-        self.windows.clear()
-
-
-def pointer_of(array: cupy.ndarray | None) -> int:
-    """Device address of an array, 0 for None."""
-    return 0 if array is None else int(array.data.ptr)
+        self._control.close()
+        self._report.close()
 
 
 assert ctypes.sizeof(ctypes.c_void_p) == 8, "addresses are 64 bits wide"
