@@ -129,7 +129,6 @@ constexpr epcomm_field kFields[] = {
     FIELD(combine, layout),
     FIELD(combine, num_blocks),
     FIELD(combine, num_threads),
-    FIELD(combine, stages),
     END(combine),
 };
 

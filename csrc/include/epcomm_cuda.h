@@ -58,9 +58,9 @@ typedef struct {
 
 /// Host-mapped memory the kernels report to. `tokens_per_expert i32[E / R]` follows it.
 typedef struct {
-    uint64_t prepared;    ///< last epoch counted; its row count stands here (release)
+    uint64_t prepared;    ///< last dispatch epoch judged; its verdict stands here (release)
     int32_t verdict;      ///< of that epoch; the data kernel comes to the same
-    int32_t rows;         ///< rows this rank receives
+    int32_t rows;         ///< first call: rows this rank receives
     int32_t max_rows;     ///< rows the fullest rank receives
     int32_t bad_choice;   ///< token * K + k of the first expert id out of range, or -1
     int32_t reserved;
@@ -186,8 +186,6 @@ typedef struct {
     int32_t layout;
     int32_t num_blocks;
     int32_t num_threads;
-    int32_t stages;            ///< columns in flight per warp, 1 to 8; fewer if they do not fit
-    int32_t reserved;
 } epcomm_cuda_combine;
 
 /// The fields of every structure above, and the enumerators, as epcomm_fields does. The field ""

@@ -74,24 +74,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     }
 }
 
-/// As many columns as asked for and fit.
-PullPlan plan_combine(const epcomm_cuda_combine& call) {
-    PullPlan plan;
-    plan.copies = call.max_dests < kPullCopies ? call.max_dests : kPullCopies;
-    const int64_t room = (shared_limit() - int64_t(sizeof(Offer)) * EPCOMM_CUDA_MAX_RANKS) /
-                         (call.num_threads / 32);
-    plan.stages = call.stages < kMaxPullStages ? call.stages : kMaxPullStages;
-    while (plan.stages > 0 && pull_bytes(plan) > room) --plan.stages;
-    return plan;
-}
-
 template <bool f32>
 int launch_combine_of(const epcomm_cuda_combine& call, cudaStream_t stream) {
-    const PullPlan plan = plan_combine(call);
-    const int64_t bytes = pull_bytes(plan) * (call.num_threads / 32);
-    if (plan.stages < 1) return cudaErrorInvalidValue;
+    const PullPlan plan = {call.max_dests < kPullCopies ? call.max_dests : kPullCopies};
+    // Fewer warps where shared memory is smaller than sm_90's.
+    const int64_t room = shared_limit() - int64_t(sizeof(Offer)) * EPCOMM_CUDA_MAX_RANKS;
+    int warps = call.num_threads / 32;
+    while (warps > 1 && pull_bytes(plan) * warps > room) --warps;
     combine_kernel<f32>
-        <<<call.num_blocks, call.num_threads, size_t(bytes), stream>>>(call, plan);
+        <<<call.num_blocks, 32 * warps, size_t(pull_bytes(plan) * warps), stream>>>(call, plan);
     return cudaGetLastError();
 }
 

@@ -59,6 +59,10 @@ __global__ void __launch_bounds__(512, 1)
     if (!wait_all_ranks(world, own_control(world)->announced, epoch, what)) return;
     if (timed) stamp(world, EPCOMM_CUDA_STAMP_ANNOUNCED);
     const int verdict = judge_all(world, call.announcement, call.row, call.rows, epoch);
+    if (call.announce && timed) {
+        world.report->verdict = verdict;
+        store_release(&world.report->prepared, epoch);
+    }
     if (verdict == EPCOMM_CUDA_OK) {
         find_targets(call, epoch, targets);
         __syncthreads();

@@ -11,13 +11,12 @@ namespace epcomm {
 
 /// Copies a column has room for; tokens with more are summed by plain loads.
 constexpr int kPullCopies = 8;
-constexpr int kMaxPullStages = 8;
+constexpr int kPullStages = 3;  ///< columns of a warp; more were measured to change nothing
 constexpr int kColumn = 32 * 16;  ///< bytes a warp takes at once
 
 /// How the host laid out shared memory.
 struct PullPlan {
     int copies;  ///< a column has room for
-    int stages;  ///< columns of a warp
 };
 
 /// A token whose columns are on their way; token -1: no more come.
@@ -29,11 +28,11 @@ struct PullToken {
 };
 
 /// Every column in flight may belong to another token, and one more token may be at hand.
-constexpr int kPullTokens = kMaxPullStages + 2;
+constexpr int kPullTokens = kPullStages + 2;
 
 /// Shared memory of a warp: columns, then tokens.
 __host__ __device__ inline int64_t pull_bytes(const PullPlan& plan) {
-    return int64_t(plan.stages) * plan.copies * kColumn + kPullTokens * sizeof(PullToken);
+    return int64_t(kPullStages) * plan.copies * kColumn + kPullTokens * sizeof(PullToken);
 }
 
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
@@ -47,22 +46,9 @@ __device__ __forceinline__ void copy_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-/// Wait until all but the `pending` latest groups of this lane have arrived.
-__device__ __forceinline__ void copy_async_wait(int pending) {
-    static_assert(kMaxPullStages == 8, "one case a number of pending columns");
-    switch (pending) {
-#define EPCOMM_WAIT(n) \
-    case n: asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory"); break;
-        EPCOMM_WAIT(7)
-        EPCOMM_WAIT(6)
-        EPCOMM_WAIT(5)
-        EPCOMM_WAIT(4)
-        EPCOMM_WAIT(3)
-        EPCOMM_WAIT(2)
-        EPCOMM_WAIT(1)
-#undef EPCOMM_WAIT
-        default: asm volatile("cp.async.wait_group 0;" ::: "memory");
-    }
+/// Wait until the oldest column of this lane's ring has arrived.
+__device__ __forceinline__ void copy_async_wait_oldest() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPullStages - 1) : "memory");
 }
 
 /// Sends columns on their way, in order of tokens. The whole warp.
@@ -88,7 +74,7 @@ struct Puller {
         : call(c), offers(o), plan(p), dealer(c.world, c.num_tokens), token(0),
           offset(c.row_bytes), count(0), slot(0), queued(0) {
         columns = shared + warp_id() * pull_bytes(plan);
-        tokens = reinterpret_cast<PullToken*>(columns + plan.stages * plan.copies * kColumn);
+        tokens = reinterpret_cast<PullToken*>(columns + kPullStages * plan.copies * kColumn);
         ask();
     }
 
@@ -147,7 +133,7 @@ struct Puller {
             offset += count < 0 ? call.row_bytes : kColumn;
         }
         copy_async_commit();
-        slot = slot + 1 == plan.stages ? 0 : slot + 1;
+        slot = slot + 1 == kPullStages ? 0 : slot + 1;
     }
 };
 
@@ -168,59 +154,61 @@ __device__ __forceinline__ void sum_column(const PullToken& token, const uint8_t
     finish_column<f32>(result, at, sum);
 }
 
-template <bool f32, bool weighted>
-__device__ __forceinline__ void sum_any(const PullToken& token, int count, const uint8_t* column,
-                                        int at, const Result& result) {
-    static_assert(kPullCopies == 8, "one case a count");
-    switch (count) {
-#define EPCOMM_SUM(n) \
-    case n: sum_column<n, f32, weighted>(token, column, at, result); break;
-        EPCOMM_SUM(1)
-        EPCOMM_SUM(2)
-        EPCOMM_SUM(3)
-        EPCOMM_SUM(4)
-        EPCOMM_SUM(5)
-        EPCOMM_SUM(6)
-        EPCOMM_SUM(7)
-        EPCOMM_SUM(8)
-#undef EPCOMM_SUM
-        default: {
-            float nothing[kElements<f32>] = {};
-            finish_column<f32>(result, at, nothing);
+/// All columns of a token with exactly `count` copies; `slot` is where its first one arrives.
+template <int count, bool f32, bool weighted>
+__device__ __forceinline__ int sum_token(Puller<weighted>& puller, const PullToken& token,
+                                         const Result& result, int slot) {
+    const int row_bytes = puller.call.row_bytes, stride = puller.plan.copies * kColumn;
+    const uint8_t* const columns = puller.columns + lane_id() * 16;
+    for (int at = lane_id() * 16; at < row_bytes + lane_id() * 16; at += kColumn) {
+        copy_async_wait_oldest();
+        if (at < row_bytes) {
+            if constexpr (count == 0) {
+                float nothing[kElements<f32>] = {};
+                finish_column<f32>(result, at, nothing);
+            } else {
+                sum_column<count, f32, weighted>(token, columns + slot * stride, at, result);
+            }
         }
+        puller.load();
+        slot = slot + 1 == kPullStages ? 0 : slot + 1;
     }
+    return slot;
 }
 
 /// All tokens, handed out to all warps of all blocks.
 template <bool f32, bool weighted>
 __device__ inline void pull_tokens(const epcomm_cuda_combine& call, const Offer* offers,
                                    const PullPlan& plan, uint8_t* shared) {
+    static_assert(kPullCopies == 8, "one case a count");
     Puller<weighted> puller(call, offers, plan, shared);
-    for (int s = 0; s < plan.stages; ++s) puller.load();
+    for (int s = 0; s < kPullStages; ++s) puller.load();
     int slot = 0;
     for (int queue = 0;; queue = queue + 1 == kPullTokens ? 0 : queue + 1) {
         const PullToken& entry = puller.tokens[queue];
-        const int token = entry.token, count = entry.count;
+        const int token = entry.token;
         if (token < 0) break;
-        if (count < 0) {
-            const Copies copies = copies_of(call.dests, call.max_dests, token);
-            sum_token_plain<f32, weighted>(call, offers, copies, token);
-            copy_async_wait(plan.stages - 1);
-            puller.load();
-            slot = slot + 1 == plan.stages ? 0 : slot + 1;
-            continue;
-        }
         const Result result = result_of(call, token);
-        for (int first = 0; first < call.row_bytes; first += kColumn) {
-            const int at = first + lane_id() * 16;
-            copy_async_wait(plan.stages - 1);
-            if (at < call.row_bytes) {
-                const uint8_t* column =
-                    puller.columns + slot * plan.copies * kColumn + lane_id() * 16;
-                sum_any<f32, weighted>(entry, count, column, at, result);
-            }
-            puller.load();
-            slot = slot + 1 == plan.stages ? 0 : slot + 1;
+        switch (entry.count) {
+#define EPCOMM_SUM(n) \
+    case n: slot = sum_token<n, f32, weighted>(puller, entry, result, slot); break;
+            EPCOMM_SUM(0)
+            EPCOMM_SUM(1)
+            EPCOMM_SUM(2)
+            EPCOMM_SUM(3)
+            EPCOMM_SUM(4)
+            EPCOMM_SUM(5)
+            EPCOMM_SUM(6)
+            EPCOMM_SUM(7)
+            EPCOMM_SUM(8)
+#undef EPCOMM_SUM
+            default:
+                // It took one place in the ring, and nothing arrives there.
+                sum_token_plain<f32, weighted>(
+                    call, offers, copies_of(call.dests, call.max_dests, token), token);
+                copy_async_wait_oldest();
+                puller.load();
+                slot = slot + 1 == kPullStages ? 0 : slot + 1;
         }
     }
 }

@@ -95,6 +95,7 @@ class CudaBackend:
         self._receive = WindowPool(self._engine)
         self._expose = WindowPool(self._engine)
         self._closed = False
+        self._seen_refusal = 0
 
     # Streams ------------------------------------------------------------------------------
 
@@ -105,7 +106,15 @@ class CudaBackend:
             raise BufferClosedError(
                 f"an earlier call failed, make a new Buffer: {timeout(self._engine)}"
             )
+        self._raise_late_refusal()
         self._stream.wait_stream(torch.cuda.current_stream())
+
+    def _raise_late_refusal(self) -> None:
+        """Raise what a call that did not wait for its verdict met since."""
+        epoch = int(self._engine.report["refused"])
+        if epoch > self._seen_refusal:
+            self._seen_refusal = epoch
+            raise refusal(self._engine, epoch, int(self._engine.report["refused_verdict"]))
 
     def _keep(self, *tensors: torch.Tensor | None) -> None:
         """The buffer's stream uses these: their memory must not be reused before it has."""
@@ -160,9 +169,12 @@ class CudaBackend:
             if verdict != abi.constants["GROW"]:
                 break
             self._stream.synchronize()
+            self._seen_refusal = routes.epoch
             del lease
             self._grow(call, row, int(engine.report["max_rows"]))
         if verdict != abi.constants["OK"]:
+            self._stream.synchronize()
+            self._seen_refusal = routes.epoch
             raise self._first_error(call, routes, verdict)
         assert lease is not None
         num_rows = int(engine.report["rows"])
@@ -206,7 +218,9 @@ class CudaBackend:
     def _grow(self, call: DispatchCall, row: Any, max_rows: int) -> None:
         """One more window to receive into, and enough of those to combine from. Collective."""
         held = max_rows if call.fixed_rows is None else max(max_rows, call.fixed_rows)
-        self._receive.add(_window_bytes(int(self._engine.parts(row, held)["bytes"])))
+        # A cached dispatch with fixed_rows cannot ask for a second window when it needs one.
+        for _ in range(1 if call.fixed_rows is None else 2):
+            self._receive.add(_window_bytes(int(self._engine.parts(row, held)["bytes"])))
         self._provide(held, torch.bfloat16, call.layout == "expert")
 
     def _provide(self, max_rows: int, dtype: torch.dtype, by_expert: bool) -> None:
@@ -247,15 +261,30 @@ class CudaBackend:
         needed = int(self._engine.parts(row, held)["bytes"])
         if needed > self._receive.largest:
             self._receive.add(_window_bytes(needed))
-        lease = self._receive.lease(needed)
-        if lease is None:
-            error = MemoryError(
-                "every receive window is held by an earlier result; drop one before a cached "
-                "dispatch, or dispatch without a handle, which makes another"
-            )
-            self.refuse("dispatch", error)
-            raise error
-        self._move(call, agreed, row, state.routes, lease.serial)
+        while True:
+            lease = self._receive.lease(needed)
+            if lease is None and state.fixed_rows >= 0:
+                error = MemoryError(
+                    "every receive window is held by an earlier result; drop one before a cached "
+                    "dispatch with fixed_rows, which does not wait for the peers to make another"
+                )
+                self.refuse("dispatch", error)
+                raise error
+            self._move(call, agreed, row, state.routes, None if lease is None else lease.serial)
+            if state.fixed_rows >= 0:
+                break
+            epoch = self._engine.epoch
+            self._await_counts(epoch)
+            verdict = int(self._engine.report["verdict"])
+            if verdict == abi.constants["OK"]:
+                break
+            if verdict != abi.constants["GROW"]:
+                self._seen_refusal = epoch
+                raise refusal(self._engine, epoch, verdict)
+            self._stream.synchronize()
+            self._seen_refusal = epoch
+            self._receive.add(_window_bytes(needed))
+        assert lease is not None
         return self._result(call, row, lease, handle, state)
 
     def _result(
@@ -398,20 +427,22 @@ class CudaBackend:
         self._begin()
         op = constants[f"OP_{operation.upper()}"]
         self._engine.refuse(op, str(error), self._stream.cuda_stream)
+        self._seen_refusal = self._engine.epoch
 
     def check(self) -> None:
         """Wait for all calls made so far and raise what went wrong in them.
 
+        A combine returns before its peers have answered, so what it meets is raised here or by
+        the next call.
+
         Raises:
-            PeerError, MismatchError: the last refused call was refused by another rank.
+            PeerError, MismatchError: a combine was refused by another rank.
             PeerTimeoutError: a rank stayed silent.
         """
         self._stream.synchronize()
         if self._engine.error() is not None:
             raise timeout(self._engine)
-        epoch = int(self._engine.report["refused"])
-        if epoch == self._engine.epoch and epoch:
-            raise refusal(self._engine, epoch, int(self._engine.report["refused_verdict"]))
+        self._raise_late_refusal()
 
     def _count(self, routes: Routes, row_bytes: int) -> Traffic:
         ranks = routes.dests.view(torch.int16).view(routes.num_tokens, -1, 4)[..., 0]

@@ -40,8 +40,6 @@ class Tuning:
             packs them to FP8.
         dispatch_stages: rows in flight per warp, fewer where they do not fit.
         combine_warps: warps of a combine block.
-        combine_stages: columns (512 bytes of every copy) in flight per warp, fewer where they
-            do not fit.
     """
 
     num_sms: int = 16
@@ -49,7 +47,6 @@ class Tuning:
     packing_warps: int = 14
     dispatch_stages: int = 2
     combine_warps: int = 16
-    combine_stages: int = 8
 
 
 @dataclass
@@ -364,7 +361,6 @@ class Engine:
         call["layout"] = routes.layout
         call["num_blocks"] = tuning.num_sms
         call["num_threads"] = 32 * tuning.combine_warps
-        call["stages"] = tuning.combine_stages
         self._launch("combine", call, stream)
         self.epoch += 1
 
@@ -375,12 +371,12 @@ class Engine:
         announcement = self._announcement(call, Agreed(op, 0, 0))
         announcement["status"] = native.constants["STATUS_REFUSED"]
         announcement["reason"] = reason.encode()[: native.constants["REASON_BYTES"]]
-        call["num_blocks"] = call["stages"] = 1
+        call["num_blocks"] = 1
         if combines:
             call["num_threads"] = 32
             call["max_dests"] = 1
         else:
-            call["num_warps"] = 1
+            call["num_warps"] = call["stages"] = 1
             call["announce"] = 1
             call["rows"] = self._no_rows.data.ptr
             call["row_in_bytes"] = 16

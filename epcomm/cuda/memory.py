@@ -7,7 +7,6 @@ import cupy
 import numpy as np
 from cupy.cuda import runtime
 
-
 _HOST_ALLOC_MAPPED = 2  # cudaHostAllocMapped
 
 
