@@ -80,6 +80,8 @@ __device__ inline int judge(const epcomm_announcement& mine, const epcomm_announ
     if (mine.op == EPCOMM_OP_COMBINE) return EPCOMM_CUDA_OK;
     if (mine.fixed_rows >= 0 && rows > mine.fixed_rows) return EPCOMM_CUDA_FIXED_ROWS;
     const int64_t held = mine.fixed_rows >= 0 ? mine.fixed_rows : rows;
+    // A rank without a free window announces one of no bytes.
+    if (theirs.window_bytes == 0) return EPCOMM_CUDA_GROW;
     if (window_parts(row, held).bytes > theirs.window_bytes) return EPCOMM_CUDA_GROW;
     return EPCOMM_CUDA_OK;
 }

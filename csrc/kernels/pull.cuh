@@ -154,61 +154,58 @@ __device__ __forceinline__ void sum_column(const PullToken& token, const uint8_t
     finish_column<f32>(result, at, sum);
 }
 
-/// All columns of a token with exactly `count` copies; `slot` is where its first one arrives.
-template <int count, bool f32, bool weighted>
-__device__ __forceinline__ int sum_token(Puller<weighted>& puller, const PullToken& token,
-                                         const Result& result, int slot) {
-    const int row_bytes = puller.call.row_bytes, stride = puller.plan.copies * kColumn;
-    const uint8_t* const columns = puller.columns + lane_id() * 16;
-    for (int at = lane_id() * 16; at < row_bytes + lane_id() * 16; at += kColumn) {
-        copy_async_wait_oldest();
-        if (at < row_bytes) {
-            if constexpr (count == 0) {
-                float nothing[kElements<f32>] = {};
-                finish_column<f32>(result, at, nothing);
-            } else {
-                sum_column<count, f32, weighted>(token, columns + slot * stride, at, result);
-            }
+template <bool f32, bool weighted>
+__device__ __forceinline__ void sum_any(const PullToken& token, int count, const uint8_t* column,
+                                        int at, const Result& result) {
+    static_assert(kPullCopies == 8, "one case a count");
+    switch (count) {
+#define EPCOMM_SUM(n) \
+    case n: sum_column<n, f32, weighted>(token, column, at, result); break;
+        EPCOMM_SUM(1)
+        EPCOMM_SUM(2)
+        EPCOMM_SUM(3)
+        EPCOMM_SUM(4)
+        EPCOMM_SUM(5)
+        EPCOMM_SUM(6)
+        EPCOMM_SUM(7)
+        EPCOMM_SUM(8)
+#undef EPCOMM_SUM
+        default: {
+            float nothing[kElements<f32>] = {};
+            finish_column<f32>(result, at, nothing);
         }
-        puller.load();
-        slot = slot + 1 == kPullStages ? 0 : slot + 1;
     }
-    return slot;
 }
 
-/// All tokens, handed out to all warps of all blocks.
+/// All tokens, handed out to all warps of all blocks. One loop for all counts of copies: a loop
+/// for each was a third slower, as the warps of a block then run different code.
 template <bool f32, bool weighted>
 __device__ inline void pull_tokens(const epcomm_cuda_combine& call, const Offer* offers,
                                    const PullPlan& plan, uint8_t* shared) {
-    static_assert(kPullCopies == 8, "one case a count");
     Puller<weighted> puller(call, offers, plan, shared);
     for (int s = 0; s < kPullStages; ++s) puller.load();
     int slot = 0;
     for (int queue = 0;; queue = queue + 1 == kPullTokens ? 0 : queue + 1) {
         const PullToken& entry = puller.tokens[queue];
-        const int token = entry.token;
+        const int token = entry.token, count = entry.count;
         if (token < 0) break;
         const Result result = result_of(call, token);
-        switch (entry.count) {
-#define EPCOMM_SUM(n) \
-    case n: slot = sum_token<n, f32, weighted>(puller, entry, result, slot); break;
-            EPCOMM_SUM(0)
-            EPCOMM_SUM(1)
-            EPCOMM_SUM(2)
-            EPCOMM_SUM(3)
-            EPCOMM_SUM(4)
-            EPCOMM_SUM(5)
-            EPCOMM_SUM(6)
-            EPCOMM_SUM(7)
-            EPCOMM_SUM(8)
-#undef EPCOMM_SUM
-            default:
-                // It took one place in the ring, and nothing arrives there.
-                sum_token_plain<f32, weighted>(
-                    call, offers, copies_of(call.dests, call.max_dests, token), token);
-                copy_async_wait_oldest();
-                puller.load();
-                slot = slot + 1 == kPullStages ? 0 : slot + 1;
+        if (count < 0) {
+            sum_token_plain<f32, weighted>(
+                call, offers, copies_of(call.dests, call.max_dests, token), token);
+        }
+        // A token with too many copies took one place in the ring, and nothing arrives there.
+        const int end = count < 0 ? kColumn : call.row_bytes;
+        for (int first = 0; first < end; first += kColumn) {
+            const int at = first + lane_id() * 16;
+            copy_async_wait_oldest();
+            if (count >= 0 && at < call.row_bytes) {
+                const uint8_t* column =
+                    puller.columns + slot * plan.copies * kColumn + lane_id() * 16;
+                sum_any<f32, weighted>(entry, count, column, at, result);
+            }
+            puller.load();
+            slot = slot + 1 == kPullStages ? 0 : slot + 1;
         }
     }
 }

@@ -93,7 +93,7 @@ def test_changing_sizes_and_routings(comm):
     case = replace(CASE, ranks_per_node=comm.size, tokens=(64,))
     with make_buffer(comm, case) as buffer:
         for seed in range(24):
-            tokens = tuple((seed * 13 + r * 29) % 65 for r in range(comm.size))
+            tokens = tuple(1 + (seed * 13 + r * 29) % 64 for r in range(comm.size))
             one = replace(case, seed=seed, tokens=tokens, routing=routings[seed % 4])
             if seed % 3 == 1:
                 one = replace(one, quantize="fp8")
