@@ -89,7 +89,8 @@ def measure(comm: Any, call: Callable[[int], Any], groups: int, size: int) -> tu
         if group:
             times.append(begin.elapsed_time(end) * 1e3 / size)
     mine = np.array([np.median(times), np.median(hosts)])
-    return tuple(comm.allreduce(mine, lambda a, b: np.maximum(a, b)))  # type: ignore[return-value]
+    slowest = comm.allreduce(mine, lambda a, b: np.maximum(a, b))
+    return float(slowest[0]), float(slowest[1])
 
 
 def run(comm: Any, options: argparse.Namespace, sms: int, rate: float) -> list[Figure]:
@@ -110,7 +111,8 @@ def run(comm: Any, options: argparse.Namespace, sms: int, rate: float) -> list[F
     weights = torch.as_tensor(routing.topk_weights_TK).cuda()
     # Two inputs in turn, together larger than the L2.
     rows = [torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    packed = [tuple(t.cuda() for t in quantize_fp8(x.cpu(), "f32")) for x in rows]
+    pairs = [quantize_fp8(x.cpu(), "f32") for x in rows]
+    packed = [(q.cuda(), scales.cuda()) for q, scales in pairs]
     first = buffer.dispatch(rows[0], topk_idx, weights)
     handle = first.handle
     copies = comm.allreduce(first.num_rows)

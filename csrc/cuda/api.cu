@@ -48,6 +48,18 @@ int epcomm_cuda_launch_combine(const epcomm_cuda_combine* call, void* stream) {
     return epcomm::launch_combine(*call, static_cast<cudaStream_t>(stream));
 }
 
+int epcomm_cuda_order(void* first, void* then) {
+    cudaEvent_t event;
+    cudaError_t error = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+    if (error != cudaSuccess) return error;
+    error = cudaEventRecord(event, static_cast<cudaStream_t>(first));
+    if (error == cudaSuccess) {
+        error = cudaStreamWaitEvent(static_cast<cudaStream_t>(then), event, 0);
+    }
+    cudaEventDestroy(event);  // freed once it has happened
+    return error;
+}
+
 const char* epcomm_cuda_error_text(int error) { return cudaGetErrorString(cudaError_t(error)); }
 
 int epcomm_cuda_wait_prepared(const epcomm_cuda_report* report, uint64_t epoch,

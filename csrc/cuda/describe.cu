@@ -48,6 +48,7 @@ constexpr epcomm_field kFields[] = {
     FIELD(report, verdict),
     FIELD(report, rows),
     FIELD(report, max_rows),
+    FIELD(report, free_windows),
     FIELD(report, bad_choice),
     FIELD(report, failed),
     FIELD(report, refused),

@@ -63,13 +63,16 @@ typedef struct {
     int32_t rows;         ///< first call: rows this rank receives
     int32_t max_rows;     ///< rows the fullest rank receives
     int32_t bad_choice;   ///< token * K + k of the first expert id out of range, or -1
-    int32_t reserved;
+    int32_t free_windows; ///< windows left to the rank that has fewest
     int32_t failed;       ///< nonzero: the buffer is unusable, `error` says why (release)
     uint64_t refused;     ///< last epoch that ended before data moved (release)
     int32_t refused_verdict;  ///< why
     epcomm_cuda_error error;
 } epcomm_cuda_report;
 
+/// In an announcement, `window_fd` is the number of windows its rank has free beside the one it
+/// announces: nobody needs to wait for a verdict while every rank has one left.
+///
 /// Start of a rank's control block. Counters are indexed by the rank that raises them.
 /// Announcements follow: two (by parity of the epoch) for each rank, each
 /// `epcomm_announcement | node_tokens i32[1] | rank_rows i32[R] | expert_rows i32[E]`.
@@ -211,6 +214,9 @@ EPCOMM_API int epcomm_cuda_load(void);
 EPCOMM_API int epcomm_cuda_launch_layout(const epcomm_cuda_layout* call, void* stream);
 EPCOMM_API int epcomm_cuda_launch_dispatch(const epcomm_cuda_dispatch* call, void* stream);
 EPCOMM_API int epcomm_cuda_launch_combine(const epcomm_cuda_combine* call, void* stream);
+
+/// Let what comes on stream `then` wait for all that is on stream `first` by now.
+EPCOMM_API int epcomm_cuda_order(void* first, void* then);
 
 /// Text of a cudaError_t.
 EPCOMM_API const char* epcomm_cuda_error_text(int error);

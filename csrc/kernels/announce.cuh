@@ -107,4 +107,13 @@ __device__ inline int judge_all(const epcomm_cuda_world& world, const epcomm_ann
     return code == kNone ? EPCOMM_CUDA_OK : code;
 }
 
+/// Free windows of the rank that has fewest; announced in `window_fd`. One thread.
+__device__ inline int fewest_free_windows(const epcomm_cuda_world& world, uint64_t epoch) {
+    int fewest = INT32_MAX;
+    for (int r = 0; r < world.num_ranks; ++r) {
+        fewest = min(fewest, announcement_of(world, world.rank, r, epoch)->window_fd);
+    }
+    return fewest;
+}
+
 }  // namespace epcomm

@@ -27,10 +27,11 @@ __device__ inline bool find_offers(const epcomm_cuda_combine& call, uint64_t epo
     return __syncthreads_or(weighted);
 }
 
-constexpr int kMaxThreads = 512;
+template <bool many>
+constexpr int kMaxThreads = many ? 512 : 640;
 
-template <bool f32>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+template <bool f32, bool many>
+__global__ void __launch_bounds__(kMaxThreads<many>, 1)
     combine_kernel(const __grid_constant__ epcomm_cuda_combine call,
                    const __grid_constant__ PullPlan plan) {
     extern __shared__ __align__(128) uint8_t shared[];
@@ -50,9 +51,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     if (verdict == EPCOMM_CUDA_OK) {
         const bool weighted = find_offers(call, epoch, offers);
         if (weighted) {
-            pull_tokens<f32, true>(call, offers, plan, shared);
+            pull_tokens<f32, many, true>(call, offers, plan, shared);
         } else {
-            pull_tokens<f32, false>(call, offers, plan, shared);
+            pull_tokens<f32, many, false>(call, offers, plan, shared);
         }
         if (call.topk_weights != nullptr) return_weights(call, offers);
     }
@@ -74,31 +75,39 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     }
 }
 
-template <bool f32>
+template <bool f32, bool many>
 int launch_combine_of(const epcomm_cuda_combine& call, cudaStream_t stream) {
     const PullPlan plan = {call.max_dests < kPullCopies ? call.max_dests : kPullCopies};
     // Fewer warps where shared memory is smaller than sm_90's.
     const int64_t room = shared_limit() - int64_t(sizeof(Offer)) * EPCOMM_CUDA_MAX_RANKS;
-    int warps = call.num_threads / 32;
+    int warps = (call.num_threads < kMaxThreads<many> ? call.num_threads : kMaxThreads<many>) / 32;
     while (warps > 1 && pull_bytes(plan) * warps > room) --warps;
-    combine_kernel<f32>
+    combine_kernel<f32, many>
         <<<call.num_blocks, 32 * warps, size_t(pull_bytes(plan) * warps), stream>>>(call, plan);
     return cudaGetLastError();
 }
 
 int launch_combine(const epcomm_cuda_combine& call, cudaStream_t stream) {
     if (call.num_blocks < 1 || call.num_threads < 32 || call.num_threads % 32 != 0 ||
-        call.num_threads > kMaxThreads || call.max_dests > EPCOMM_CUDA_MAX_DESTS ||
+        call.max_dests > EPCOMM_CUDA_MAX_DESTS ||
         call.row_bytes % 16 != 0) {
         return cudaErrorInvalidValue;
     }
-    if (call.announcement.format == EPCOMM_FORMAT_F32) return launch_combine_of<true>(call, stream);
-    return launch_combine_of<false>(call, stream);
+    const bool f32 = call.announcement.format == EPCOMM_FORMAT_F32;
+    if (call.max_dests > kPullCopies) {
+        return f32 ? launch_combine_of<true, true>(call, stream)
+                   : launch_combine_of<false, true>(call, stream);
+    }
+    return f32 ? launch_combine_of<true, false>(call, stream)
+               : launch_combine_of<false, false>(call, stream);
 }
 
 int load_combine() {
-    const int error = load(combine_kernel<true>);
-    return error != 0 ? error : load(combine_kernel<false>);
+    int error = load(combine_kernel<true, true>);
+    if (error == 0) error = load(combine_kernel<false, true>);
+    if (error == 0) error = load(combine_kernel<true, false>);
+    if (error == 0) error = load(combine_kernel<false, false>);
+    return error;
 }
 
 }  // namespace epcomm

@@ -61,6 +61,7 @@ __global__ void __launch_bounds__(512, 1)
     const int verdict = judge_all(world, call.announcement, call.row, call.rows, epoch);
     if (call.announce && timed) {
         world.report->verdict = verdict;
+        world.report->free_windows = fewest_free_windows(world, epoch);
         store_release(&world.report->prepared, epoch);
     }
     if (verdict == EPCOMM_CUDA_OK) {

@@ -107,6 +107,7 @@ __device__ inline void report_prepared(const epcomm_cuda_layout& call, int verdi
         int largest = 0;
         for (int r = 0; r < world.num_ranks; ++r) largest = max(largest, rows[r]);
         world.report->max_rows = largest;
+        world.report->free_windows = fewest_free_windows(world, epoch);
         world.report->bad_choice = bad == INT32_MAX ? -1 : bad;
         own_control(world)->bad_choice = INT32_MAX;
         __threadfence_system();

@@ -11,7 +11,7 @@ namespace epcomm {
 
 /// Copies a column has room for; tokens with more are summed by plain loads.
 constexpr int kPullCopies = 8;
-constexpr int kPullStages = 3;  ///< columns of a warp; more were measured to change nothing
+constexpr int kPullStages = 2;  ///< columns of a warp; more were measured to change nothing
 constexpr int kColumn = 32 * 16;  ///< bytes a warp takes at once
 
 /// How the host laid out shared memory.
@@ -71,7 +71,7 @@ struct Puller {
 
     __device__ Puller(const epcomm_cuda_combine& c, const Offer* o, const PullPlan& p,
                       uint8_t* shared)
-        : call(c), offers(o), plan(p), dealer(c.world, c.num_tokens), token(0),
+        : call(c), offers(o), plan(p), dealer(), token(0),
           offset(c.row_bytes), count(0), slot(0), queued(0) {
         columns = shared + warp_id() * pull_bytes(plan);
         tokens = reinterpret_cast<PullToken*>(columns + kPullStages * plan.copies * kColumn);
@@ -79,7 +79,7 @@ struct Puller {
     }
 
     __device__ __forceinline__ void ask() {
-        const int taken = lane_id() == 0 ? dealer.take() : 0;
+        const int taken = lane_id() == 0 ? dealer.take(call.world, call.num_tokens) : 0;
         coming = __shfl_sync(kWarp, taken, 0);
         coming_dest = {-1, -1, -1};
         if (coming >= 0 && lane_id() < call.max_dests) {
@@ -178,8 +178,9 @@ __device__ __forceinline__ void sum_any(const PullToken& token, int count, const
 }
 
 /// All tokens, handed out to all warps of all blocks. One loop for all counts of copies: a loop
-/// for each was a third slower, as the warps of a block then run different code.
-template <bool f32, bool weighted>
+/// for each was a third slower, as the warps of a block then run different code. `many`: a token
+/// may have more copies than a column has room for; the call for those costs registers.
+template <bool f32, bool many, bool weighted>
 __device__ inline void pull_tokens(const epcomm_cuda_combine& call, const Offer* offers,
                                    const PullPlan& plan, uint8_t* shared) {
     Puller<weighted> puller(call, offers, plan, shared);
@@ -190,7 +191,7 @@ __device__ inline void pull_tokens(const epcomm_cuda_combine& call, const Offer*
         const int token = entry.token, count = entry.count;
         if (token < 0) break;
         const Result result = result_of(call, token);
-        if (count < 0) {
+        if (many && count < 0) {
             sum_token_plain<f32, weighted>(
                 call, offers, copies_of(call.dests, call.max_dests, token), token);
         }

@@ -81,21 +81,22 @@ __device__ __forceinline__ void accumulate(const uint4& v, float weight,
     }
 }
 
-/// Where a token's result goes and what is added to it, by byte offset of the column.
+/// Where a token's result goes: the same place in `out` and in the biases.
 struct Result {
-    uint8_t* out;
-    const uint8_t* bias[2];  ///< or null
+    const epcomm_cuda_combine& call;
+    int64_t offset;  ///< bytes
 };
 
 template <bool f32>
 __device__ __forceinline__ void finish_column(const Result& result, int column,
                                               float (&sum)[kElements<f32>]) {
+    const int64_t at = result.offset + column;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        if (result.bias[i] == nullptr) continue;
-        accumulate<f32, false>(load_once(result.bias[i] + column), 1.0f, sum);
+        const auto* bias = static_cast<const uint8_t*>(result.call.bias[i]);
+        if (bias != nullptr) accumulate<f32, false>(load_once(bias + at), 1.0f, sum);
     }
-    store_once(result.out + column, narrow<f32>(sum));
+    store_once(static_cast<uint8_t*>(result.call.out) + at, narrow<f32>(sum));
 }
 
 /// Any number of copies by plain loads, eight in flight; lane i holds copy i's address and weight.
@@ -127,14 +128,7 @@ __device__ __noinline__ void sum_many(const uint8_t* row, float weight, int coun
 }
 
 __device__ __forceinline__ Result result_of(const epcomm_cuda_combine& call, int token) {
-    const int64_t offset = int64_t(token) * call.row_bytes;
-    Result result;
-    result.out = static_cast<uint8_t*>(call.out) + offset;
-    for (int i = 0; i < 2; ++i) {
-        const auto* bias = static_cast<const uint8_t*>(call.bias[i]);
-        result.bias[i] = bias == nullptr ? nullptr : bias + offset;
-    }
-    return result;
+    return {call, int64_t(token) * call.row_bytes};
 }
 
 /// Sum one token's row.

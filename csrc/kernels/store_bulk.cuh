@@ -45,10 +45,10 @@ struct Loader {
     int slot;
 
     __device__ Loader(const epcomm_cuda_dispatch& c, const Pieces& p, const Ring& r)
-        : call(c), pieces(p), ring(r), dealer(c.world, c.num_tokens), next{0, p.count}, slot(0) {}
+        : call(c), pieces(p), ring(r), dealer(), next{0, p.count}, slot(0) {}
 
     __device__ void load() {
-        if (next.piece == pieces.count) next = {dealer.take(), 0};
+        if (next.piece == pieces.count) next = {dealer.take(call.world, call.num_tokens), 0};
         ring.items[slot] = next;
         if (next.token >= 0) {
             const int offset = next.piece * pieces.in_bytes;

@@ -64,9 +64,9 @@ __device__ inline void pack_row(const epcomm_cuda_dispatch& call, const Target* 
 template <int packing>
 __device__ inline void store_rows_plain(const epcomm_cuda_dispatch& call, const Target* targets,
                                         uint32_t* scales) {
-    Dealer dealer(call.world, call.num_tokens);
+    Dealer dealer;
     while (true) {
-        int token = lane_id() == 0 ? dealer.take() : 0;
+        int token = lane_id() == 0 ? dealer.take(call.world, call.num_tokens) : 0;
         token = __shfl_sync(kWarp, token, 0);
         if (token < 0) break;
         const Copies copies = copies_of(call.dests, call.max_dests, token);

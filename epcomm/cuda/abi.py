@@ -57,6 +57,7 @@ def _declare() -> None:
     library.epcomm_cuda_announcement_offset.restype = ctypes.c_int64
     for name in ("layout", "dispatch", "combine"):
         getattr(library, f"epcomm_cuda_launch_{name}").argtypes = [ctypes.c_void_p] * 2
+    library.epcomm_cuda_order.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.epcomm_cuda_error_text.argtypes = [ctypes.c_int]
     library.epcomm_cuda_error_text.restype = ctypes.c_char_p
     library.epcomm_cuda_wait_prepared.argtypes = [

@@ -6,6 +6,7 @@ from typing import Any
 import cupy
 import torch
 
+from .. import native
 from ..backend import CombineCall, Config, DispatchCall, Options
 from ..bootstrap import Bootstrap, raise_together
 from ..cpu.layout import BadChoice
@@ -96,6 +97,7 @@ class CudaBackend:
         self._expose = WindowPool(self._engine)
         self._closed = False
         self._seen_refusal = 0
+        self._credit = 0  # cached calls that every rank is known to have a window for
 
     # Streams ------------------------------------------------------------------------------
 
@@ -107,7 +109,10 @@ class CudaBackend:
                 f"an earlier call failed, make a new Buffer: {timeout(self._engine)}"
             )
         self._raise_late_refusal()
-        self._stream.wait_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream().cuda_stream
+        abi.check(
+            native.library.epcomm_cuda_order(current, self._stream.cuda_stream), "ordering streams"
+        )
 
     def _raise_late_refusal(self) -> None:
         """Raise what a call that did not wait for its verdict met since."""
@@ -126,10 +131,11 @@ class CudaBackend:
 
     def dispatch(self, call: DispatchCall) -> DispatchResult:
         self._begin()
-        with torch.cuda.stream(self._stream):
-            if call.handle is None:
-                return self._first_dispatch(call)
+        if call.handle is not None:
             return self._cached_dispatch(call, call.handle)
+        # The routes are the buffer's stream's own: it alone uses them, call after call.
+        with torch.cuda.stream(self._stream):
+            return self._first_dispatch(call)
 
     def _agreed(self, call: DispatchCall, op: str, handle_epoch: int = 0) -> Agreed:
         by_expert = call.layout == "expert"
@@ -160,12 +166,14 @@ class CudaBackend:
         row = self._row(call, agreed)
         while True:
             lease = self._receive.lease()
+            engine.free_windows = self._receive.num_free
             routes = engine.make_routes(topk_idx, agreed.layout)
             window = None if lease is None else lease.serial
             engine.layout(agreed, row, routes, window, self.tuning, self._stream.cuda_stream)
             self._move(call, agreed, row, routes, window)
             self._await_counts(routes.epoch)
             verdict = int(engine.report["verdict"])
+            self._credit = int(engine.report["free_windows"])
             if verdict != abi.constants["GROW"]:
                 break
             self._stream.synchronize()
@@ -218,8 +226,8 @@ class CudaBackend:
     def _grow(self, call: DispatchCall, row: Any, max_rows: int) -> None:
         """One more window to receive into, and enough of those to combine from. Collective."""
         held = max_rows if call.fixed_rows is None else max(max_rows, call.fixed_rows)
-        # A cached dispatch with fixed_rows cannot ask for a second window when it needs one.
-        for _ in range(1 if call.fixed_rows is None else 2):
+        # The first time, some to spare: calls overlap, and a cached one cannot always ask.
+        for _ in range(3 if self._receive.largest == 0 else 1):
             self._receive.add(_window_bytes(int(self._engine.parts(row, held)["bytes"])))
         self._provide(held, torch.bfloat16, call.layout == "expert")
 
@@ -261,8 +269,10 @@ class CudaBackend:
         needed = int(self._engine.parts(row, held)["bytes"])
         if needed > self._receive.largest:
             self._receive.add(_window_bytes(needed))
+            self._credit = 0
         while True:
             lease = self._receive.lease(needed)
+            self._engine.free_windows = self._receive.num_free
             if lease is None and state.fixed_rows >= 0:
                 error = MemoryError(
                     "every receive window is held by an earlier result; drop one before a cached "
@@ -273,16 +283,20 @@ class CudaBackend:
             self._move(call, agreed, row, state.routes, None if lease is None else lease.serial)
             if state.fixed_rows >= 0:
                 break
+            if self._credit > 0:
+                # Every rank had this many windows left, so each has one for this call.
+                self._credit -= 1
+                break
             epoch = self._engine.epoch
             self._await_counts(epoch)
             verdict = int(self._engine.report["verdict"])
+            self._credit = int(self._engine.report["free_windows"])
             if verdict == abi.constants["OK"]:
                 break
-            if verdict != abi.constants["GROW"]:
-                self._seen_refusal = epoch
-                raise refusal(self._engine, epoch, verdict)
-            self._stream.synchronize()
             self._seen_refusal = epoch
+            self._stream.synchronize()
+            if verdict != abi.constants["GROW"]:
+                raise refusal(self._engine, epoch, verdict)
             self._receive.add(_window_bytes(needed))
         assert lease is not None
         return self._result(call, row, lease, handle, state)
@@ -326,10 +340,6 @@ class CudaBackend:
 
     def combine(self, call: CombineCall) -> CombineResult:
         self._begin()
-        with torch.cuda.stream(self._stream):
-            return self._combine(call)
-
-    def _combine(self, call: CombineCall) -> CombineResult:
         state: CudaRoutes = call.handle._state
         by_expert = call.handle.layout == "expert"
         x, rows = call.x, call.handle.num_rows
@@ -365,7 +375,7 @@ class CudaBackend:
             bias=tuple(b.data_ptr() for b in call.bias),
             topk_weights=0 if back is None else back.data_ptr(),
         )
-        self._keep(x, call.weights, call.topk_weights, call.out, *call.bias)
+        self._keep(x, out, back, call.weights, call.topk_weights, *call.bias)
         row_bytes = hidden * x.element_size()
         return CombineResult(
             x=out,
@@ -389,8 +399,9 @@ class CudaBackend:
             block_bytes = self._engine.windows[serial].num_bytes
             if not extra or parts.nbytes <= block_bytes:
                 parts = CombineParts(offset, parts.row_weights, parts.topk_weights, parts.nbytes)
-                lease = Lease(self._engine, serial)
-                self._copy_weights(call, lease, parts)
+                if extra:
+                    with torch.cuda.stream(self._stream):
+                        self._copy_weights(call, Lease(self._engine, serial), parts)
                 return serial, parts
         free = self._expose.lease(parts.nbytes)
         if free is None:
@@ -399,8 +410,9 @@ class CudaBackend:
             )
             self.refuse("combine", error)
             raise error
-        free.tensor(parts.x, tuple(call.x.shape), call.x.dtype).copy_(call.x)
-        self._copy_weights(call, free, parts)
+        with torch.cuda.stream(self._stream):
+            free.tensor(parts.x, tuple(call.x.shape), call.x.dtype).copy_(call.x)
+            self._copy_weights(call, free, parts)
         # The lease may end here: the next user of the window is later on the same stream.
         return free.serial, parts
 

@@ -46,7 +46,7 @@ class Tuning:
     dispatch_warps: int = 8
     packing_warps: int = 14
     dispatch_stages: int = 2
-    combine_warps: int = 16
+    combine_warps: int = 20
 
 
 @dataclass
@@ -124,6 +124,7 @@ class Engine:
         self._no_rows = cupy.zeros(R, np.int32)
         self._block_bins = cupy.empty((max_sms, R + E), np.int32)
         self.windows: list[DeviceBlock] = []
+        self.free_windows = 0  # that this rank will announce
         self._table = np.zeros((R, max_windows), np.uint64)
         self._device_table = cupy.zeros((R, max_windows), np.uint64)
         self._opened: list[int] = []
@@ -197,7 +198,6 @@ class Engine:
         announcement["fixed_rows"] = agreed.fixed_rows
         announcement["wire"] = agreed.wire
         announcement["handle_epoch"] = agreed.handle_epoch
-        announcement["window_fd"] = -1
         return announcement
 
     def _launch(self, name: str, call: np.ndarray, stream: int) -> None:
@@ -246,6 +246,7 @@ class Engine:
 
     def _window(self, announcement: np.ndarray, serial: int | None) -> None:
         """Announce a window; None: this rank has none to offer, and all agree to grow."""
+        announcement["window_fd"] = self.free_windows
         if serial is not None:
             announcement["window_serial"] = serial
             announcement["window_bytes"] = self.windows[serial].num_bytes

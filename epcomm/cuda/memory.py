@@ -10,12 +10,16 @@ from cupy.cuda import runtime
 _HOST_ALLOC_MAPPED = 2  # cudaHostAllocMapped
 
 
+# cudaMalloc cuts smaller allocations from a common one, which a process can map only once.
+_IPC_GRANULE = 2 << 20
+
+
 class DeviceBlock:
     """Device memory of this process, made by ``cudaMalloc`` so that IPC can share it."""
 
     def __init__(self, num_bytes: int) -> None:
-        self.num_bytes = num_bytes
-        self.pointer: int = runtime.malloc(max(num_bytes, 1))
+        self.num_bytes = max(1, -(-num_bytes // _IPC_GRANULE)) * _IPC_GRANULE
+        self.pointer: int = runtime.malloc(self.num_bytes)
 
     def handle(self) -> bytes:
         """What :func:`open_block` needs in another process."""

@@ -57,6 +57,11 @@ class WindowPool:
         self._closed = False
 
     @property
+    def num_free(self) -> int:
+        """Windows of the largest size that this rank has not lent."""
+        return sum(self._sizes[serial] == self.largest for serial in self._free)
+
+    @property
     def largest(self) -> int:
         """Bytes of the largest window; the same on all ranks."""
         return max(self._sizes.values(), default=0)
