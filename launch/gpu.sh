@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a program with several ranks on this machine's GPUs, under a CUDA MPS of its own:
+# Run a program with several ranks on this machine's GPUs, under a CUDA MPS of its own:
 #
 #     bash launch/gpu.sh [-n RANKS] [--sms SMS] [--timeout SECONDS] PROGRAM [ARGUMENTS...]
 #

@@ -26,12 +26,12 @@ constexpr epcomm_field describe(const char* structure, const char* field, size_t
             kind_of<Item>()};
 }
 
-#define FIELD(structure, field)                                          \
+#define FIELD(structure, field)                                                    \
     describe<decltype(epcomm_cuda_##structure::field)>("cuda_" #structure, #field, \
                                                        offsetof(epcomm_cuda_##structure, field))
 /// The size of a structure, as a field of no bytes at its end.
 #define END(structure) \
-    epcomm_field { "cuda_" #structure, "", uint32_t(sizeof(epcomm_cuda_##structure)), 0, 0, 'u' }
+    epcomm_field{"cuda_" #structure, "", uint32_t(sizeof(epcomm_cuda_##structure)), 0, 0, 'u'}
 
 constexpr epcomm_field kFields[] = {
     FIELD(error, verdict),
@@ -135,17 +135,9 @@ constexpr epcomm_field kFields[] = {
 
 constexpr epcomm_constant kConstants[] = {
 #define CONSTANT(name) {#name, EPCOMM_CUDA_##name},
-    CONSTANT(MAX_RANKS)
-    CONSTANT(MAX_DESTS)
-    CONSTANT(MAX_EXPERTS)
-    CONSTANT(OK)
-    CONSTANT(REFUSED)
-    CONSTANT(MISMATCH)
-    CONSTANT(GROW)
-    CONSTANT(FIXED_ROWS)
-    CONSTANT(TIMEOUT)
-    CONSTANT(ABORTED)
-    CONSTANT(STAMPS)
+    CONSTANT(MAX_RANKS) CONSTANT(MAX_DESTS) CONSTANT(MAX_EXPERTS) CONSTANT(OK) CONSTANT(REFUSED)
+        CONSTANT(MISMATCH) CONSTANT(GROW) CONSTANT(FIXED_ROWS) CONSTANT(TIMEOUT) CONSTANT(ABORTED)
+            CONSTANT(STAMPS)
 #undef CONSTANT
 };
 

@@ -13,8 +13,8 @@ extern "C" {
 
 enum {
     EPCOMM_CUDA_MAX_RANKS = EPCOMM_LIMIT_max_local_ranks,
-    EPCOMM_CUDA_MAX_DESTS = 32,     ///< destinations of a token: one lane of a warp each
-    EPCOMM_CUDA_MAX_EXPERTS = 8192, ///< the layout kernel counts experts in shared memory
+    EPCOMM_CUDA_MAX_DESTS = 32,      ///< destinations of a token: one lane of a warp each
+    EPCOMM_CUDA_MAX_EXPERTS = 8192,  ///< the layout kernel counts experts in shared memory
 };
 
 /// A 64-bit counter that only grows (the number of the last epoch it was raised in), alone on
@@ -58,14 +58,14 @@ typedef struct {
 
 /// Host-mapped memory the kernels report to. `tokens_per_expert i32[E / R]` follows it.
 typedef struct {
-    uint64_t prepared;    ///< last dispatch epoch judged; its verdict stands here (release)
-    int32_t verdict;      ///< of that epoch; the data kernel comes to the same
-    int32_t rows;         ///< first call: rows this rank receives
-    int32_t max_rows;     ///< rows the fullest rank receives
-    int32_t bad_choice;   ///< token * K + k of the first expert id out of range, or -1
-    int32_t free_windows; ///< windows left to the rank that has fewest
-    int32_t failed;       ///< nonzero: the buffer is unusable, `error` says why (release)
-    uint64_t refused;     ///< last epoch that ended before data moved (release)
+    uint64_t prepared;        ///< last dispatch epoch judged; its verdict stands here (release)
+    int32_t verdict;          ///< of that epoch; the data kernel comes to the same
+    int32_t rows;             ///< first call: rows this rank receives
+    int32_t max_rows;         ///< rows the fullest rank receives
+    int32_t bad_choice;       ///< token * K + k of the first expert id out of range, or -1
+    int32_t free_windows;     ///< windows left to the rank that has fewest
+    int32_t failed;           ///< nonzero: the buffer is unusable, `error` says why (release)
+    uint64_t refused;         ///< last epoch that ended before data moved (release)
     int32_t refused_verdict;  ///< why
     epcomm_cuda_error error;
 } epcomm_cuda_report;
@@ -83,14 +83,14 @@ typedef struct {
     epcomm_cuda_counter aborted;  ///< nonzero: a rank gave up; `error` says on whom
     epcomm_cuda_error error;
     // Used by the owner's kernels alone.
-    epcomm_cuda_counter epoch;     ///< calls finished; the next call is this + 1
+    epcomm_cuda_counter epoch;            ///< calls finished; the next call is this + 1
     uint64_t stamps[EPCOMM_CUDA_STAMPS];  ///< of the last call
-    epcomm_cuda_counter counted;   ///< epoch in which all blocks have counted
-    uint32_t counting;             ///< blocks that have counted
-    uint32_t leaving;              ///< blocks that are done
-    uint32_t dealt;                ///< tokens handed out beyond the first of every warp
-    int32_t bad_choice;            ///< smallest offending token * K + k, or INT32_MAX
-    int32_t reporting;             ///< taken by the first thread that reports an error
+    epcomm_cuda_counter counted;          ///< epoch in which all blocks have counted
+    uint32_t counting;                    ///< blocks that have counted
+    uint32_t leaving;                     ///< blocks that are done
+    uint32_t dealt;                       ///< tokens handed out beyond the first of every warp
+    int32_t bad_choice;                   ///< smallest offending token * K + k, or INT32_MAX
+    int32_t reporting;                    ///< taken by the first thread that reports an error
 } epcomm_cuda_control;
 
 /// Where one copy of a token goes. A token's list is in order of (rank, choice), then rank = -1.
@@ -106,13 +106,13 @@ typedef struct {
     int32_t num_ranks;
     int32_t num_experts;
     int32_t num_topk;
-    int32_t num_windows;   ///< windows a rank may have
+    int32_t num_windows;  ///< windows a rank may have
     int32_t reserved;
     int64_t timeout_ns;
     epcomm_cuda_control* controls[EPCOMM_CUDA_MAX_RANKS];
     uint8_t* const* windows;  ///< device array [num_ranks][num_windows]
     epcomm_cuda_report* report;
-    int32_t* block_bins;   ///< scratch: [blocks][R + E]
+    int32_t* block_bins;  ///< scratch: [blocks][R + E]
 } epcomm_cuda_world;
 
 /// What a row of an output consists of.
@@ -120,8 +120,8 @@ typedef struct {
     int32_t row_bytes;
     int32_t scale_bytes;
     int32_t num_topk;
-    int32_t layout;        ///< epcomm_layout
-    int32_t with_topk;     ///< top-k ids (layout rank) and sources are written
+    int32_t layout;     ///< epcomm_layout
+    int32_t with_topk;  ///< top-k ids (layout rank) and sources are written
     int32_t with_weights;
 } epcomm_cuda_row;
 
@@ -140,13 +140,13 @@ typedef struct {
     epcomm_cuda_world world;
     epcomm_announcement announcement;  ///< `epoch` is filled in by the kernel
     epcomm_cuda_row row;
-    const int64_t* topk_idx;   ///< [T, K]
-    epcomm_cuda_dest* dests;   ///< out: [T, D]
-    int32_t* rows;             ///< out: rows at every rank, [R]
-    int32_t* group_start;      ///< out: first row of a local expert, [E / R + 1]
-    int32_t* group_count;      ///< out: rows of a local expert without padding, [E / R]
+    const int64_t* topk_idx;  ///< [T, K]
+    epcomm_cuda_dest* dests;  ///< out: [T, D]
+    int32_t* rows;            ///< out: rows at every rank, [R]
+    int32_t* group_start;     ///< out: first row of a local expert, [E / R + 1]
+    int32_t* group_count;     ///< out: rows of a local expert without padding, [E / R]
     int32_t num_tokens;
-    int32_t max_dests;         ///< D
+    int32_t max_dests;  ///< D
     int32_t num_blocks;
     int32_t reserved;
 } epcomm_cuda_layout;
@@ -156,10 +156,10 @@ typedef struct {
     epcomm_cuda_world world;
     epcomm_announcement announcement;
     epcomm_cuda_row row;
-    const void* x;             ///< [T, row_in_bytes]
-    const void* scales;        ///< [T, scale_bytes], packed pairs only
-    const int64_t* topk_idx;   ///< [T, K]
-    const float* topk_weights; ///< [T, K]
+    const void* x;              ///< [T, row_in_bytes]
+    const void* scales;         ///< [T, scale_bytes], packed pairs only
+    const int64_t* topk_idx;    ///< [T, K]
+    const float* topk_weights;  ///< [T, K]
     const epcomm_cuda_dest* dests;
     const int32_t* rows;
     const int32_t* group_start;
@@ -167,11 +167,11 @@ typedef struct {
     int32_t num_tokens;
     int32_t max_dests;
     int32_t row_in_bytes;
-    int32_t input_format;      ///< epcomm_format of x
-    int32_t announce;          ///< cached handle: nothing was announced for this epoch yet
+    int32_t input_format;  ///< epcomm_format of x
+    int32_t announce;      ///< cached handle: nothing was announced for this epoch yet
     int32_t num_blocks;
     int32_t num_warps;
-    int32_t stages;            ///< rows in flight per warp, 1 to 4; fewer if they do not fit
+    int32_t stages;  ///< rows in flight per warp, 1 to 4; fewer if they do not fit
 } epcomm_cuda_dispatch;
 
 /// Sum every token's rows, in order of (rank, choice), in float32.
@@ -179,10 +179,10 @@ typedef struct {
     epcomm_cuda_world world;
     epcomm_announcement announcement;
     const epcomm_cuda_dest* dests;
-    const void* bias[2];       ///< [T, H] of the rows' type, added in order, or null
-    void* out;                 ///< [T, H]
-    const int64_t* topk_idx;   ///< [T, K]; with top-k weights only
-    float* topk_weights;       ///< out [T, K], or null
+    const void* bias[2];      ///< [T, H] of the rows' type, added in order, or null
+    void* out;                ///< [T, H]
+    const int64_t* topk_idx;  ///< [T, K]; with top-k weights only
+    float* topk_weights;      ///< out [T, K], or null
     int32_t num_tokens;
     int32_t max_dests;
     int32_t row_bytes;

@@ -66,8 +66,8 @@ __device__ inline void count_local_experts(const epcomm_cuda_world& world, uint6
     for (int local = int(threadIdx.x); local < per_rank; local += int(blockDim.x)) {
         int total = 0;
         for (int s = 0; s < R; ++s) {
-            total += rank_rows_of(announcement_of(world, world.rank, s,
-                                                  epoch))[R + world.rank * per_rank + local];
+            total += rank_rows_of(
+                announcement_of(world, world.rank, s, epoch))[R + world.rank * per_rank + local];
         }
         counts[local] = total;
     }

@@ -44,10 +44,10 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
 
 /// The phase of `barrier` completes once this many bytes have been loaded.
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     shared_address(barrier)),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+        "r"(bytes)
+        : "memory");
 }
 
 /// Global to shared; counts on `barrier`, which expects the bytes already.
@@ -90,9 +90,7 @@ __device__ __forceinline__ void bulk_wait_written() {
 }
 
 /// Order this thread's ordinary accesses and the copy engine's, both ways, in every memory.
-__device__ __forceinline__ void proxy_fence() {
-    asm volatile("fence.proxy.async;" ::: "memory");
-}
+__device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 #endif
 

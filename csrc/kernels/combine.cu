@@ -8,8 +8,7 @@
 namespace epcomm {
 
 /// Fill `offers[R]`; true if any rank's rows carry weights. The whole block.
-__device__ inline bool find_offers(const epcomm_cuda_combine& call, uint64_t epoch,
-                                   Offer* offers) {
+__device__ inline bool find_offers(const epcomm_cuda_combine& call, uint64_t epoch, Offer* offers) {
     const epcomm_cuda_world& world = call.world;
     bool weighted = false;
     for (int r = int(threadIdx.x); r < world.num_ranks; r += int(blockDim.x)) {
@@ -17,10 +16,9 @@ __device__ inline bool find_offers(const epcomm_cuda_combine& call, uint64_t epo
         const uint8_t* window =
             world.windows[int64_t(r) * world.num_windows + theirs->window_serial];
         offers[r].rows = window + theirs->rows_offset;
-        offers[r].weights =
-            theirs->row_weights
-                ? reinterpret_cast<const float*>(window + theirs->weights_offset)
-                : nullptr;
+        offers[r].weights = theirs->row_weights
+                                ? reinterpret_cast<const float*>(window + theirs->weights_offset)
+                                : nullptr;
         offers[r].topk_weights = reinterpret_cast<const float*>(window + theirs->topk_offset);
         weighted = weighted || theirs->row_weights;
     }
@@ -89,8 +87,7 @@ int launch_combine_of(const epcomm_cuda_combine& call, cudaStream_t stream) {
 
 int launch_combine(const epcomm_cuda_combine& call, cudaStream_t stream) {
     if (call.num_blocks < 1 || call.num_threads < 32 || call.num_threads % 32 != 0 ||
-        call.max_dests > EPCOMM_CUDA_MAX_DESTS ||
-        call.row_bytes % 16 != 0) {
+        call.max_dests > EPCOMM_CUDA_MAX_DESTS || call.row_bytes % 16 != 0) {
         return cudaErrorInvalidValue;
     }
     const bool f32 = call.announcement.format == EPCOMM_FORMAT_F32;

@@ -13,13 +13,14 @@ constexpr int kMaxStages = 4;
 struct DispatchPlan {
     Pieces pieces;
     int stages;
-    int stage_bytes;   ///< of one stage
-    int scale_bytes;   ///< of a warp's scales area
+    int stage_bytes;  ///< of one stage
+    int scale_bytes;  ///< of a warp's scales area
 };
 
 /// Shared memory: targets | barriers | items | scales areas | stages (from the next 128 bytes).
 __host__ __device__ inline int64_t dispatch_shared(const DispatchPlan& plan, int ranks, int warps) {
-    return epcomm_align(int64_t(ranks) * sizeof(Target) + int64_t(warps) * kMaxStages * (8 + sizeof(Item)) +
+    return epcomm_align(int64_t(ranks) * sizeof(Target) +
+                            int64_t(warps) * kMaxStages * (8 + sizeof(Item)) +
                             int64_t(warps) * plan.scale_bytes,
                         128) +
            int64_t(warps) * plan.stages * plan.stage_bytes;
@@ -33,8 +34,8 @@ __global__ void __launch_bounds__(512, 1)
     const epcomm_cuda_world& world = call.world;
     const int warps = int(blockDim.x >> 5);
     auto* targets = reinterpret_cast<Target*>(shared);
-    auto* barriers = reinterpret_cast<uint64_t*>(targets + world.num_ranks) +
-                     warp_id() * kMaxStages;
+    auto* barriers =
+        reinterpret_cast<uint64_t*>(targets + world.num_ranks) + warp_id() * kMaxStages;
     auto* items = reinterpret_cast<Item*>(reinterpret_cast<uint64_t*>(targets + world.num_ranks) +
                                           warps * kMaxStages);
     uint8_t* areas = reinterpret_cast<uint8_t*>(items + warps * kMaxStages);
@@ -50,8 +51,8 @@ __global__ void __launch_bounds__(512, 1)
 #if EPCOMM_BULK
     uint8_t* stages = shared + epcomm_align(areas + warps * plan.scale_bytes - shared, 128) +
                       warp_id() * plan.stages * plan.stage_bytes;
-    const Ring ring = {stages, plan.stage_bytes, plan.stages,
-                       barriers, items + warp_id() * kMaxStages, scales};
+    const Ring ring = {
+        stages, plan.stage_bytes, plan.stages, barriers, items + warp_id() * kMaxStages, scales};
     if (lane_id() < kMaxStages) barrier_init(barriers + lane_id());
     barrier_init_fence();
 #endif

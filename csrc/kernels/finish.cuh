@@ -58,8 +58,7 @@ __device__ inline void finish_epoch(const epcomm_cuda_world& world, uint64_t epo
 }
 
 /// Tell the host that the call's announcements ended it before data moved. One thread.
-__device__ inline void report_refusal(const epcomm_cuda_world& world, int verdict,
-                                      uint64_t epoch) {
+__device__ inline void report_refusal(const epcomm_cuda_world& world, int verdict, uint64_t epoch) {
     world.report->refused_verdict = verdict;
     __threadfence_system();
     store_release(&world.report->refused, epoch);

@@ -1,8 +1,8 @@
 // First call, before data: count, announce, wait for all announcements, place.
+#include "bases.cuh"
 #include "finish.cuh"
 #include "launch.cuh"
 #include "place.cuh"
-#include "bases.cuh"
 
 namespace epcomm {
 
@@ -90,8 +90,8 @@ __device__ inline void scan_warps(const epcomm_cuda_layout& call, const LayoutSh
 }
 
 /// Tell the host the verdict and this rank's row counts. Block 0.
-__device__ inline void report_prepared(const epcomm_cuda_layout& call, int verdict,
-                                       const int* rows, uint64_t epoch) {
+__device__ inline void report_prepared(const epcomm_cuda_layout& call, int verdict, const int* rows,
+                                       uint64_t epoch) {
     const epcomm_cuda_world& world = call.world;
     auto* tokens_per_expert = reinterpret_cast<int32_t*>(world.report + 1);
     const int per_rank = world.num_experts / world.num_ranks;

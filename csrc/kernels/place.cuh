@@ -13,8 +13,7 @@ __device__ inline void place_by_rank(const epcomm_cuda_layout& call, const int* 
     int high = lane + 32 < R ? next[lane + 32] : 0;
     for (int t = share.begin; t < share.end; t += 32) {
         const int token = t + lane;
-        const uint64_t mask =
-            token < share.end ? rank_mask(call, token, nullptr, nullptr) : 0;
+        const uint64_t mask = token < share.end ? rank_mask(call, token, nullptr, nullptr) : 0;
         epcomm_cuda_dest* list = call.dests + int64_t(token) * D;
         int length = 0;
         for (int r = 0; r < R; ++r) {

@@ -11,7 +11,7 @@ namespace epcomm {
 
 /// Copies a column has room for; tokens with more are summed by plain loads.
 constexpr int kPullCopies = 8;
-constexpr int kPullStages = 2;  ///< columns of a warp; more were measured to change nothing
+constexpr int kPullStages = 2;    ///< columns of a warp; more were measured to change nothing
 constexpr int kColumn = 32 * 16;  ///< bytes a warp takes at once
 
 /// How the host laid out shared memory.
@@ -36,10 +36,10 @@ __host__ __device__ inline int64_t pull_bytes(const PullPlan& plan) {
 }
 
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                     uint32_t(__cvta_generic_to_shared(to))),
-                 "l"(from)
-                 : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
+        "l"(from)
+        : "memory");
 }
 
 __device__ __forceinline__ void copy_async_commit() {
@@ -60,19 +60,26 @@ struct Puller {
     uint8_t* columns;
     PullToken* tokens;
     Dealer dealer;
-    int token;       ///< being loaded; -1: none is left
-    int offset;      ///< of its next column, bytes
+    int token;   ///< being loaded; -1: none is left
+    int offset;  ///< of its next column, bytes
     int count;
     const uint8_t* from[kPullCopies];
-    int coming;      ///< the token after it, whose list is on its way
+    int coming;  ///< the token after it, whose list is on its way
     epcomm_cuda_dest coming_dest;
     int slot;
-    int queued;      ///< place of the next token in the queue
+    int queued;  ///< place of the next token in the queue
 
     __device__ Puller(const epcomm_cuda_combine& c, const Offer* o, const PullPlan& p,
                       uint8_t* shared)
-        : call(c), offers(o), plan(p), dealer(), token(0),
-          offset(c.row_bytes), count(0), slot(0), queued(0) {
+        : call(c),
+          offers(o),
+          plan(p),
+          dealer(),
+          token(0),
+          offset(c.row_bytes),
+          count(0),
+          slot(0),
+          queued(0) {
         columns = shared + warp_id() * pull_bytes(plan);
         tokens = reinterpret_cast<PullToken*>(columns + kPullStages * plan.copies * kColumn);
         ask();
@@ -192,8 +199,8 @@ __device__ inline void pull_tokens(const epcomm_cuda_combine& call, const Offer*
         if (token < 0) break;
         const Result result = result_of(call, token);
         if (many && count < 0) {
-            sum_token_plain<f32, weighted>(
-                call, offers, copies_of(call.dests, call.max_dests, token), token);
+            sum_token_plain<f32, weighted>(call, offers,
+                                           copies_of(call.dests, call.max_dests, token), token);
         }
         // A token with too many copies took one place in the ring, and nothing arrives there.
         const int end = count < 0 ? kColumn : call.row_bytes;

@@ -112,8 +112,8 @@ __device__ __noinline__ void sum_many(const uint8_t* row, float weight, int coun
             float by[kGroup];
 #pragma unroll
             for (int j = 0; j < kGroup; ++j) {
-                const auto* from = reinterpret_cast<const uint8_t*>(__shfl_sync(
-                    kWarp, reinterpret_cast<unsigned long long>(row), (i + j) & 31));
+                const auto* from = reinterpret_cast<const uint8_t*>(
+                    __shfl_sync(kWarp, reinterpret_cast<unsigned long long>(row), (i + j) & 31));
                 by[j] = __shfl_sync(kWarp, weight, (i + j) & 31);
                 if (i + j < count && at < row_bytes) v[j] = load_once(from + at);
             }

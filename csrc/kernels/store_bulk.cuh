@@ -12,9 +12,9 @@ namespace epcomm {
 
 /// How a row is cut for shared memory. Rows that fit are one piece.
 struct Pieces {
-    int in_bytes;    ///< of a whole piece
+    int in_bytes;  ///< of a whole piece
     int out_bytes;
-    int count;       ///< per row
+    int count;  ///< per row
 };
 
 /// Which piece a stage holds; token -1: no more come.
@@ -25,12 +25,12 @@ struct Item {
 
 /// A warp's ring of stages in shared memory.
 struct Ring {
-    uint8_t* first;      ///< stage 0
+    uint8_t* first;  ///< stage 0
     int stage_bytes;
     int stages;
-    uint64_t* loaded;    ///< a barrier a stage
-    Item* items;         ///< what each stage holds
-    uint32_t* scales;    ///< of the current row, when packing
+    uint64_t* loaded;  ///< a barrier a stage
+    Item* items;       ///< what each stage holds
+    uint32_t* scales;  ///< of the current row, when packing
 };
 
 #if EPCOMM_BULK

@@ -21,8 +21,8 @@ __device__ inline void find_targets(const epcomm_cuda_dispatch& call, uint64_t e
     for (int r = int(threadIdx.x); r < world.num_ranks; r += int(blockDim.x)) {
         const epcomm_announcement* theirs = announcement_of(world, world.rank, r, epoch);
         uint8_t* window = world.windows[int64_t(r) * world.num_windows + theirs->window_serial];
-        const int64_t held = call.announcement.fixed_rows >= 0 ? call.announcement.fixed_rows
-                                                               : call.rows[r];
+        const int64_t held =
+            call.announcement.fixed_rows >= 0 ? call.announcement.fixed_rows : call.rows[r];
         const epcomm_cuda_parts parts = window_parts(call.row, held);
         targets[r].rows = window + parts.rows;
         targets[r].scales = window + parts.scales;

@@ -233,7 +233,7 @@ class CudaBackend:
 
     def _provide(self, max_rows: int, dtype: torch.dtype, by_expert: bool) -> None:
         """Make sure that windows to combine from are large enough. Collective, or nothing."""
-        needed = self._exposed(max_rows, dtype, by_expert).nbytes
+        needed = max(1, self._exposed(max_rows, dtype, by_expert).nbytes)
         if needed > self._expose.largest:
             for _ in range(2):
                 self._expose.add(_window_bytes(needed))
@@ -479,7 +479,7 @@ def _fields(parts: Any) -> tuple[tuple[str, ...], list[int]]:
 
 
 def _window_bytes(needed: int) -> int:
-    return -(-(needed + needed // 4) // _WINDOW_STEP) * _WINDOW_STEP
+    return max(1, -(-(needed + needed // 4) // _WINDOW_STEP)) * _WINDOW_STEP
 
 
 def _check_limits(topology: Topology, config: Config) -> None:
