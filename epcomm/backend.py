@@ -31,10 +31,18 @@ class Config:
 
 @dataclass(frozen=True)
 class Options:
-    """How a Buffer runs on this rank; may differ between ranks."""
+    """How a Buffer runs on this rank; may differ between ranks.
+
+    Attributes:
+        timeout: seconds a peer may stay silent.
+        num_threads: threads of this rank.
+        own_core: whether the host has a core for each of its ranks, so that waits may spin.
+        num_sms: "cuda": SMs a call uses; None: chosen.
+    """
 
     timeout: float
     num_threads: int
+    own_core: bool
     num_sms: int | None = None
 
 

@@ -27,11 +27,40 @@ class Bootstrap(Protocol):
         """Let go of what was acquired; local, never waits for a peer."""
 
 
+class _Shared:
+    """The duplicate of a user's communicator, and how many buffers were made from it."""
+
+    _keyval: int | None = None
+
+    def __init__(self, comm: Any) -> None:
+        self.comm = comm.Dup()
+        self.buffers = 0
+
+    @classmethod
+    def of(cls, comm: Any) -> "_Shared":
+        """The one of this communicator, kept as its attribute.
+
+        MPI has few communicators and freeing one is collective, while a buffer may close alone.
+        """
+        from mpi4py import MPI
+
+        if cls._keyval is None:
+            cls._keyval = MPI.Comm.Create_keyval()
+        shared = comm.Get_attr(cls._keyval)
+        if shared is None:
+            shared = cls(comm)
+            comm.Set_attr(cls._keyval, shared)
+        return shared
+
+
 class MpiBootstrap:
     """Bootstrap over a duplicate of an mpi4py communicator, so no message can meet the user's."""
 
     def __init__(self, comm: Any) -> None:
-        self._comm = comm.Dup()
+        shared = _Shared.of(comm)
+        shared.buffers += 1  # the same on every rank: buffers are made collectively
+        self._number = shared.buffers
+        self._comm = shared.comm
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
 
@@ -47,16 +76,16 @@ class MpiBootstrap:
         return self.allgather(leader)
 
     def scale_out(self) -> ScaleOut:
-        return MpiScaleOut(self._comm)
+        return MpiScaleOut(self._comm, self._number)
 
     def close(self) -> None:
-        # MPI_Comm_free is collective; a rank that closes alone must not wait for the others, so
-        # the duplicate lives until MPI is finalised.
         self._comm = None
 
 
 class TorchBootstrap:
     """Bootstrap over a torch.distributed process group with a CPU back end (gloo)."""
+
+    _made = 0
 
     def __init__(self, group: Any) -> None:
         import torch.distributed as dist
@@ -64,6 +93,9 @@ class TorchBootstrap:
         self._group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        # A group cannot be duplicated by its members alone, so tags keep apart what is under way
+        # for an earlier buffer: every buffer gets a number none of the ranks has used.
+        TorchBootstrap._made = self._number = 1 + max(self.allgather(TorchBootstrap._made))
 
     def allgather(self, item: Any) -> list[Any]:
         import torch.distributed as dist
@@ -79,7 +111,7 @@ class TorchBootstrap:
         return self.allgather((socket.gethostname(), boot, str(pids)))
 
     def scale_out(self) -> ScaleOut:
-        return TorchScaleOut(self._group)
+        return TorchScaleOut(self._group, self._number)
 
     def close(self) -> None:
         self._group = None

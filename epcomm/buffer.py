@@ -15,6 +15,9 @@ from .check import (
     check_config,
     check_dispatch,
     check_handle,
+    check_int,
+    check_layout,
+    check_row,
     check_tensor,
     row_format,
 )
@@ -22,6 +25,7 @@ from .cpu.backend import CpuBackend
 from .cpu.layout import BadChoice, make_layout
 from .cpu.memory_report import report_memory
 from .errors import BufferClosedError, MismatchError
+from .native import constants
 from .results import (
     CombineResult,
     DispatchLayout,
@@ -60,8 +64,8 @@ class Buffer:
             GPU.
 
     Raises:
-        TypeError: an argument of the wrong type, on every rank.
-        ValueError: an argument out of range, on every rank.
+        TypeError: an argument of the wrong type, on the rank that passed it.
+        ValueError: an argument out of range, likewise.
         PeerError: another rank's arguments were refused, or it cannot share memory.
         MismatchError: the ranks passed different values.
         OSError: memory cannot be shared with a rank of the node.
@@ -95,10 +99,11 @@ class Buffer:
         except (TypeError, ValueError) as caught:
             error = caught
         _agree(bootstrap, (self.config, ranks_per_node, backend), error)
+        cores = len(os.sched_getaffinity(0))
+        on_host = sum(host == hosts[bootstrap.rank] for host in hosts)
         if num_threads is None:
-            on_host = sum(host == hosts[bootstrap.rank] for host in hosts)
-            num_threads = max(1, len(os.sched_getaffinity(0)) // on_host)
-        options = Options(float(timeout), num_threads, num_sms)
+            num_threads = max(1, cores // on_host)
+        options = Options(float(timeout), num_threads, cores >= on_host, num_sms)
         if backend == "cuda":
             # Needs CuPy, which a machine without a GPU may lack.
             from .cuda.backend import CudaBackend
@@ -265,8 +270,9 @@ class Buffer:
         own node is not rounded in between. A token without any destination gets the biases alone.
 
         Args:
-            x: rows in the order of the dispatch's output, bfloat16 or float32 [M, H]. A tensor
-                from ``combine_input`` is read in place, others are copied first.
+            x: rows in the order of the dispatch's output, bfloat16 or float32 [M, H]. Rows in
+                memory of epcomm's (from ``combine_input``, or a dispatch's own output) are read
+                in place when no weights are passed; others are copied first.
             handle: of the dispatch.
             weights: float32 [M], a factor for each row; None: a plain sum.
             topk_weights: float32 [M, K] ([M] in layout "expert") to bring home as [T, K]: choice
@@ -333,19 +339,27 @@ class Buffer:
         num_topk: int,
         max_tokens: int,
         layout: Layout = "rank",
+        alignment: int = 1,
         quantize: Literal["fp8", "fp8_ue8m0"] | None = None,
     ) -> MemoryReport:
         """Bytes a Buffer used like this may take on one rank, by purpose. Allocates nothing.
 
-        The worst case: every rank sends ``max_tokens`` tokens, all of them to this rank.
+        The worst case for BF16 input and a BF16 wire: every rank sends ``max_tokens`` tokens, all
+        of them to this rank.
 
         Raises:
             TypeError, ValueError: as making the Buffer and calling ``dispatch`` would.
         """
         config = Config(hidden, num_experts, num_topk, max_tokens)
+        check_int("num_ranks", num_ranks, 1, constants["limit_max_ranks"])
+        check_int("ranks_per_node", ranks_per_node, 1, constants["limit_max_local_ranks"])
         check_config(config, num_ranks)
+        check_layout(layout)
+        check_int("alignment", alignment, 1, constants["limit_max_alignment"])
+        fmt = row_format(torch.bfloat16, quantize)
+        check_row(fmt, hidden)
         topology = make_topology(0, [0] * num_ranks, ranks_per_node)
-        return report_memory(config, topology, layout, row_format(torch.bfloat16, quantize))
+        return report_memory(config, topology, layout, alignment, fmt)
 
     def close(self) -> None:
         """Let go of the memory. Local: no rank waits, and results in use stay valid."""

@@ -160,13 +160,24 @@ def _check_rows(
         raise ValueError(
             f"x: {rows.shape[0]} tokens exceed the buffer's max_tokens={config.max_tokens}"
         )
-    row_bytes = fmt.payload_bytes(config.hidden)
+    check_row(fmt, config.hidden)
+    return rows, scales, fmt
+
+
+def check_row(fmt: WireFormat, hidden: int) -> None:
+    """Check that a row is a whole number of units in a format. Raises ValueError."""
+    row_bytes = fmt.payload_bytes(hidden)
     if row_bytes % constants["limit_row_align"]:
         raise ValueError(
-            f"x: a row of {config.hidden} elements takes {row_bytes} bytes in {fmt.name}; expected "
+            f"x: a row of {hidden} elements takes {row_bytes} bytes in {fmt.name}; expected "
             f"a multiple of {constants['limit_row_align']} (hidden a multiple of 16 for FP8)"
         )
-    return rows, scales, fmt
+
+
+def check_layout(layout: Any) -> None:
+    """Check the name of a layout. Raises ValueError."""
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout: expected one of {list(_LAYOUTS)}, got {layout!r}")
 
 
 def check_dispatch(
@@ -207,20 +218,20 @@ def check_dispatch(
         return DispatchCall(
             rows, scales, fmt, None, topk_weights, handle.layout, routes.alignment, fixed, handle
         )
-    if layout not in _LAYOUTS:
-        raise ValueError(f"layout: expected one of {list(_LAYOUTS)}, got {layout!r}")
+    check_layout(layout)
     check_tensor("topk_idx", topk_idx, [torch.int64, torch.int32], choices, device=config.device)
-    _check_int("alignment", alignment, 1, constants["limit_max_alignment"])
+    check_int("alignment", alignment, 1, constants["limit_max_alignment"])
     if layout == "rank" and alignment != 1:
         raise ValueError(f"alignment: {alignment} given, but only layout 'expert' has padding")
     if fixed_rows is not None:
-        _check_int("fixed_rows", fixed_rows, 0, 2**31 - 1)
+        check_int("fixed_rows", fixed_rows, 0, 2**31 - 1)
     return DispatchCall(
         rows, scales, fmt, topk_idx, topk_weights, layout, alignment, fixed_rows, None
     )
 
 
-def _check_int(name: str, value: Any, lowest: int, highest: int) -> None:
+def check_int(name: str, value: Any, lowest: int, highest: int) -> None:
+    """Check an integer argument. Raises TypeError or ValueError."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if not lowest <= value <= highest:

@@ -84,7 +84,7 @@ def _read_dtypes() -> dict[str, np.dtype]:
         for field in fields:
             scalar = f"{field.kind.decode()}{field.item_bytes}"
             formats.append(scalar if field.count == 1 else f"({field.count},){scalar}")
-        description: dict[str, Any] = {
+        description: Any = {
             "names": [field.field.decode() for field in fields],
             "formats": formats,
             "offsets": [field.offset for field in fields],

@@ -113,7 +113,7 @@ def pack(
     if quantize is None:
         return to_bytes(x), np.zeros((x.shape[0], 0), np.uint8)
     codes, scales = reference.fp8_encode(to_f32(x), "ue8m0" if quantize == "fp8_ue8m0" else "f32")
-    return codes, np.ascontiguousarray(scales).view(np.uint8).reshape(len(codes), -1)
+    return codes, np.ascontiguousarray(scales).view(np.uint8)
 
 
 def _routes_by_rank(inputs: Sequence[Input], world: World, rank: int) -> list[Route | None]:

@@ -79,6 +79,25 @@ check_mpi() {
         "'pip install --force-reinstall --no-binary mpi4py mpi4py'. The error was: $message"
 }
 
+# Compile the kernels once, before many ranks would compile them at the same time. The stamp lies
+# in the folder that holds the compiled kernels, so that who deletes one deletes both.
+warm_up() {
+    local stamp=$EPCOMM_ROOT/epcomm/cpu/__pycache__/.warm key
+    key=$({
+        command -v python
+        cd "$EPCOMM_ROOT"
+        find epcomm -name '*.py' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
+    } | sha256sum | cut -d' ' -f1)
+    if [[ $(cat "$stamp" 2>/dev/null) != "$key" ]]; then
+        say "compiling the kernels"
+        if (cd "$EPCOMM_ROOT" && python -m epcomm.cpu.warmup); then
+            printf '%s\n' "$key" >"$stamp"
+        else
+            say "that failed; every rank will compile them when it needs them"
+        fi
+    fi
+}
+
 if [[ -z ${EPCOMM_READY:-} ]]; then
     if [[ ${EPCOMM_INSTALL:-1} != 0 ]]; then
         activate

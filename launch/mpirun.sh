@@ -25,6 +25,8 @@ cores() {
     printf '%s\n' "$count"
 }
 
+warm_up
+
 cores=$(cores)
 threads=$((cores > ranks ? cores / ranks : 1))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} MKL_NUM_THREADS=${MKL_NUM_THREADS:-$threads}

@@ -1,8 +1,11 @@
 // Counters in shared memory: release adds, acquire waits that sleep on a futex.
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/futex.h>
-#include <signal.h>
+#include <poll.h>
+#include <stdio.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -32,7 +35,23 @@ int64_t now_ns() {
 // which can wake it.
 constexpr int64_t kWatchNs = 20'000'000;
 
-bool process_is_gone(int32_t pid) { return pid > 0 && kill(pid, 0) != 0 && errno == ESRCH; }
+// A process that ended stays visible to kill() until its parent asks for its status; a pidfd is
+// readable from the end on. Kernels before 5.3 have none.
+// Gone, or dead and not yet collected by its parent: then kill() still finds it.
+bool process_is_gone(int32_t pid) {
+    if (pid <= 0) return false;
+    char path[32], text[512];
+    snprintf(path, sizeof path, "/proc/%d/stat", pid);
+    const int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return errno == ENOENT;
+    const ssize_t size = read(fd, text, sizeof text - 1);
+    close(fd);
+    if (size <= 0) return size < 0 && errno == ESRCH;
+    text[size] = 0;
+    // "pid (name) state ...": the name may hold anything, so the last parenthesis counts.
+    const char* state = strrchr(text, ')');
+    return state != nullptr && (state[2] == 'Z' || state[2] == 'X');
+}
 
 }  // namespace
 

@@ -6,7 +6,8 @@
 ///
 /// `node_tokens[n]`: distinct tokens with a destination on node n (= records sent there).
 /// `rank_rows[r]`: distinct tokens with a destination on rank r. `expert_rows[e]`: tokens that
-/// chose expert e. The counts are present in a first dispatch only.
+/// chose expert e. A first dispatch fills the counts in; other calls leave
+/// them zero.
 ///
 /// Every rank sends its announcement to its rail peer on every other node and publishes, in its
 /// own control segment, its own and the ones its rail peers sent it. So each node holds all R

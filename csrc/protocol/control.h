@@ -33,6 +33,7 @@ typedef enum {
     EPCOMM_PHASE_ARRIVE = 3,
     EPCOMM_PHASE_RETURN = 4,   ///< combine: records coming home
     EPCOMM_PHASE_RELEASE = 5,  ///< combine: node peers still read my rows
+    EPCOMM_PHASE_FAILED = 6,   ///< in an error: the rank failed, nobody waited for it
 } epcomm_phase;
 
 typedef struct {

@@ -63,7 +63,7 @@ class CpuBackend:
         self._check_usable()
         try:
             return make()
-        except (ValueError, OSError, MemoryError) as error:
+        except Exception as error:
             self.refuse(operation, error)
             raise
 
@@ -96,6 +96,7 @@ class CpuBackend:
             pass  # others refused too; this rank's own error is the one to raise
 
     def combine_input(self, handle: Handle, dtype: torch.dtype) -> torch.Tensor:
+        self._check_usable()
         hidden, num_topk = self.node.config.hidden, self.node.config.num_topk
         row_bytes = hidden * torch.empty((), dtype=dtype).element_size()
         parts = combine_parts(handle.num_rows, row_bytes, num_topk, handle.layout == "expert")

@@ -15,7 +15,7 @@ from ..results import CombineResult, Event
 from ..traffic import LinkTraffic, Traffic
 from .control import Waiting
 from .dispatch import Routes, alternatives
-from .memory import copy_memory
+from .memory import STREAM_BYTES, copy_memory
 from .node import Node
 from .phases import Phases
 from .reduce import Contributions, Home, Inputs, Wire, finish_tokens, reduce_records
@@ -73,8 +73,10 @@ class Combine:
     # Expose and announce ------------------------------------------------------------------
 
     def _expose(self, header: np.ndarray) -> Lease | None:
-        """Make the rows readable by the node's ranks: where they are, or in a window."""
+        """Make the rows readable by the node's other ranks: where they are, or in a window."""
         node, call = self.node, self.call
+        if node.topology.ranks_per_node == 1:
+            return None
         plain = call.weights is None and call.topk_weights is None
         found = node.windows.find(call.x)
         if found is not None and plain:
@@ -124,17 +126,23 @@ class Combine:
     def _inputs(self, headers: np.ndarray) -> Inputs:
         node = self.node
         what = Waiting(constants["OP_COMBINE"], constants["PHASE_DATA"], self.epoch)
-        everyone = np.ones(node.topology.ranks_per_node, bool)  # each waits for the others' release
-        windows_L = node.window_addresses(headers, everyone, what)
+        me = node.topology.local_rank
+        others = np.ones(node.topology.ranks_per_node, bool)  # each waits for all others' release
+        others[me] = False
+        windows_L = node.window_addresses(headers, others, what)
         here = headers[node.topology.node_ranks]
 
-        def at(part: str, present: np.ndarray | bool) -> np.ndarray:
-            return np.where(present, windows_L + here[part].astype(np.int64), 0)
+        def at(part: str, mine: torch.Tensor | None, present: np.ndarray | bool) -> np.ndarray:
+            """Addresses of a part; this rank's own is read from where the caller has it."""
+            address_L = np.where(present, windows_L + here[part].astype(np.int64), 0)
+            address_L[me] = 0 if mine is None else mine.data_ptr()
+            return address_L
 
+        call = self.call
         return Inputs(
-            x_L=at("rows_offset", True),
-            row_weights_L=at("weights_offset", here["row_weights"] != 0),
-            topk_weights_L=at("topk_offset", self.with_weights),
+            x_L=at("rows_offset", call.x, True),
+            row_weights_L=at("weights_offset", call.weights, here["row_weights"] != 0),
+            topk_weights_L=at("topk_offset", call.topk_weights, self.with_weights),
             local_of_E=node.local_of_E,
             format=int(here["format"][0]),
             hidden=node.config.hidden,
@@ -151,6 +159,7 @@ class Combine:
             int(self.call.wire),
             self.record.weight if self.with_weights else -1,
             self.record.bytes,
+            self._stream(),
         )
         receives, inbox_N = self._post_receives()
         sends = self._send_rails(inputs, wire)
@@ -183,6 +192,11 @@ class Combine:
         self.phases.mark("wait for records")
         self.messages = len(sends)
         return out, out_weights if self.with_weights else None
+
+    def _stream(self) -> bool:
+        out = self.call.out
+        aligned = out is None or out.data_ptr() % constants["limit_row_align"] == 0
+        return aligned and self.call.handle.num_tokens * self.record.bytes > STREAM_BYTES
 
     def _post_receives(self) -> tuple[dict[int, Request], np.ndarray]:
         node, topology = self.node, self.node.topology

@@ -6,7 +6,6 @@ the call in between, which it does only after it has read the earlier slot.
 """
 
 import ctypes
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import NoReturn
 
 import numpy as np
 
+from ..backend import Options
 from ..errors import PeerTimeoutError
 from ..native import Wait, align, constants, dtypes, library
 from ..topology import Topology
@@ -33,6 +33,8 @@ _OPS = {
     for name, value in constants.items()
     if name.startswith("OP_")
 }
+#: Python handles signals, such as Ctrl-C, between waits of this length.
+_SLICE_NS = 200_000_000
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class ControlBlock:
     def __init__(self, segment: Segment, pid: int) -> None:
         self.segment = segment
         self.pid = pid
+        self.identity = np.frombuffer(segment.map, _CONTROL, 1)[["rank", "pid", "abi_version"]]
         self.wait = self._part("wait")
         self.error = self._part("error")
 
@@ -78,17 +81,16 @@ class NodeControl:
     """The control blocks of a node's ranks and the waits on them."""
 
     def __init__(
-        self, topology: Topology, blocks: list[ControlBlock], scale_out: ScaleOut, timeout: float
+        self, topology: Topology, blocks: list[ControlBlock], scale_out: ScaleOut, options: Options
     ) -> None:
         self.topology = topology
         self.blocks = blocks
         self.own = blocks[topology.local_rank]
-        self.timeout = timeout
+        self.timeout = options.timeout
         self._scale_out = scale_out
         # With a core for every rank of the host a short spin beats a system call; with fewer it
         # only takes the core from whoever is to signal.
-        cores = len(os.sched_getaffinity(0))
-        self._spin = 2000 if cores >= topology.num_ranks else 0
+        self._spin = 2000 if options.own_core else 0
 
     def signal(self, local_rank: int, name: str, index: int, amount: int = 1) -> None:
         """Add to a counter of a local rank, releasing what was stored before."""
@@ -105,13 +107,14 @@ class NodeControl:
             return  # the usual case after the first of several waits
         rank = self.topology.node_ranks[local_rank]
         self._publish(what, rank, expected, 0)
-        how = Wait(
-            int(self.timeout * 1e9),
-            0 if local_rank == self.topology.local_rank else self.blocks[local_rank].pid,
-            self._spin,
-            self.own.counter("aborted"),
-        )
-        result = library.epcomm_counter_wait(address, expected, ctypes.byref(how))
+        watched = 0 if local_rank == self.topology.local_rank else self.blocks[local_rank].pid
+        how = Wait(_SLICE_NS, watched, self._spin, self.own.counter("aborted"))
+        deadline = time.monotonic() + self.timeout
+        result = constants["WAIT_TIMEOUT"]
+        while result == constants["WAIT_TIMEOUT"]:
+            result = library.epcomm_counter_wait(address, expected, ctypes.byref(how))
+            if time.monotonic() >= deadline:
+                break
         if result != constants["WAIT_OK"]:
             self._publish(what, rank, expected, library.epcomm_counter_read(address))
             self._give_up(result, rank)
@@ -133,7 +136,15 @@ class NodeControl:
         deadline = time.monotonic() + self.timeout
         idle = 0
         while pending:
-            completed = [rank for rank, request in pending.items() if request.done()]
+            try:
+                completed = []
+                for suspect, request in pending.items():
+                    if request.done():
+                        completed.append(suspect)
+            except ConnectionError:
+                self._publish(what, suspect, 1, 0)
+                aborted = library.epcomm_counter_read(self.own.counter("aborted")) != 0
+                self._give_up(constants["WAIT_ABORTED" if aborted else "WAIT_PEER_GONE"], suspect)
             for rank in completed:
                 del pending[rank]
                 if on_done is not None:
@@ -164,7 +175,8 @@ class NodeControl:
 
     def abort(self, what: Waiting) -> None:
         """This rank failed half-way through a call: end the waits of all who depend on it."""
-        self._publish(what, self.topology.rank, 0, 0)
+        failed = Waiting(what.op, constants["PHASE_FAILED"], what.epoch)
+        self._publish(failed, self.topology.rank, 0, 0)
         self._tell(self.own.wait.copy())
 
     def _tell(self, error: np.ndarray) -> None:
@@ -211,14 +223,17 @@ class NodeControl:
 
     def _describe(self, error: np.void, gone: bool, result: int) -> tuple[str, tuple[int, ...]]:
         rank = int(error["rank"])
+        call = f"{_OPS[int(error['op'])]} (call {int(error['epoch'])})"
+        if error["phase"] == constants["PHASE_FAILED"]:
+            return f"{call}: rank {rank} failed half-way; its own error says why", (rank,)
         why = f"no sign of it for {self.timeout:g} s"
         if gone:
             why = "its process is gone, or its buffer closed"
         elif result == constants["WAIT_ABORTED"]:
             why = "another rank gave up on it"
         return (
-            f"{_OPS[int(error['op'])]} (call {int(error['epoch'])}): rank {rank} is silent in "
-            f"phase {_PHASES[int(error['phase'])]}: {why}; expected count "
+            f"{call}: rank {rank} is silent in phase "
+            f"{_PHASES[int(error['phase'])]}: {why}; expected count "
             f"{int(error['expected'])}, seen {int(error['seen'])}",
             (rank,),
         )

@@ -19,6 +19,7 @@ from .announce import Counts
 from .control import Waiting
 from .forward import Inbox, forward_records
 from .layout import BadChoice, Layout, make_layout
+from .memory import STREAM_BYTES
 from .node import Node
 from .pack import (
     AS_IS,
@@ -240,6 +241,9 @@ class Dispatch:
             scale_bytes=self.record.scale_bytes,
             experts_per_rank=node.experts_per_rank,
             by_expert=self.by_expert,
+            stream=int(routes.plan.stored_LL[node.topology.local_rank].sum())
+            * self.record.payload_bytes
+            > STREAM_BYTES,
         )
 
     # Data ---------------------------------------------------------------------------------
@@ -355,9 +359,9 @@ class Dispatch:
             clear_rows(rows, me, begin, end, node.config.num_topk)
         self.arrived_L += plan.stored_LL[:, me]
         what = Waiting(self.op, constants["PHASE_ARRIVE"], self.epoch)
-        for local in np.flatnonzero(plan.stored_LL[:, me]):
-            address = node.control.own.counter("arrived", int(local))
-            node.control.wait(address, int(self.arrived_L[local]), int(local), what)
+        for writer in np.flatnonzero(plan.stored_LL[:, me]).tolist():
+            address = node.control.own.counter("arrived", writer)
+            node.control.wait(address, int(self.arrived_L[writer]), writer, what)
         self.phases.mark("arrive")
 
     def _result(self, routes: Routes, handle: Handle, messages: int) -> DispatchResult:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .memory import f32_at, i32_at, kernel
+from .memory import f32_at, fence, i32_at, kernel
 from .store import Row, Rows, store_row
 
 
@@ -49,3 +49,4 @@ def forward_records(
             origin[1],
         )
         store_row(rows, base_E, row, row_CK[i])
+    fence()

@@ -11,14 +11,15 @@ from .window import combine_parts, dispatch_parts
 
 
 def report_memory(
-    config: Config, topology: Topology, layout: Layout, fmt: WireFormat
+    config: Config, topology: Topology, layout: Layout, alignment: int, fmt: WireFormat
 ) -> MemoryReport:
     """Bytes by purpose on one rank, at most: every token of every rank wanting this rank."""
     hidden, num_topk = config.hidden, config.num_topk
     by_expert = layout == "expert"
     rows = topology.num_ranks * config.max_tokens
     if by_expert:
-        rows *= min(num_topk, config.num_experts // topology.num_ranks)
+        experts_per_rank = config.num_experts // topology.num_ranks
+        rows = rows * min(num_topk, experts_per_rank) + experts_per_rank * (alignment - 1)
     received = dispatch_parts(
         rows, fmt.payload_bytes(hidden), fmt.scale_bytes(hidden), num_topk, by_expert
     )
@@ -44,6 +45,10 @@ def report_memory(
             "rows to combine": (
                 exposed.nbytes,
                 f"during a combine: {rows} BF16 rows; none when they are in memory of epcomm's",
+            ),
+            "combined tokens": (
+                2 * config.max_tokens * hidden,
+                f"per combine result alive: {config.max_tokens} BF16 rows, without out=",
             ),
             "scale-out staging": (
                 2 * others * config.max_tokens * record,

@@ -44,7 +44,7 @@ class Node:
         slot_bytes = announcement_bytes(topology, config.num_experts)
         control_bytes = ControlBlock.nbytes(topology.num_nodes, slot_bytes)
         blocks = _share_control(bootstrap, topology, control_bytes)
-        self.control = NodeControl(topology, blocks, self.scale_out, options.timeout)
+        self.control = NodeControl(topology, blocks, self.scale_out, options)
         self.announcer = Announcer(topology, config.num_experts, self.control, self.scale_out)
         self.windows = WindowPool(window_bytes(config, topology.num_ranks))
         self.peer_windows = PeerWindows()
@@ -75,6 +75,9 @@ class Node:
         for local in np.flatnonzero(needed_L):
             rank = self.topology.node_ranks[local]
             header = headers[rank]
+            if rank == self.topology.rank:
+                addresses[local] = self.windows.address(int(header["window_serial"]))
+                continue
             pid = self.control.blocks[local].pid
             fd, serial = int(header["window_fd"]), int(header["window_serial"])
             nbytes = int(header["window_bytes"])
@@ -111,6 +114,8 @@ def _share_control(bootstrap: Bootstrap, topology: Topology, nbytes: int) -> lis
         error = caught
     raise_together(bootstrap, error)
     assert own is not None
+    identity = ControlBlock(own, os.getpid()).identity
+    identity[:] = (topology.rank, os.getpid(), constants["limit_abi_version"])
     endpoints = bootstrap.allgather((os.getpid(), own.fd))
     blocks = []
     try:
@@ -118,7 +123,15 @@ def _share_control(bootstrap: Bootstrap, topology: Topology, nbytes: int) -> lis
             pid, fd = endpoints[rank]
             mine = rank == topology.rank
             segment = own if mine else Segment.open_peer(pid, fd, nbytes)
-            blocks.append(ControlBlock(segment, pid))
+            block = ControlBlock(segment, pid)
+            expected = (rank, pid, constants["limit_abi_version"])
+            if tuple(block.identity[0]) != expected:
+                raise OSError(
+                    f"the shared memory of rank {rank} says (rank, pid, ABI version) "
+                    f"{tuple(block.identity[0])}, expected {expected}; do all ranks run the same "
+                    "epcomm?"
+                )
+            blocks.append(block)
     except OSError as caught:
         error = caught
     # Nobody may let go of its descriptor before every peer has opened it.

@@ -14,7 +14,7 @@ from ..formats.kernels import (
     fp8_pack_row_f32,
     fp8_pack_row_f32_ue8m0,
 )
-from .memory import copy_bytes, f32_at, i32_at, kernel, u16_at, u64_at
+from .memory import copy_bytes, copy_row, f32_at, fence, i32_at, kernel, u16_at, u64_at
 from .store import Row, Rows, store_row
 
 #: How an input row becomes a payload.
@@ -70,7 +70,7 @@ def _pack(source: Source, token: int, q_u8: np.ndarray, s_u8: np.ndarray) -> Non
 def _write_record(row: Row, rows: Rows, outbox: Outbox, node: int) -> None:
     num_topk = row.expert_K.size
     at = outbox.address_N[node] + outbox.slot_TN[row.source_token, node] * outbox.bytes
-    copy_bytes(at, row.payload, rows.payload_bytes)
+    copy_row(at, row.payload, rows.payload_bytes, rows.stream)
     copy_bytes(at + outbox.scales, row.scales, rows.scale_bytes)
     experts = i32_at(at + outbox.expert, num_topk)
     indices = i32_at(at + outbox.row, num_topk)
@@ -125,3 +125,4 @@ def pack_tokens(
             if node != outbox.node and outbox.slot_TN[token, node] >= 0:
                 _write_record(row, rows, outbox, node)
         store_row(rows, base_E, row, row_TK[token])
+    fence()

@@ -3,9 +3,8 @@
 Sums run in float32 from +0, in ascending (local rank, choice) order within a node and ascending
 node order at home; a product with a weight is rounded before it is added.
 
-Rows are added four at a time, so that the accumulator passes through the cache once for four rows.
-A group with fewer is filled up with a row of zeros: a sum that starts from +0 is never -0, and to
-anything else adding +0 changes no bit. Likewise a weight of 1 changes none.
+Rows are added up to four at a time, so that the accumulator passes through the cache once for
+four rows.
 """
 
 from typing import NamedTuple
@@ -15,7 +14,7 @@ import numpy as np
 from ..formats.bits import bits_f32, i32
 from ..formats.kernels import f32_to_bf16_row, logfmt_pack_row, logfmt_unpack_row
 from ..native import constants
-from .memory import copy_bytes, f32_at, kernel, u8_at, u16_at
+from .memory import copy_row, f32_at, fence, kernel, u8_at, u16_at
 
 F32, BF16 = constants["FORMAT_F32"], constants["FORMAT_BF16"]
 LOGFMT8 = constants["FORMAT_LOGFMT8"]
@@ -42,11 +41,15 @@ class Inputs(NamedTuple):
 
 
 class Wire(NamedTuple):
-    """Layout of a combine record; ``weight`` is -1 when no top-k weights travel."""
+    """Layout of a combine record; ``weight`` is -1 when no top-k weights travel.
+
+    ``stream``: see memory.copy_row; for the results too.
+    """
 
     format: int
     weight: int
     bytes: int
+    stream: bool
 
 
 class Home(NamedTuple):
@@ -61,70 +64,82 @@ class Home(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """Rows to add to an accumulator, in order: addresses, factors, and the row of zeros.
+    """Rows waiting to be added to an accumulator, in order: addresses and factors.
 
-    ``count[0]`` of them are pending; they are added when a group is full or on flush.
+    ``pending[0]`` of them wait; they are added when a group is full or on flush.
     """
 
     address: np.ndarray
     weight: np.ndarray
-    count: np.ndarray
-    zeros: np.ndarray
+    pending: np.ndarray
+    weighted: bool
 
 
 @kernel
-def _make_terms(hidden: int) -> Terms:
+def _make_terms(weighted: bool) -> Terms:
     return Terms(
-        np.zeros(GROUP, np.int64),
-        np.zeros(GROUP, np.float32),
-        np.zeros(1, np.int64),
-        np.zeros(hidden * 4, np.uint8),
+        np.zeros(GROUP, np.int64), np.zeros(GROUP, np.float32), np.zeros(1, np.int64), weighted
     )
 
 
 @kernel
-def _add_bf16(
-    a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, w: np.ndarray, acc: np.ndarray
-) -> None:
-    wa, wb, wc, wd = w[0], w[1], w[2], w[3]
-    for i in range(acc.size):
-        s = acc[i] + wa * bits_f32(i32(i32(a[i]) << 16))
-        s = s + wb * bits_f32(i32(i32(b[i]) << 16))
-        s = s + wc * bits_f32(i32(i32(c[i]) << 16))
-        acc[i] = s + wd * bits_f32(i32(i32(d[i]) << 16))
+def _widen(x: int) -> np.float32:
+    """Value of a BF16 bit pattern."""
+    return bits_f32(i32(i32(x) << 16))
 
 
 @kernel
-def _add_f32(
-    a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, w: np.ndarray, acc: np.ndarray
-) -> None:
-    wa, wb, wc, wd = w[0], w[1], w[2], w[3]
-    for i in range(acc.size):
-        acc[i] = (((acc[i] + wa * a[i]) + wb * b[i]) + wc * c[i]) + wd * d[i]
+def _add_bf16(terms: Terms, acc: np.ndarray) -> None:
+    at, n = terms.address, acc.size
+    a, b, c, d = u16_at(at[0], n), u16_at(at[1], n), u16_at(at[2], n), u16_at(at[3], n)
+    count = terms.pending[0]
+    if terms.weighted:
+        for j in range(count):
+            x, w = u16_at(at[j], n), terms.weight[j]
+            for i in range(n):
+                acc[i] += w * _widen(x[i])
+    elif count == 1:
+        for i in range(n):
+            acc[i] += _widen(a[i])
+    elif count == 2:
+        for i in range(n):
+            acc[i] = (acc[i] + _widen(a[i])) + _widen(b[i])
+    elif count == 3:
+        for i in range(n):
+            acc[i] = ((acc[i] + _widen(a[i])) + _widen(b[i])) + _widen(c[i])
+    else:
+        for i in range(n):
+            s = ((acc[i] + _widen(a[i])) + _widen(b[i])) + _widen(c[i])
+            acc[i] = s + _widen(d[i])
+
+
+@kernel
+def _add_f32(terms: Terms, acc: np.ndarray) -> None:
+    n = acc.size
+    for j in range(terms.pending[0]):
+        x, w = f32_at(terms.address[j], n), terms.weight[j]
+        for i in range(n):
+            acc[i] += w * x[i]  # a weight of 1 changes no bit
 
 
 @kernel
 def _flush(terms: Terms, row_format: int, acc: np.ndarray) -> None:
-    """Add the pending rows."""
-    if terms.count[0] == 0:
+    """Add the waiting rows."""
+    if terms.pending[0] == 0:
         return
-    for i in range(terms.count[0], GROUP):
-        terms.address[i] = terms.zeros.ctypes.data
-        terms.weight[i] = 1.0
-    n, at, w = acc.size, terms.address, terms.weight
     if row_format == BF16:
-        _add_bf16(u16_at(at[0], n), u16_at(at[1], n), u16_at(at[2], n), u16_at(at[3], n), w, acc)
+        _add_bf16(terms, acc)
     else:
-        _add_f32(f32_at(at[0], n), f32_at(at[1], n), f32_at(at[2], n), f32_at(at[3], n), w, acc)
-    terms.count[0] = 0
+        _add_f32(terms, acc)
+    terms.pending[0] = 0
 
 
 @kernel
 def _add_row(terms: Terms, address: int, weight: float, row_format: int, acc: np.ndarray) -> None:
-    at = terms.count[0]
+    at = terms.pending[0]
     terms.address[at] = address
     terms.weight[at] = weight
-    terms.count[0] = at + 1
+    terms.pending[0] = at + 1
     if at + 1 == GROUP:
         _flush(terms, row_format, acc)
 
@@ -184,11 +199,15 @@ def _collect_weights(c: Contributions, i: int, inputs: Inputs, out_K: np.ndarray
 
 
 @kernel
-def _store(acc: np.ndarray, row_format: int, at: int) -> None:
-    if row_format == BF16:
-        f32_to_bf16_row(acc, u16_at(at, acc.size))
+def _store(acc: np.ndarray, row_format: int, at: int, stream: bool, scratch: np.ndarray) -> None:
+    """Round a sum to its row; ``scratch`` is uint16 [H]."""
+    if row_format == F32:
+        copy_row(at, acc.ctypes.data, acc.size * 4, stream)
+    elif stream:
+        f32_to_bf16_row(acc, scratch)
+        copy_row(at, scratch.ctypes.data, scratch.size * 2, stream)
     else:
-        copy_bytes(at, acc.ctypes.data, acc.size * 4)
+        f32_to_bf16_row(acc, u16_at(at, acc.size))
 
 
 @kernel
@@ -197,20 +216,22 @@ def reduce_records(
 ) -> None:
     """At the rail peer: sum this node's rows of ``items`` and write their records."""
     num_topk = c.row_CK.shape[1]
-    terms = _make_terms(inputs.hidden)
+    terms = _make_terms(inputs.row_weights_L.max() != 0)
     order = np.empty(num_topk, np.int32)
     acc = np.empty(inputs.hidden, np.float32)
+    scratch = np.empty(inputs.hidden, np.uint16)
     for i in items:
         at = outbox + i * wire.bytes
         _sum_item(c, i, inputs, terms, order, acc)
         if wire.format == BF16 or wire.format == F32:
-            _store(acc, wire.format, at)
+            _store(acc, wire.format, at, wire.stream, scratch)
         else:
             logfmt_pack_row(acc, 8 if wire.format == LOGFMT8 else 10, u8_at(at, wire.bytes))
         if wire.weight >= 0:
             weights_K = f32_at(at + wire.weight, num_topk)
             weights_K[:] = 0.0
             _collect_weights(c, i, inputs, weights_K)
+    fence()
 
 
 @kernel
@@ -225,11 +246,67 @@ def _add_record(at: int, wire: Wire, terms: Terms, scratch: np.ndarray, total: n
 
 
 @kernel
-def _collect_home_weights(token: int, wire: Wire, home: Home, at: int) -> None:
-    num_topk = home.out_weights_TK.shape[1]
-    weights_K = f32_at(at + wire.weight, num_topk)
-    for k in range(num_topk):
-        home.out_weights_TK[token, k] += weights_K[k]
+def _sum_nodes(
+    token: int,
+    c: Contributions,
+    inputs: Inputs,
+    wire: Wire,
+    home: Home,
+    terms: Terms,
+    order: np.ndarray,
+    part: np.ndarray,
+    total: np.ndarray,
+) -> None:
+    """Sum one token over the nodes, in their order, into ``total``."""
+    before = 0  # records of the nodes before this one
+    last = np.int64(0)
+    for node in range(home.node):
+        slot = np.int64(home.slot_TN[token, node])
+        if slot >= 0:
+            before += 1
+            last = home.inbox_N[node] + slot * wire.bytes
+    own = home.slot_TN[token, home.node] >= 0
+    if own and before <= 1:
+        # With one record before it this is a sum of two terms, and either may come first.
+        _sum_item(c, token, inputs, terms, order, total)
+        if before:
+            _add_record(last, wire, terms, part, total)
+    else:
+        total[:] = 0.0
+        for node in range(home.node):
+            slot = np.int64(home.slot_TN[token, node])
+            if slot >= 0:
+                at = home.inbox_N[node] + slot * wire.bytes
+                _add_record(at, wire, terms, part, total)
+        _flush(terms, wire.format, total)
+        if own:
+            _sum_item(c, token, inputs, terms, order, part)
+            for i in range(inputs.hidden):
+                total[i] += part[i]
+    for node in range(home.node + 1, home.inbox_N.size):
+        slot = np.int64(home.slot_TN[token, node])
+        if slot >= 0:
+            at = home.inbox_N[node] + slot * wire.bytes
+            _add_record(at, wire, terms, part, total)
+    _flush(terms, wire.format, total)
+
+
+@kernel
+def _bring_weights_home(
+    token: int, c: Contributions, inputs: Inputs, wire: Wire, home: Home
+) -> None:
+    out_K = home.out_weights_TK[token]
+    for node in range(home.inbox_N.size):
+        slot = np.int64(home.slot_TN[token, node])
+        if slot < 0:
+            continue
+        if node == home.node:
+            _collect_weights(c, token, inputs, out_K)
+        else:
+            at = home.inbox_N[node] + slot * wire.bytes + wire.weight
+            weights_K = f32_at(at, out_K.size)
+            for k in range(out_K.size):
+                out_K[k] += weights_K[k]
 
 
 @kernel
@@ -237,37 +314,19 @@ def finish_tokens(
     tokens: np.ndarray, c: Contributions, inputs: Inputs, wire: Wire, home: Home
 ) -> None:
     """At home: sum each token over the nodes, add the biases, round once."""
-    terms = _make_terms(inputs.hidden)
+    terms = _make_terms(inputs.row_weights_L.max() != 0)
     order = np.empty(c.row_CK.shape[1], np.int32)
     part = np.empty(inputs.hidden, np.float32)
     total = np.empty(inputs.hidden, np.float32)
+    scratch = np.empty(inputs.hidden, np.uint16)
     row_bytes = inputs.hidden * (2 if inputs.format == BF16 else 4)
     for token in tokens:
-        empty = True  # total still is the +0 that any sum starts from
-        for node in range(home.inbox_N.size):
-            slot = np.int64(home.slot_TN[token, node])
-            if slot < 0:
-                continue
-            if node == home.node:
-                _flush(terms, wire.format, total)
-                _sum_item(c, token, inputs, terms, order, total if empty else part)
-                if not empty:
-                    for i in range(inputs.hidden):
-                        total[i] += part[i]
-                if wire.weight >= 0:
-                    _collect_weights(c, token, inputs, home.out_weights_TK[token])
-            else:
-                if empty:
-                    total[:] = 0.0
-                at = home.inbox_N[node] + slot * wire.bytes
-                _add_record(at, wire, terms, part, total)
-                if wire.weight >= 0:
-                    _collect_home_weights(token, wire, home, at)
-            empty = False
-        if empty:
-            total[:] = 0.0
-        _flush(terms, wire.format, total)
+        _sum_nodes(token, c, inputs, wire, home, terms, order, part, total)
         for bias in home.bias:
             _add_row(terms, bias + token * row_bytes, np.float32(1.0), inputs.format, total)
         _flush(terms, inputs.format, total)
-        _store(total, inputs.format, home.out + token * row_bytes)
+        if wire.weight >= 0:
+            _bring_weights_home(token, c, inputs, wire, home)
+        at = home.out + token * row_bytes
+        _store(total, inputs.format, at, wire.stream, scratch)
+    fence()

@@ -26,7 +26,7 @@ class Request(Protocol):
     """A message under way."""
 
     def done(self) -> bool:
-        """Whether it has completed; never blocks. Raises what the transport reports."""
+        """Whether it has completed; never blocks. Raises ConnectionError if it cannot any more."""
 
 
 class ScaleOut(Protocol):
@@ -57,13 +57,16 @@ def _abandon(receives: list[Any], sends: list[Any]) -> None:
 
 
 class MpiScaleOut:
-    """mpi4py point-to-point messages."""
+    """mpi4py point-to-point messages. ``number`` tells the buffers of a communicator apart."""
 
     #: Requests kept before the completed ones are dropped.
     _MANY = 64
 
-    def __init__(self, comm: Any) -> None:
+    def __init__(self, comm: Any, number: int) -> None:
+        from mpi4py import MPI
+
         self._comm = comm
+        self._first_tag = number % (comm.Get_attr(MPI.TAG_UB) // len(Tag) - 1) * len(Tag)
         self._types: dict[int, Any] = {}
         # After a failed call messages may be under way; a rank that comes late still sends and
         # receives them. So requests are kept, and with them their memory, until they are done.
@@ -87,25 +90,25 @@ class MpiScaleOut:
         return _MpiRequest(request)
 
     def send(self, rank: int, tag: Tag, data: np.ndarray) -> Request:
-        request = self._comm.Isend(self._describe(data), dest=rank, tag=tag)
+        request = self._comm.Isend(self._describe(data), dest=rank, tag=self._first_tag + tag)
         return self._keep(self._sends, request)
 
     def receive(self, rank: int, tag: Tag, into: np.ndarray) -> Request:
-        request = self._comm.Irecv(self._describe(into), source=rank, tag=tag)
+        request = self._comm.Irecv(self._describe(into), source=rank, tag=self._first_tag + tag)
         return self._keep(self._receives, request)
 
     def send_abort(self, rank: int, message: np.ndarray) -> None:
         # As bytes: MPI has no datatype for a structure.
         data = message.view(np.uint8)
-        self._keep(self._sends, self._comm.Isend(data, dest=rank, tag=Tag.ABORT))
+        self._keep(self._sends, self._comm.Isend(data, dest=rank, tag=self._first_tag + Tag.ABORT))
 
     def poll_abort(self, into: np.ndarray) -> bool:
         from mpi4py import MPI
 
-        status = MPI.Status()
-        if not self._comm.Iprobe(source=MPI.ANY_SOURCE, tag=Tag.ABORT, status=status):
+        status, tag = MPI.Status(), self._first_tag + Tag.ABORT
+        if not self._comm.Iprobe(source=MPI.ANY_SOURCE, tag=tag, status=status):
             return False
-        self._comm.Recv(into.view(np.uint8), source=status.Get_source(), tag=Tag.ABORT)
+        self._comm.Recv(into.view(np.uint8), source=status.Get_source(), tag=tag)
         return True
 
 
@@ -121,20 +124,31 @@ class TorchScaleOut:
     """torch.distributed point-to-point messages (gloo).
 
     Gloo's requests can be waited for but not tested, so a thread waits for each; it has no probe
-    either, so an abort does not cross nodes and the peer's own deadline ends its wait.
+    either, so an abort does not cross nodes and the peer's own deadline ends its wait. ``number``
+    tells the buffers of a group apart.
     """
 
     #: Gloo's wait needs an end of its own; epcomm's deadline comes first.
     _GLOO_TIMEOUT = timedelta(hours=1)
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, number: int) -> None:
         import torch.distributed as dist
 
         self._group = group
+        self._first_tag = number * len(Tag)
         self._global = dist.get_process_group_ranks(group)
 
-    def _wait_in_thread(self, work: Any, keep: Any) -> Request:
+    def _start(self, operation: Any, data: np.ndarray, rank: int, tag: Tag) -> Request:
+        import torch
+
         future: Future[Any] = Future()
+        tensor = torch.from_numpy(data)
+        try:
+            number = self._first_tag + tag
+            work = operation(tensor, self._global[rank], group=self._group, tag=number)
+        except RuntimeError as error:  # the connection is closed already
+            future.set_exception(error)
+            return _ThreadRequest(future, tensor)
 
         def wait() -> None:
             try:
@@ -144,23 +158,17 @@ class TorchScaleOut:
 
         # A daemon: a message that never comes must not keep the process from ending.
         threading.Thread(target=wait, name="epcomm-gloo", daemon=True).start()
-        return _ThreadRequest(future, keep)
+        return _ThreadRequest(future, tensor)
 
     def send(self, rank: int, tag: Tag, data: np.ndarray) -> Request:
-        import torch
         import torch.distributed as dist
 
-        tensor = torch.from_numpy(data)
-        work = dist.isend(tensor, self._global[rank], group=self._group, tag=int(tag))
-        return self._wait_in_thread(work, tensor)
+        return self._start(dist.isend, data, rank, tag)
 
     def receive(self, rank: int, tag: Tag, into: np.ndarray) -> Request:
-        import torch
         import torch.distributed as dist
 
-        tensor = torch.from_numpy(into)
-        work = dist.irecv(tensor, self._global[rank], group=self._group, tag=int(tag))
-        return self._wait_in_thread(work, tensor)
+        return self._start(dist.irecv, into, rank, tag)
 
     def send_abort(self, rank: int, message: np.ndarray) -> None:
         del rank, message
@@ -178,5 +186,7 @@ class _ThreadRequest:
     def done(self) -> bool:
         if not self._future.done():
             return False
-        self._future.result()
+        error = self._future.exception()
+        if error is not None:
+            raise ConnectionError(str(error)) from error
         return True

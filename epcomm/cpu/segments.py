@@ -120,6 +120,10 @@ class WindowPool:
         weakref.finalize(lease.keeper, free.append, (segment, serial))
         return lease
 
+    def address(self, serial: int) -> int:
+        """Where a window is mapped in this process."""
+        return self._made[serial].address
+
     def find(self, tensor: torch.Tensor) -> tuple[Segment, int, int] | None:
         """The window a tensor lies in: (segment, serial, byte offset), or None."""
         begin = tensor.data_ptr()

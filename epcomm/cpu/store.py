@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .memory import copy_bytes, f32_at, i32_at, i64_at, kernel, u8_at
+from .memory import copy_bytes, copy_row, f32_at, i32_at, i64_at, kernel, u8_at
 
 
 class Rows(NamedTuple):
@@ -16,7 +16,7 @@ class Rows(NamedTuple):
 
     Addresses are indexed by local rank. ``local_of_E`` is the local rank that holds an expert,
     -1 for experts of other nodes; ``base_E`` is the first row, at that rank, of one source's
-    tokens (layout rank: the same for all experts of a rank).
+    tokens (layout rank: the same for all experts of a rank). ``stream``: see memory.copy_row.
     """
 
     x_L: np.ndarray
@@ -29,6 +29,7 @@ class Rows(NamedTuple):
     scale_bytes: int
     experts_per_rank: int
     by_expert: bool
+    stream: bool
 
 
 class Row(NamedTuple):
@@ -45,7 +46,8 @@ class Row(NamedTuple):
 
 @kernel
 def _store_bytes(rows: Rows, local: int, at: int, row: Row) -> None:
-    copy_bytes(rows.x_L[local] + at * rows.payload_bytes, row.payload, rows.payload_bytes)
+    to = rows.x_L[local] + at * rows.payload_bytes
+    copy_row(to, row.payload, rows.payload_bytes, rows.stream)
     copy_bytes(rows.scales_L[local] + at * rows.scale_bytes, row.scales, rows.scale_bytes)
     source = i32_at(rows.source_L[local] + at * 8, 2)
     source[0], source[1] = row.source_rank, row.source_token

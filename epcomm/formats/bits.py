@@ -5,19 +5,52 @@ LLVM narrow it again, which doubles the lanes of a vector. An index named unsign
 is not tested for being negative.
 """
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba import njit, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 i32 = np.int32
 uint = np.uintp
 
-# No fastmath: contraction or reassociation would change the bytes.
-kernel: Any = njit(cache=True, nogil=True, error_model="numpy")
+
+def _hash_sources() -> str:
+    digest = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for folder in ("formats", "cpu"):
+        for path in sorted((package / folder).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+_SOURCES = _hash_sources()
+
+
+class _KernelCache(FunctionCache):
+    """Numba's cache on disk, made to notice a change in what a kernel calls.
+
+    Numba looks at the file a function stands in; a kernel inlines functions of other files.
+    """
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        self._cache_file._source_stamp = (self._cache_file._source_stamp, _SOURCES)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile a function on first use, keep the result on disk, run it without the GIL.
+
+    No fastmath: contraction or reassociation would change the bytes.
+    """
+    dispatcher: Any = njit(nogil=True, error_model="numpy")(function)
+    dispatcher._cache = _KernelCache(function)
+    return dispatcher
 
 
 def _bitcast(source: Any, result: Any, llvm_type: ir.Type) -> Callable[[Any], Any]:

@@ -200,5 +200,3 @@ def check(comm: Any, case: Case, buffer: epcomm.Buffer | None = None) -> None:
 def nodes_of(size: int) -> list[int]:
     """Ranks per node that divide a world of ``size``."""
     return [n for n in range(1, size + 1) if size % n == 0]
-
-

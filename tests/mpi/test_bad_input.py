@@ -1,20 +1,15 @@
 """A bad argument on one rank: a clear error there, PeerError elsewhere, and the buffer lives on."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from harness import Case, check, draw_inputs, make_buffer, nodes_of
+from harness import Case, check, make_buffer, nodes_of
+from refusals import CASE, arguments, expect, rows
 
 import epcomm
-
-#: Far below the buffers' timeout of 30 s: nobody may have waited for a deadline.
-SOON = 10.0
-CASE = Case(1, hidden=48, experts_per_rank=2, num_topk=2, tokens=(3, 0, 5))
 
 
 @dataclass(frozen=True)
@@ -26,38 +21,12 @@ class Bad:
     words: tuple[str, ...]
 
 
-def expect(
-    comm: Any, bad_rank: int, call: Callable[[], Any], kind: type[Exception], words: tuple[str, ...]
-) -> None:
-    """``call`` fails with ``kind`` on the bad rank and with a PeerError naming it elsewhere."""
-    started = time.monotonic()
-    with pytest.raises(kind if comm.rank == bad_rank else epcomm.PeerError) as caught:
-        call()
-    assert time.monotonic() - started < SOON
-    message = str(caught.value)
-    for word in words:
-        assert word in message
-    if comm.rank != bad_rank:
-        assert caught.type is epcomm.PeerError
-        assert caught.value.ranks == (bad_rank,)
-        assert f"rank {bad_rank}:" in message
-
-
 def pick(comm: Any, table: dict[str, Bad], name: str) -> tuple[int, Case]:
     """A bad rank and a node shape that rotate through the table."""
     index = list(table).index(name)
     shapes = nodes_of(comm.size)
     shape = shapes[index % len(shapes)]
     return index % comm.size, Case(**{**vars(CASE), "ranks_per_node": shape, "seed": index})
-
-
-def arguments(case: Case, comm: Any) -> dict[str, Any]:
-    given = draw_inputs(case, comm.size)[comm.rank]
-    return {"x": given.x, "topk_idx": given.topk_idx, "topk_weights": given.topk_weights}
-
-
-def rows(count: int, hidden: int = CASE.hidden, dtype: torch.dtype = torch.bfloat16) -> Any:
-    return torch.zeros(count, hidden, dtype=dtype)
 
 
 def tokens(a: dict[str, Any]) -> int:
@@ -170,7 +139,9 @@ DISPATCH = {
         ValueError,
         ("topk_weights:", "meta"),
     ),
-    "unknown layout": Bad(lambda a: {"layout": "token"}, ValueError, ("layout:", "'token'", "rank")),
+    "unknown layout": Bad(
+        lambda a: {"layout": "token"}, ValueError, ("layout:", "'token'", "rank")
+    ),
     "alignment of rows by rank": Bad(
         lambda a: {"alignment": 8}, ValueError, ("alignment:", "8", "'expert'")
     ),
@@ -221,7 +192,9 @@ CACHED = {
         ValueError,
         ("x: 4 tokens", "the handle's dispatch had"),
     ),
-    "released handle": Bad(lambda a: a["handle"].release() or {}, ValueError, ("handle:", "released")),
+    "released handle": Bad(
+        lambda a: a["handle"].release() or {}, ValueError, ("handle:", "released")
+    ),
     "handle of another buffer": Bad(
         lambda a: {"handle": a["foreign"]}, ValueError, ("handle:", "another buffer")
     ),
@@ -290,8 +263,12 @@ COMBINE = {
     ),
     "unknown wire": Bad(lambda a: {"wire": "fp8"}, ValueError, ("wire:", "'fp8'", "logfmt10")),
     "wire unhashable": Bad(lambda a: {"wire": ["bf16"]}, ValueError, ("wire:", "['bf16']")),
-    "handle no handle": Bad(lambda a: {"handle": None}, TypeError, ("handle:", "Handle", "NoneType")),
-    "released handle": Bad(lambda a: a["handle"].release() or {}, ValueError, ("handle:", "released")),
+    "handle no handle": Bad(
+        lambda a: {"handle": None}, TypeError, ("handle:", "Handle", "NoneType")
+    ),
+    "released handle": Bad(
+        lambda a: a["handle"].release() or {}, ValueError, ("handle:", "released")
+    ),
     "handle of another buffer": Bad(
         lambda a: {"handle": a["foreign"]}, ValueError, ("handle:", "another buffer")
     ),
@@ -349,186 +326,11 @@ def test_fixed_rows_too_few_somewhere(comm, layout):
             last = comm.size - 1
             topk_idx = torch.full((4, 3), -1)
             topk_idx[:, 0] = last * case.experts_per_rank
-            with pytest.raises(ValueError, match=rf"fixed_rows: 3 .* rank {last} .* {4 * comm.size}"):
+            with pytest.raises(
+                ValueError, match=rf"fixed_rows: 3 .* rank {last} .* {4 * comm.size}"
+            ):
                 buffer.dispatch(rows(4), topk_idx, layout=layout, fixed_rows=3)
             check(comm, case, buffer)
-
-
-# Disagreement ------------------------------------------------------------------------------
-
-
-def expect_mismatch(comm: Any, odd: int, call: Callable[[], Any], *words: str) -> None:
-    started = time.monotonic()
-    with pytest.raises(epcomm.MismatchError) as caught:
-        call()
-    assert time.monotonic() - started < SOON
-    message = str(caught.value)
-    assert "disagree" in message
-    assert f"rank {odd} " in message
-    for word in words:
-        assert word in message
-    if odd != 0:
-        assert caught.value.ranks == (odd,)
-
-
-DIFFERENT = {
-    "format": (lambda a: {"x": a["x"].float()}, ("format", "f32", "bf16")),
-    "layout": (lambda a: {"layout": "expert"}, ("layout", "rank", "expert")),
-    "alignment": (lambda a: {"layout": "expert", "alignment": 2}, ("layout",)),
-    "fixed_rows": (lambda a: {"fixed_rows": 200}, ("fixed_rows", "200")),
-    "weights or none": (lambda a: {"topk_weights": None}, ("weights",)),
-}
-
-
-@pytest.mark.parametrize("name", DIFFERENT)
-def test_dispatch_arguments_differ(comm, name):
-    if comm.size == 1:
-        pytest.skip("one rank cannot disagree")
-    change, words = DIFFERENT[name]
-    index = list(DIFFERENT).index(name)
-    shapes = nodes_of(comm.size)
-    for odd in range(comm.size):
-        case = Case(**{**vars(CASE), "ranks_per_node": shapes[(index + odd) % len(shapes)]})
-        with make_buffer(comm, case) as buffer:
-            given = arguments(case, comm)
-            if comm.rank == odd:
-                given.update(change(given))
-            expect_mismatch(comm, odd, lambda b=buffer, g=given: b.dispatch(**g), *words)
-            check(comm, case, buffer)
-
-
-def test_alignment_differs(comm):
-    if comm.size == 1:
-        pytest.skip("one rank cannot disagree")
-    odd = comm.size - 1
-    with make_buffer(comm, CASE) as buffer:
-        given = arguments(CASE, comm)
-        alignment = 8 if comm.rank == odd else 4
-        call = lambda: buffer.dispatch(**given, layout="expert", alignment=alignment)  # noqa: E731
-        expect_mismatch(comm, odd, call, "alignment", "8", "4")
-        check(comm, CASE, buffer)
-
-
-def test_operation_differs(comm):
-    """One rank combines while the others dispatch."""
-    if comm.size == 1:
-        pytest.skip("one rank cannot disagree")
-    for odd in range(comm.size):
-        case = Case(**{**vars(CASE), "ranks_per_node": nodes_of(comm.size)[-1 - odd % 2]})
-        with make_buffer(comm, case) as buffer:
-            given = arguments(case, comm)
-            recv = buffer.dispatch(**given)
-            if comm.rank == odd:
-                call = lambda b=buffer, r=recv: b.combine(r.x, r.handle)  # noqa: E731
-            else:
-                call = lambda b=buffer, g=given: b.dispatch(**g)  # noqa: E731
-            expect_mismatch(comm, odd, call, "operation", "combine", "dispatch")
-            check(comm, case, buffer)
-
-
-def test_handle_differs(comm):
-    """One rank goes back along another dispatch than the others."""
-    if comm.size == 1:
-        pytest.skip("one rank cannot disagree")
-    odd = comm.size // 2
-    with make_buffer(comm, CASE) as buffer:
-        given = arguments(CASE, comm)
-        first, second = buffer.dispatch(**given), buffer.dispatch(**given)
-        recv = second if comm.rank == odd else first
-        expect_mismatch(comm, odd, lambda: buffer.combine(recv.x, recv.handle), "handle")
-        expect_mismatch(
-            comm, odd, lambda: buffer.dispatch(given["x"], handle=recv.handle), "handle"
-        )
-        np.testing.assert_array_equal(first.x.view(torch.int16), second.x.view(torch.int16))
-        check(comm, CASE, buffer)
-
-
-def test_combine_arguments_differ(comm):
-    if comm.size == 1:
-        pytest.skip("one rank cannot disagree")
-    with make_buffer(comm, CASE) as buffer:
-        recv = buffer.dispatch(**arguments(CASE, comm))
-        odd = comm.size - 1
-        wire = "logfmt8" if comm.rank == odd else None
-        expect_mismatch(
-            comm, odd, lambda: buffer.combine(recv.x, recv.handle, wire=wire), "wire", "logfmt8"
-        )
-        y = recv.x.float() if comm.rank == odd else recv.x
-        expect_mismatch(comm, odd, lambda: buffer.combine(y, recv.handle), "format", "f32")
-        weights = None if comm.rank == odd else recv.topk_weights
-        expect_mismatch(
-            comm,
-            odd,
-            lambda: buffer.combine(recv.x, recv.handle, topk_weights=weights),
-            "top-k weights",
-        )
-        check(comm, CASE, buffer)
-
-
-# Making a buffer ---------------------------------------------------------------------------
-
-MAKE = {
-    "hidden of 20": ({"hidden": 20}, ValueError, ("hidden: 20", "multiple of 8")),
-    "hidden 0": ({"hidden": 0}, ValueError, ("hidden: 0", "1..")),
-    "hidden a float": ({"hidden": 64.0}, TypeError, ("hidden:", "int", "float")),
-    "num_experts a bool": ({"num_experts": True}, TypeError, ("num_experts:", "int", "bool")),
-    "more choices than experts": ({"num_topk": 65}, ValueError, ("num_topk: 65", "num_experts=64")),
-    "num_topk above the limit": ({"num_topk": 1000}, ValueError, ("num_topk: 1000", "1..256")),
-    "max_tokens negative": ({"max_tokens": -1}, ValueError, ("max_tokens: -1", "0..")),
-    "timeout 0": ({"timeout": 0}, ValueError, ("timeout:", "> 0", "got 0")),
-    "timeout not a number": ({"timeout": float("nan")}, ValueError, ("timeout:", "nan")),
-    "timeout endless": ({"timeout": float("inf")}, ValueError, ("timeout:", "inf")),
-    "timeout no number": ({"timeout": "60"}, ValueError, ("timeout:", "'60'")),
-    "unknown backend": ({"backend": "tpu"}, ValueError, ("backend:", "'tpu'", "cpu")),
-    "num_threads 0": ({"num_threads": 0}, ValueError, ("num_threads:", "0")),
-    "ranks_per_node 0": ({"ranks_per_node": 0}, ValueError, ("ranks_per_node:", "0")),
-    "ranks_per_node too large": ({"ranks_per_node": 99}, ValueError, ("ranks_per_node: 99",)),
-}
-
-
-def sizes(comm: Any, **change: Any) -> dict[str, Any]:
-    experts = 64 if 64 % comm.size == 0 else 60
-    return {
-        "hidden": 64, "num_experts": experts, "num_topk": 4, "max_tokens": 8, "timeout": 30.0
-    } | change  # fmt: skip
-
-
-@pytest.mark.parametrize("name", MAKE)
-def test_construction_refuses(comm, name):
-    change, kind, words = MAKE[name]
-    if "num_experts=64" in words and comm.size in (3, 6):
-        words = ("num_topk: 65",)
-    bad_rank = list(MAKE).index(name) % comm.size
-    given = sizes(comm, **change) if comm.rank == bad_rank else sizes(comm)
-    expect(comm, bad_rank, lambda: epcomm.Buffer(comm, **given), kind, words)
-    check(comm, CASE)
-
-
-def test_experts_not_shared_equally(comm):
-    if comm.size == 1:
-        pytest.skip("one rank holds any number of experts")
-    with pytest.raises(ValueError, match=rf"num_experts: {comm.size + 1} .* {comm.size} ranks"):
-        epcomm.Buffer(comm, **sizes(comm, num_experts=comm.size + 1, num_topk=1))
-
-
-@pytest.mark.parametrize("name", ["hidden", "num_experts", "num_topk", "max_tokens"])
-def test_construction_arguments_differ(comm, name):
-    if comm.size == 1:
-        pytest.skip("one rank cannot disagree")
-    for odd in range(comm.size):
-        given = sizes(comm)
-        if comm.rank == odd:
-            given[name] *= 2
-        expect_mismatch(comm, odd, lambda g=given: epcomm.Buffer(comm, **g), name)
-    check(comm, CASE)
-
-
-def test_group_of_wrong_type(comm):
-    with pytest.raises(TypeError, match=r"group: expected an mpi4py communicator .* builtins\.int"):
-        epcomm.Buffer(comm.rank, **sizes(comm))
-
-
-# Rows with a format's limits ---------------------------------------------------------------
 
 
 def test_hidden_that_fp8_cannot_carry(comm):
@@ -598,40 +400,3 @@ def test_inputs_that_require_gradients(comm):
         assert not back.x.requires_grad
         assert not recv.x.requires_grad
         check(comm, CASE, buffer)
-
-
-@pytest.mark.parametrize("quantize", ["fp8", "fp8_ue8m0"])
-def test_nan_and_infinity_in_fp8(comm, quantize):
-    """They become NaN in their place and leave the rest of their tile alone."""
-    case = Case(nodes_of(comm.size)[0], hidden=144, tokens=(3,))
-    with make_buffer(comm, case) as buffer:
-        given = arguments(case, comm)
-        topk_idx = torch.tensor([[0, -1, -1]] * 3)
-        x = given["x"].clone()
-        x[0, 0], x[1, 130], x[2, 5] = float("nan"), float("inf"), float("-inf")
-        clean = buffer.dispatch(given["x"].clone(), topk_idx, quantize=quantize)
-        recv = buffer.dispatch(x, topk_idx, quantize=quantize)
-        places = {(0, 0), (1, 130), (2, 5)}
-        for row, (_, token) in enumerate(recv.source.tolist()):
-            nan = torch.isnan(recv.x[row].float())
-            assert {(token, int(h)) for h in nan.nonzero()} == {p for p in places if p[0] == token}
-        assert recv.scales.shape == clean.scales.shape
-        check(comm, case, buffer)
-
-
-@pytest.mark.parametrize("wire", ["bf16", "f32", "logfmt8", "logfmt10"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_infinity_in_combine(comm, wire, value):
-    """A value that is not finite stays so, spoils at most its tile of LogFMT, and no other token."""
-    case = Case(1, hidden=144, experts_per_rank=1, num_topk=1, tokens=(2,))
-    with make_buffer(comm, case) as buffer:
-        far = (comm.rank + 1) % comm.size
-        recv = buffer.dispatch(rows(2, 144), torch.tensor([[far], [far]]))
-        y = torch.ones(recv.x.shape, dtype=torch.bfloat16)
-        y[recv.source[:, 1] == 1, 3] = value
-        back = buffer.combine(y, recv.handle, wire=wire).x.float()
-        assert (back[0] == 1).all()
-        assert not torch.isfinite(back[1, 3])
-        spoilt = 128 if wire.startswith("logfmt") and comm.size > 1 else 1
-        assert int((~torch.isfinite(back[1])).sum()) == spoilt
-        check(comm, case, buffer)

@@ -10,7 +10,7 @@ from harness import Case, draw_inputs, make_buffer, nodes_of
 import epcomm
 from epcomm.oracle import to_bytes
 
-CASE = Case(1, hidden=144, experts_per_rank=3, num_topk=4, tokens=(13, 0, 29, 5))
+CASE = Case(1, hidden=144, experts_per_rank=5, num_topk=4, tokens=(13, 0, 29, 5))
 QUANTIZE = {"bf16": None, "fp8": "fp8", "ue8m0": "fp8_ue8m0"}
 
 
