@@ -95,6 +95,7 @@ class CudaBackend:
         self._stream = torch.cuda.Stream(self.device)
         self._receive = WindowPool(self._engine)
         self._expose = WindowPool(self._engine)
+        self._rows: dict[tuple[int, int, bool], Any] = {}
         self._closed = False
         self._seen_refusal = 0
         self._credit = 0  # cached calls that every rank is known to have a window for
@@ -150,13 +151,13 @@ class CudaBackend:
         )
 
     def _row(self, call: DispatchCall, agreed: Agreed) -> Any:
-        return self._engine.row(
-            call.format,
-            self._config.hidden,
-            agreed.layout,
-            topk=True,
-            weights=call.topk_weights is not None,
-        )
+        key = (call.format, agreed.layout, agreed.with_weights)
+        if key not in self._rows:
+            fmt, layout, weights = key
+            self._rows[key] = self._engine.row(
+                fmt, self._config.hidden, layout, topk=True, weights=weights
+            )
+        return self._rows[key]
 
     def _first_dispatch(self, call: DispatchCall) -> DispatchResult:
         assert call.topk_idx is not None
@@ -306,9 +307,8 @@ class CudaBackend:
     ) -> DispatchResult:
         config, rows = self._config, handle.num_rows
         by_expert = call.layout == "expert"
-        parts = {
-            name: int(v) for name, v in zip(*_fields(self._engine.parts(row, rows)), strict=True)
-        }
+        laid_out = self._engine.parts(row, rows)
+        parts = dict(zip(laid_out.dtype.names or (), laid_out.item(), strict=True))
         words = int(row["scale_bytes"]) // 4
         scales = None
         if words:
@@ -472,10 +472,6 @@ class CudaBackend:
         self._receive.close()
         self._expose.close()
         self._engine.close()
-
-
-def _fields(parts: Any) -> tuple[tuple[str, ...], list[int]]:
-    return parts.dtype.names, [int(parts[name]) for name in parts.dtype.names]
 
 
 def _window_bytes(needed: int) -> int:

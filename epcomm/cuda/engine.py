@@ -106,6 +106,7 @@ class Engine:
         max_sms: int = 132,
     ) -> None:
         self.shape = shape
+        self.device = torch.device("cuda", torch.cuda.current_device())
         self._allgather = allgather
         self.max_windows = max_windows
         self.epoch = 0

@@ -3,15 +3,22 @@
 import weakref
 from collections.abc import Callable
 
-import cupy
-import numpy as np
 import torch
 
 from .engine import Engine
 
 
 class _Owner:
-    """Dies with the last tensor over a lease's window."""
+    """The memory of a lease as torch may adopt it; dies with the last tensor over it."""
+
+    def __init__(self, pointer: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (pointer, False),
+            "strides": None,
+            "version": 3,
+        }
 
 
 class Lease:
@@ -28,13 +35,11 @@ class Lease:
         self.serial = serial
         block = engine.windows[serial]
         self.nbytes = block.num_bytes
-        owner = _Owner()
+        owner = _Owner(block.pointer, block.num_bytes)
         if give_back is not None:
             weakref.finalize(owner, give_back, serial).atexit = False
-        memory = cupy.cuda.UnownedMemory(block.pointer, block.num_bytes, owner)
-        bytes_ = cupy.ndarray((block.num_bytes,), np.uint8, cupy.cuda.MemoryPointer(memory, 0))
         # All tensors share this one's storage, whose end lets go of the owner.
-        self._flat = torch.from_dlpack(bytes_)
+        self._flat = torch.as_tensor(owner, device=engine.device)
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor over part of the window; it keeps the window lent."""
