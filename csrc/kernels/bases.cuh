@@ -33,8 +33,8 @@ __device__ inline void bases_by_expert(const epcomm_cuda_world& world, int align
             if (local < per_rank) {
                 for (int s = 0; s < R; ++s) {
                     if (s == world.rank) before = total;
-                    const auto* theirs = announcement_of(world, world.rank, s, epoch);
-                    total += rank_rows_of(const_cast<epcomm_announcement*>(theirs))[R + expert];
+                    epcomm_announcement* theirs = announcement_of(world, world.rank, s, epoch);
+                    total += rank_rows_of(theirs)[R + expert];
                 }
             }
             const int padded = (total + alignment - 1) / alignment * alignment;

@@ -91,7 +91,9 @@ class CudaBackend:
         self.device = torch.device("cuda", device.index)
         cupy.cuda.Device(device.index).use()
         shape = Shape(topology.rank, topology.num_ranks, config.num_experts, config.num_topk)
-        self._engine = Engine(shape, bootstrap.allgather, timeout=options.timeout)
+        self._engine = Engine(
+            shape, bootstrap.allgather, timeout=options.timeout, max_sms=device.max_sms
+        )
         self._stream = torch.cuda.Stream(self.device)
         self._receive = WindowPool(self._engine)
         self._expose = WindowPool(self._engine)

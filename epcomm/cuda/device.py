@@ -24,12 +24,12 @@ class Device:
     Attributes:
         index: as torch counts them.
         num_sms: thread blocks a call of this rank uses, unless told otherwise.
-        sharing: ranks on this GPU.
+        max_sms: SMs of the GPU.
     """
 
     index: int
     num_sms: int
-    sharing: int
+    max_sms: int
 
 
 def check_device(bootstrap: Bootstrap, num_sms: int | None) -> Device:
@@ -80,7 +80,7 @@ def check_device(bootstrap: Bootstrap, num_sms: int | None) -> Device:
     except (RuntimeError, ValueError) as caught:
         error = caught
     raise_together(bootstrap, error)
-    return Device(index, mine, len(neighbours))
+    return Device(index, mine, sms)
 
 
 def _mps_runs() -> bool:

@@ -103,7 +103,7 @@ class Engine:
         *,
         max_windows: int = 64,
         timeout: float = 60.0,
-        max_sms: int = 132,
+        max_sms: int,
     ) -> None:
         self.shape = shape
         self.device = torch.device("cuda", torch.cuda.current_device())
