@@ -19,12 +19,14 @@ class Config:
         num_experts: E, over all ranks; rank r holds experts r * E/R ... (r+1) * E/R - 1.
         num_topk: K.
         max_tokens: most tokens a rank sends in a call.
+        device: where tensors are: "cpu" or "cuda".
     """
 
     hidden: int
     num_experts: int
     num_topk: int
     max_tokens: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ class Options:
         timeout: seconds a peer may stay silent.
         num_threads: threads of this rank.
         own_core: whether the host has a core for each of its ranks, so that waits may spin.
+        num_sms: "cuda": SMs a call uses; None: chosen.
     """
 
     timeout: float
     num_threads: int
     own_core: bool
+    num_sms: int | None = None
 
 
 @dataclass

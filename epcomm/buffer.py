@@ -58,8 +58,10 @@ class Buffer:
         max_tokens: most tokens a rank will send in one call.
         ranks_per_node: make virtual nodes of this many consecutive ranks; None: a node is a host.
         timeout: seconds a rank may stay silent before the others give up on it.
-        backend: "cpu", or "auto" to choose.
+        backend: "cpu"; "cuda" for tensors on this rank's GPU, inside one node; "auto": "cpu".
         num_threads: threads of this rank; None: this host's cores shared by its ranks.
+        num_sms: "cuda": SMs a call of this rank uses; None: up to 24, fewer where ranks share a
+            GPU.
 
     Raises:
         TypeError: an argument of the wrong type, on the rank that passed it.
@@ -79,13 +81,15 @@ class Buffer:
         max_tokens: int,
         ranks_per_node: int | None = None,
         timeout: float = 60.0,
-        backend: Literal["auto", "cpu"] = "auto",
+        backend: Literal["auto", "cpu", "cuda"] = "auto",
         num_threads: int | None = None,
+        num_sms: int | None = None,
     ) -> None:
         self._backend: Backend | None = None
         bootstrap = make_bootstrap(group)
         self._bootstrap = bootstrap
-        self.config = Config(hidden, num_experts, num_topk, max_tokens)
+        device = "cuda" if backend == "cuda" else "cpu"
+        self.config = Config(hidden, num_experts, num_topk, max_tokens, device)
         hosts = bootstrap.hosts()
         error: Exception | None = None
         try:
@@ -99,8 +103,14 @@ class Buffer:
         on_host = sum(host == hosts[bootstrap.rank] for host in hosts)
         if num_threads is None:
             num_threads = max(1, cores // on_host)
-        options = Options(float(timeout), num_threads, own_core=cores >= on_host)
-        self._backend = CpuBackend(bootstrap, topology, self.config, options)
+        options = Options(float(timeout), num_threads, cores >= on_host, num_sms)
+        if backend == "cuda":
+            # Needs CuPy, which a machine without a GPU may lack.
+            from .cuda.backend import CudaBackend
+
+            self._backend = CudaBackend(bootstrap, topology, self.config, options)
+        else:
+            self._backend = CpuBackend(bootstrap, topology, self.config, options)
         self._owner = topology  # tells handles of this buffer from others
 
     # The world ----------------------------------------------------------------------------
@@ -147,8 +157,10 @@ class Buffer:
             TypeError, ValueError: as ``dispatch`` does for ``topk_idx``.
         """
         topology = self._open().topology
-        check_tensor("topk_idx", topk_idx, [torch.int64, torch.int32], (None, self.config.num_topk))
-        topk_idx_TK = np.ascontiguousarray(topk_idx.numpy(), dtype=np.int64)
+        shape = (None, self.config.num_topk)
+        device = self.config.device
+        check_tensor("topk_idx", topk_idx, [torch.int64, torch.int32], shape, device=device)
+        topk_idx_TK = np.ascontiguousarray(topk_idx.cpu().numpy(), dtype=np.int64)
         node_of_R = np.array(topology.node_of, np.int32)
         layout = make_layout(topk_idx_TK, node_of_R, self.config.num_experts, False)
         if isinstance(layout, BadChoice):
@@ -158,10 +170,10 @@ class Buffer:
         rank = topk_idx_TK[token, choice] // self.num_local_experts
         is_token_in_rank[token, rank] = True
         return DispatchLayout(
-            tokens_per_rank=torch.from_numpy(layout.rank_rows_R),
-            tokens_per_node=torch.from_numpy(layout.node_tokens_N),
-            tokens_per_expert=torch.from_numpy(layout.expert_rows_E),
-            is_token_in_rank=torch.from_numpy(is_token_in_rank),
+            tokens_per_rank=torch.from_numpy(layout.rank_rows_R).to(device),
+            tokens_per_node=torch.from_numpy(layout.node_tokens_N).to(device),
+            tokens_per_expert=torch.from_numpy(layout.expert_rows_E).to(device),
+            is_token_in_rank=torch.from_numpy(is_token_in_rank).to(device),
         )
 
     def dispatch(
@@ -214,7 +226,6 @@ class Buffer:
             BufferClosedError: the buffer is closed or unusable.
         """
         backend = self._open()
-        del async_op
         if previous_event is not None:
             previous_event.wait()
         try:
@@ -233,7 +244,10 @@ class Buffer:
         except (TypeError, ValueError) as error:
             backend.refuse("dispatch", error)
             raise
-        return backend.dispatch(call)
+        result = backend.dispatch(call)
+        if not async_op:
+            result.event.wait()
+        return result
 
     def combine(
         self,
@@ -276,7 +290,6 @@ class Buffer:
             As ``dispatch``.
         """
         backend = self._open()
-        del async_op
         if previous_event is not None:
             previous_event.wait()
         try:
@@ -294,7 +307,10 @@ class Buffer:
         except (TypeError, ValueError) as error:
             backend.refuse("combine", error)
             raise
-        return backend.combine(call)
+        result = backend.combine(call)
+        if not async_op:
+            result.event.wait()
+        return result
 
     def combine_input(self, handle: Handle, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """Memory for the rows of a combine, [M, H], which combine reads without a copy. Local.
@@ -372,8 +388,8 @@ class Buffer:
 def _check_options(timeout: Any, backend: Any, num_threads: Any, ranks_per_node: Any) -> None:
     if not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
         raise ValueError(f"timeout: expected finite seconds > 0, got {timeout!r}")
-    if backend not in ("auto", "cpu"):
-        raise ValueError(f"backend: expected 'auto' or 'cpu', got {backend!r}")
+    if backend not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"backend: expected 'auto', 'cpu' or 'cuda', got {backend!r}")
     for name, value in (("num_threads", num_threads), ("ranks_per_node", ranks_per_node)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}: expected an int >= 1 or None, got {value!r}")

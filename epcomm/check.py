@@ -110,13 +110,21 @@ def check_handle(handle: Any, owner: object) -> Handle:
 def _check_packed(x: Any, config: Config) -> tuple[torch.Tensor, torch.Tensor, WireFormat]:
     if len(x) != 2:
         raise TypeError(f"x: expected a tensor or a pair (x, scales), got a tuple of {len(x)}")
-    q = check_tensor("x[0]", x[0], [torch.float8_e4m3fn], (None, config.hidden))
+    q = check_tensor(
+        "x[0]", x[0], [torch.float8_e4m3fn], (None, config.hidden), device=config.device
+    )
     tiles = -(-config.hidden // constants["limit_tile"])
     scales = x[1]
     words = tiles
     if isinstance(scales, torch.Tensor) and scales.dtype == torch.int32:
         words = -(-tiles // 4)
-    check_tensor("x[1] (scales)", scales, [torch.float32, torch.int32], (q.shape[0], words))
+    check_tensor(
+        "x[1] (scales)",
+        scales,
+        [torch.float32, torch.int32],
+        (q.shape[0], words),
+        device=config.device,
+    )
     packed = WireFormat.FP8 if scales.dtype == torch.float32 else WireFormat.FP8_UE8M0
     return q, scales, packed
 
@@ -144,7 +152,9 @@ def _check_rows(
             raise ValueError(f"quantize: {quantize!r} given, but x is packed already")
         rows, scales, fmt = _check_packed(x, config)
     else:
-        rows = check_tensor("x", x, [torch.bfloat16, torch.float32], (None, config.hidden))
+        rows = check_tensor(
+            "x", x, [torch.bfloat16, torch.float32], (None, config.hidden), device=config.device
+        )
         fmt = row_format(rows.dtype, quantize)
     if rows.shape[0] > config.max_tokens:
         raise ValueError(
@@ -192,7 +202,9 @@ def check_dispatch(
     num_tokens = rows.shape[0]
     choices = (num_tokens, config.num_topk)
     if topk_weights is not None:
-        topk_weights = check_tensor("topk_weights", topk_weights, [torch.float32], choices)
+        topk_weights = check_tensor(
+            "topk_weights", topk_weights, [torch.float32], choices, device=config.device
+        )
     if handle is not None:
         check_handle(handle, owner)
         if topk_idx is not None:
@@ -207,7 +219,7 @@ def check_dispatch(
             rows, scales, fmt, None, topk_weights, handle.layout, routes.alignment, fixed, handle
         )
     check_layout(layout)
-    check_tensor("topk_idx", topk_idx, [torch.int64, torch.int32], choices)
+    check_tensor("topk_idx", topk_idx, [torch.int64, torch.int32], choices, device=config.device)
     check_int("alignment", alignment, 1, constants["limit_max_alignment"])
     if layout == "rank" and alignment != 1:
         raise ValueError(f"alignment: {alignment} given, but only layout 'expert' has padding")
@@ -244,21 +256,31 @@ def check_combine(
         TypeError, ValueError: naming the argument.
     """
     check_handle(handle, owner)
-    rows = check_tensor("x", x, [torch.bfloat16, torch.float32], (handle.num_rows, config.hidden))
+    rows = check_tensor(
+        "x",
+        x,
+        [torch.bfloat16, torch.float32],
+        (handle.num_rows, config.hidden),
+        device=config.device,
+    )
     if weights is not None:
-        weights = check_tensor("weights", weights, [torch.float32], (handle.num_rows,))
+        weights = check_tensor(
+            "weights", weights, [torch.float32], (handle.num_rows,), device=config.device
+        )
     if topk_weights is not None:
         by_expert = handle.layout == "expert"
         shape = (handle.num_rows,) if by_expert else (handle.num_rows, config.num_topk)
-        topk_weights = check_tensor("topk_weights", topk_weights, [torch.float32], shape)
+        topk_weights = check_tensor(
+            "topk_weights", topk_weights, [torch.float32], shape, device=config.device
+        )
     result = (handle.num_tokens, config.hidden)
     biases = () if bias is None else tuple(bias) if isinstance(bias, tuple | list) else (bias,)
     if len(biases) > 2:
         raise ValueError(f"bias: expected at most two tensors, got {len(biases)}")
     for one in biases:
-        check_tensor("bias", one, [rows.dtype], result)
+        check_tensor("bias", one, [rows.dtype], result, device=config.device)
     if out is not None:
-        check_tensor("out", out, [rows.dtype], result)
+        check_tensor("out", out, [rows.dtype], result, device=config.device)
     if wire is None:
         wire = "bf16" if rows.dtype == torch.bfloat16 else "f32"
     if wire not in list(_WIRE):

@@ -1,0 +1,80 @@
+// The C ABI of the CUDA back end.
+#include <cuda_runtime.h>
+#include <time.h>
+
+#include "../kernels/announce.cuh"
+
+namespace epcomm {
+int launch_layout(const epcomm_cuda_layout& call, cudaStream_t stream);
+int launch_dispatch(const epcomm_cuda_dispatch& call, cudaStream_t stream);
+int launch_combine(const epcomm_cuda_combine& call, cudaStream_t stream);
+int load_layout();
+int load_dispatch();
+int load_combine();
+}  // namespace epcomm
+
+extern "C" {
+
+void epcomm_cuda_window_parts(const epcomm_cuda_row* row, int64_t rows, epcomm_cuda_parts* parts) {
+    *parts = epcomm::window_parts(*row, rows);
+}
+
+int64_t epcomm_cuda_control_bytes(int32_t num_ranks, int32_t num_experts) {
+    return epcomm::announcement_offset(num_ranks, num_experts, 0, 0) +
+           2 * num_ranks * epcomm::announcement_bytes(num_ranks, num_experts);
+}
+
+int64_t epcomm_cuda_announcement_offset(int32_t num_ranks, int32_t num_experts, int32_t rank,
+                                        uint64_t epoch) {
+    return epcomm::announcement_offset(num_ranks, num_experts, rank, epoch);
+}
+
+int epcomm_cuda_load(void) {
+    int error = epcomm::load_layout();
+    if (error == 0) error = epcomm::load_dispatch();
+    if (error == 0) error = epcomm::load_combine();
+    return error;
+}
+
+int epcomm_cuda_launch_layout(const epcomm_cuda_layout* call, void* stream) {
+    return epcomm::launch_layout(*call, static_cast<cudaStream_t>(stream));
+}
+
+int epcomm_cuda_launch_dispatch(const epcomm_cuda_dispatch* call, void* stream) {
+    return epcomm::launch_dispatch(*call, static_cast<cudaStream_t>(stream));
+}
+
+int epcomm_cuda_launch_combine(const epcomm_cuda_combine* call, void* stream) {
+    return epcomm::launch_combine(*call, static_cast<cudaStream_t>(stream));
+}
+
+int epcomm_cuda_order(void* first, void* then) {
+    cudaEvent_t event;
+    cudaError_t error = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+    if (error != cudaSuccess) return error;
+    error = cudaEventRecord(event, static_cast<cudaStream_t>(first));
+    if (error == cudaSuccess) {
+        error = cudaStreamWaitEvent(static_cast<cudaStream_t>(then), event, 0);
+    }
+    cudaEventDestroy(event);  // freed once it has happened
+    return error;
+}
+
+const char* epcomm_cuda_error_text(int error) { return cudaGetErrorString(cudaError_t(error)); }
+
+int epcomm_cuda_wait_prepared(const epcomm_cuda_report* report, uint64_t epoch,
+                              int64_t timeout_ns) {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    const int64_t deadline = int64_t(t.tv_sec) * 1000000000 + t.tv_nsec + timeout_ns;
+    while (true) {
+        for (int i = 0; i < 1024; ++i) {
+            if (__atomic_load_n(&report->prepared, __ATOMIC_ACQUIRE) >= epoch) return 0;
+        }
+        if (__atomic_load_n(&report->failed, __ATOMIC_ACQUIRE) != 0) return 1;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        if (int64_t(t.tv_sec) * 1000000000 + t.tv_nsec > deadline) return 2;
+    }
+}
+
+}  // extern "C"

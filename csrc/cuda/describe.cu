@@ -1,0 +1,158 @@
+// Tells Python the layouts of the CUDA back end's structures, so that it repeats none of them.
+#include <stddef.h>
+
+#include <type_traits>
+
+#include "epcomm_cuda.h"
+
+namespace {
+
+template <typename Item>
+constexpr char kind_of() {
+    if (std::is_floating_point<Item>::value) return 'f';
+    return std::is_integral<Item>::value && std::is_signed<Item>::value ? 'i' : 'u';
+}
+
+/// Nested structures are described as that many bytes, pointers as unsigned integers.
+template <typename Type>
+constexpr epcomm_field describe(const char* structure, const char* field, size_t offset) {
+    using Item = std::remove_extent_t<Type>;
+    const bool nested = std::is_class<Item>::value;
+    return {structure,
+            field,
+            uint32_t(offset),
+            nested ? 1u : uint32_t(sizeof(Item)),
+            nested ? uint32_t(sizeof(Type)) : uint32_t(sizeof(Type) / sizeof(Item)),
+            kind_of<Item>()};
+}
+
+#define FIELD(structure, field)                                                    \
+    describe<decltype(epcomm_cuda_##structure::field)>("cuda_" #structure, #field, \
+                                                       offsetof(epcomm_cuda_##structure, field))
+/// The size of a structure, as a field of no bytes at its end.
+#define END(structure) \
+    epcomm_field{"cuda_" #structure, "", uint32_t(sizeof(epcomm_cuda_##structure)), 0, 0, 'u'}
+
+constexpr epcomm_field kFields[] = {
+    FIELD(error, verdict),
+    FIELD(error, op),
+    FIELD(error, phase),
+    FIELD(error, channel),
+    FIELD(error, reporter),
+    FIELD(error, rank),
+    FIELD(error, epoch),
+    FIELD(error, expected),
+    FIELD(error, seen),
+    END(error),
+    FIELD(report, prepared),
+    FIELD(report, verdict),
+    FIELD(report, rows),
+    FIELD(report, max_rows),
+    FIELD(report, free_windows),
+    FIELD(report, bad_choice),
+    FIELD(report, failed),
+    FIELD(report, refused),
+    FIELD(report, refused_verdict),
+    FIELD(report, error),
+    END(report),
+    FIELD(control, bad_choice),
+    FIELD(control, epoch),
+    FIELD(control, stamps),
+    FIELD(control, aborted),
+    END(control),
+    FIELD(world, rank),
+    FIELD(world, num_ranks),
+    FIELD(world, num_experts),
+    FIELD(world, num_topk),
+    FIELD(world, num_windows),
+    FIELD(world, timeout_ns),
+    FIELD(world, controls),
+    FIELD(world, windows),
+    FIELD(world, report),
+    FIELD(world, block_bins),
+    END(world),
+    FIELD(row, row_bytes),
+    FIELD(row, scale_bytes),
+    FIELD(row, num_topk),
+    FIELD(row, layout),
+    FIELD(row, with_topk),
+    FIELD(row, with_weights),
+    END(row),
+    FIELD(parts, rows),
+    FIELD(parts, scales),
+    FIELD(parts, topk_idx),
+    FIELD(parts, topk_weights),
+    FIELD(parts, source),
+    FIELD(parts, bytes),
+    END(parts),
+    FIELD(layout, world),
+    FIELD(layout, announcement),
+    FIELD(layout, row),
+    FIELD(layout, topk_idx),
+    FIELD(layout, dests),
+    FIELD(layout, rows),
+    FIELD(layout, group_start),
+    FIELD(layout, group_count),
+    FIELD(layout, num_tokens),
+    FIELD(layout, max_dests),
+    FIELD(layout, num_blocks),
+    END(layout),
+    FIELD(dispatch, world),
+    FIELD(dispatch, announcement),
+    FIELD(dispatch, row),
+    FIELD(dispatch, x),
+    FIELD(dispatch, scales),
+    FIELD(dispatch, topk_idx),
+    FIELD(dispatch, topk_weights),
+    FIELD(dispatch, dests),
+    FIELD(dispatch, rows),
+    FIELD(dispatch, group_start),
+    FIELD(dispatch, group_count),
+    FIELD(dispatch, num_tokens),
+    FIELD(dispatch, max_dests),
+    FIELD(dispatch, row_in_bytes),
+    FIELD(dispatch, input_format),
+    FIELD(dispatch, announce),
+    FIELD(dispatch, num_blocks),
+    FIELD(dispatch, num_warps),
+    FIELD(dispatch, stages),
+    END(dispatch),
+    FIELD(combine, world),
+    FIELD(combine, announcement),
+    FIELD(combine, dests),
+    FIELD(combine, bias),
+    FIELD(combine, out),
+    FIELD(combine, topk_idx),
+    FIELD(combine, topk_weights),
+    FIELD(combine, num_tokens),
+    FIELD(combine, max_dests),
+    FIELD(combine, row_bytes),
+    FIELD(combine, layout),
+    FIELD(combine, num_blocks),
+    FIELD(combine, num_threads),
+    END(combine),
+};
+
+constexpr epcomm_constant kConstants[] = {
+#define CONSTANT(name) {#name, EPCOMM_CUDA_##name},
+    CONSTANT(MAX_RANKS) CONSTANT(MAX_DESTS) CONSTANT(MAX_EXPERTS) CONSTANT(OK) CONSTANT(REFUSED)
+        CONSTANT(MISMATCH) CONSTANT(GROW) CONSTANT(FIXED_ROWS) CONSTANT(TIMEOUT) CONSTANT(ABORTED)
+            CONSTANT(STAMPS)
+#undef CONSTANT
+};
+
+}  // namespace
+
+extern "C" {
+
+const epcomm_field* epcomm_cuda_fields(uint32_t* count) {
+    *count = uint32_t(sizeof(kFields) / sizeof(kFields[0]));
+    return kFields;
+}
+
+const epcomm_constant* epcomm_cuda_constants(uint32_t* count) {
+    *count = uint32_t(sizeof(kConstants) / sizeof(kConstants[0]));
+    return kConstants;
+}
+
+}  // extern "C"

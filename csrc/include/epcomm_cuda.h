@@ -1,0 +1,231 @@
+/// epcomm_cuda: the C ABI of the CUDA back end inside a node, and what its kernels share.
+///
+/// A rank's node peers reach two of its device allocations by CUDA IPC: the control block
+/// (`epcomm_cuda_control`, then announcements) and windows, where rows are written at their final
+/// place. Streams are `cudaStream_t` passed as `void*`, so that no CUDA header is needed here.
+#pragma once
+
+#include "epcomm.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+    EPCOMM_CUDA_MAX_RANKS = EPCOMM_LIMIT_max_local_ranks,
+    EPCOMM_CUDA_MAX_DESTS = 32,      ///< destinations of a token: one lane of a warp each
+    EPCOMM_CUDA_MAX_EXPERTS = 8192,  ///< the layout kernel counts experts in shared memory
+};
+
+/// A 64-bit counter that only grows (the number of the last epoch it was raised in), alone on
+/// its cache-line pair.
+typedef struct {
+    uint64_t value;
+    uint64_t reserved[15];
+} epcomm_cuda_counter;
+
+/// Moments of a data kernel, in nanoseconds of the GPU's clock.
+typedef enum {
+    EPCOMM_CUDA_STAMP_START = 0,
+    EPCOMM_CUDA_STAMP_ANNOUNCED = 1,  ///< all announcements are in
+    EPCOMM_CUDA_STAMP_MOVED = 2,      ///< this rank's rows are stored, or its sums done
+    EPCOMM_CUDA_STAMP_END = 3,        ///< all ranks' are
+    EPCOMM_CUDA_STAMPS = 4,
+} epcomm_cuda_stamp;
+
+/// How a call ended, or why a kernel left early.
+typedef enum {
+    EPCOMM_CUDA_OK = 0,
+    EPCOMM_CUDA_REFUSED = 1,     ///< a rank's arguments were refused (its announcement says why)
+    EPCOMM_CUDA_MISMATCH = 2,    ///< ranks disagree about an argument
+    EPCOMM_CUDA_GROW = 3,        ///< a window is too small for the rows announced
+    EPCOMM_CUDA_FIXED_ROWS = 4,  ///< more rows than the fixed-size output holds
+    EPCOMM_CUDA_TIMEOUT = 5,     ///< a rank stayed silent past the deadline
+    EPCOMM_CUDA_ABORTED = 6,     ///< another rank gave up; its error was copied here
+} epcomm_cuda_verdict;
+
+typedef struct {
+    int32_t verdict;   ///< epcomm_cuda_verdict
+    int32_t op;        ///< epcomm_op
+    int32_t phase;     ///< epcomm_phase
+    int32_t channel;   ///< thread block
+    int32_t reporter;  ///< rank that met it
+    int32_t rank;      ///< rank waited for, or the one that disagrees
+    uint64_t epoch;
+    uint64_t expected;
+    uint64_t seen;
+} epcomm_cuda_error;
+
+/// Host-mapped memory the kernels report to. `tokens_per_expert i32[E / R]` follows it.
+typedef struct {
+    uint64_t prepared;        ///< last dispatch epoch judged; its verdict stands here (release)
+    int32_t verdict;          ///< of that epoch; the data kernel comes to the same
+    int32_t rows;             ///< first call: rows this rank receives
+    int32_t max_rows;         ///< rows the fullest rank receives
+    int32_t bad_choice;       ///< token * K + k of the first expert id out of range, or -1
+    int32_t free_windows;     ///< windows left to the rank that has fewest
+    int32_t failed;           ///< nonzero: the buffer is unusable, `error` says why (release)
+    uint64_t refused;         ///< last epoch that ended before data moved (release)
+    int32_t refused_verdict;  ///< why
+    epcomm_cuda_error error;
+} epcomm_cuda_report;
+
+/// In an announcement, `window_fd` is the number of windows its rank has free beside the one it
+/// announces: nobody needs to wait for a verdict while every rank has one left.
+///
+/// Start of a rank's control block. Counters are indexed by the rank that raises them.
+/// Announcements follow: two (by parity of the epoch) for each rank, each
+/// `epcomm_announcement | node_tokens i32[1] | rank_rows i32[R] | expert_rows i32[E]`.
+typedef struct {
+    epcomm_cuda_counter announced[EPCOMM_CUDA_MAX_RANKS];
+    epcomm_cuda_counter arrived[EPCOMM_CUDA_MAX_RANKS];
+    epcomm_cuda_counter released[EPCOMM_CUDA_MAX_RANKS];
+    epcomm_cuda_counter aborted;  ///< nonzero: a rank gave up; `error` says on whom
+    epcomm_cuda_error error;
+    // Used by the owner's kernels alone.
+    epcomm_cuda_counter epoch;            ///< calls finished; the next call is this + 1
+    uint64_t stamps[EPCOMM_CUDA_STAMPS];  ///< of the last call
+    epcomm_cuda_counter counted;          ///< epoch in which all blocks have counted
+    uint32_t counting;                    ///< blocks that have counted
+    uint32_t leaving;                     ///< blocks that are done
+    uint32_t dealt;                       ///< tokens handed out beyond the first of every warp
+    int32_t bad_choice;                   ///< smallest offending token * K + k, or INT32_MAX
+    int32_t reporting;                    ///< taken by the first thread that reports an error
+} epcomm_cuda_control;
+
+/// Where one copy of a token goes. A token's list is in order of (rank, choice), then rank = -1.
+typedef struct {
+    int16_t rank;
+    int16_t choice;  ///< layout expert: which choice k this is; layout rank: -1
+    int32_t row;     ///< row at that rank
+} epcomm_cuda_dest;
+
+/// What stays the same for the life of a buffer.
+typedef struct {
+    int32_t rank;
+    int32_t num_ranks;
+    int32_t num_experts;
+    int32_t num_topk;
+    int32_t num_windows;  ///< windows a rank may have
+    int32_t reserved;
+    int64_t timeout_ns;
+    epcomm_cuda_control* controls[EPCOMM_CUDA_MAX_RANKS];
+    uint8_t* const* windows;  ///< device array [num_ranks][num_windows]
+    epcomm_cuda_report* report;
+    int32_t* block_bins;  ///< scratch: [blocks][R + E]
+} epcomm_cuda_world;
+
+/// What a row of an output consists of.
+typedef struct {
+    int32_t row_bytes;
+    int32_t scale_bytes;
+    int32_t num_topk;
+    int32_t layout;     ///< epcomm_layout
+    int32_t with_topk;  ///< top-k ids (layout rank) and sources are written
+    int32_t with_weights;
+} epcomm_cuda_row;
+
+/// Byte offsets of the parts of a window that holds `rows` rows, and its size.
+typedef struct {
+    uint64_t rows;
+    uint64_t scales;
+    uint64_t topk_idx;
+    uint64_t topk_weights;
+    uint64_t source;
+    uint64_t bytes;
+} epcomm_cuda_parts;
+
+/// First call: count, announce, and find the row of every copy.
+typedef struct {
+    epcomm_cuda_world world;
+    epcomm_announcement announcement;  ///< `epoch` is filled in by the kernel
+    epcomm_cuda_row row;
+    const int64_t* topk_idx;  ///< [T, K]
+    epcomm_cuda_dest* dests;  ///< out: [T, D]
+    int32_t* rows;            ///< out: rows at every rank, [R]
+    int32_t* group_start;     ///< out: first row of a local expert, [E / R + 1]
+    int32_t* group_count;     ///< out: rows of a local expert without padding, [E / R]
+    int32_t num_tokens;
+    int32_t max_dests;  ///< D
+    int32_t num_blocks;
+    int32_t reserved;
+} epcomm_cuda_layout;
+
+/// Data: store every copy at its place, signal, wait for all peers' rows.
+typedef struct {
+    epcomm_cuda_world world;
+    epcomm_announcement announcement;
+    epcomm_cuda_row row;
+    const void* x;              ///< [T, row_in_bytes]
+    const void* scales;         ///< [T, scale_bytes], packed pairs only
+    const int64_t* topk_idx;    ///< [T, K]
+    const float* topk_weights;  ///< [T, K]
+    const epcomm_cuda_dest* dests;
+    const int32_t* rows;
+    const int32_t* group_start;
+    const int32_t* group_count;
+    int32_t num_tokens;
+    int32_t max_dests;
+    int32_t row_in_bytes;
+    int32_t input_format;  ///< epcomm_format of x
+    int32_t announce;      ///< cached handle: nothing was announced for this epoch yet
+    int32_t num_blocks;
+    int32_t num_warps;
+    int32_t stages;  ///< rows in flight per warp, 1 to 4; fewer if they do not fit
+} epcomm_cuda_dispatch;
+
+/// Sum every token's rows, in order of (rank, choice), in float32.
+typedef struct {
+    epcomm_cuda_world world;
+    epcomm_announcement announcement;
+    const epcomm_cuda_dest* dests;
+    const void* bias[2];      ///< [T, H] of the rows' type, added in order, or null
+    void* out;                ///< [T, H]
+    const int64_t* topk_idx;  ///< [T, K]; with top-k weights only
+    float* topk_weights;      ///< out [T, K], or null
+    int32_t num_tokens;
+    int32_t max_dests;
+    int32_t row_bytes;
+    int32_t layout;
+    int32_t num_blocks;
+    int32_t num_threads;
+} epcomm_cuda_combine;
+
+/// The fields of every structure above, and the enumerators, as epcomm_fields does. The field ""
+/// ends a structure and has its size as offset.
+EPCOMM_API const epcomm_field* epcomm_cuda_fields(uint32_t* count);
+EPCOMM_API const epcomm_constant* epcomm_cuda_constants(uint32_t* count);
+
+/// Where the parts of a window with `rows` rows lie.
+EPCOMM_API void epcomm_cuda_window_parts(const epcomm_cuda_row* row, int64_t rows,
+                                         epcomm_cuda_parts* parts);
+
+/// Bytes of a control block with its announcements.
+EPCOMM_API int64_t epcomm_cuda_control_bytes(int32_t num_ranks, int32_t num_experts);
+
+/// Byte offset, in a control block, of the announcement `rank` made for `epoch`.
+EPCOMM_API int64_t epcomm_cuda_announcement_offset(int32_t num_ranks, int32_t num_experts,
+                                                   int32_t rank, uint64_t epoch);
+
+/// Load every kernel, so that no later launch has to wait for one that spins. Returns 0 or a
+/// cudaError_t, as all functions below.
+EPCOMM_API int epcomm_cuda_load(void);
+
+EPCOMM_API int epcomm_cuda_launch_layout(const epcomm_cuda_layout* call, void* stream);
+EPCOMM_API int epcomm_cuda_launch_dispatch(const epcomm_cuda_dispatch* call, void* stream);
+EPCOMM_API int epcomm_cuda_launch_combine(const epcomm_cuda_combine* call, void* stream);
+
+/// Let what comes on stream `then` wait for all that is on stream `first` by now.
+EPCOMM_API int epcomm_cuda_order(void* first, void* then);
+
+/// Text of a cudaError_t.
+EPCOMM_API const char* epcomm_cuda_error_text(int error);
+
+/// Poll `report->prepared` until it is at least `epoch`, `report->failed` is raised (returns 1)
+/// or `timeout_ns` passes (returns 2). Returns 0 on success.
+EPCOMM_API int epcomm_cuda_wait_prepared(const epcomm_cuda_report* report, uint64_t epoch,
+                                         int64_t timeout_ns);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,119 @@
+// Announcements: what every rank tells every other before data moves, pushed into the peers'
+// control blocks, and the verdict all ranks reach on them.
+//
+// A rank announces epoch e + 1 only after its kernels of epoch e ended, and those end only once
+// every peer has announced e. So a peer is at most one announcement ahead, and two slots suffice.
+#pragma once
+
+#include <stddef.h>
+
+#include "wait.cuh"
+#include "window.cuh"
+
+namespace epcomm {
+
+__host__ __device__ inline int64_t announcement_bytes(int ranks, int experts) {
+    return epcomm_align(int64_t(sizeof(epcomm_announcement)) + 4 * (1 + int64_t(ranks) + experts),
+                        EPCOMM_LIMIT_window_align);
+}
+
+__host__ __device__ inline int64_t announcement_offset(int ranks, int experts, int rank,
+                                                       uint64_t epoch) {
+    return epcomm_align(sizeof(epcomm_cuda_control), EPCOMM_LIMIT_window_align) +
+           (int64_t(epoch & 1) * ranks + rank) * announcement_bytes(ranks, experts);
+}
+
+/// The announcement of `from` for `epoch` as it lies at `at`.
+__device__ inline epcomm_announcement* announcement_of(const epcomm_cuda_world& world, int at,
+                                                       int from, uint64_t epoch) {
+    return reinterpret_cast<epcomm_announcement*>(
+        reinterpret_cast<uint8_t*>(world.controls[at]) +
+        announcement_offset(world.num_ranks, world.num_experts, from, epoch));
+}
+
+__device__ inline int32_t* rank_rows_of(epcomm_announcement* announcement) {
+    return reinterpret_cast<int32_t*>(announcement + 1) + 1;
+}
+
+/// Push this rank's announcement (and `counts`: rank_rows, expert_rows; null = none) to all
+/// ranks, itself included; `status` may be worse than the host knew. Called by one whole block.
+__device__ inline void announce(const epcomm_cuda_world& world, const epcomm_announcement& mine,
+                                int status, const int32_t* counts, uint64_t epoch) {
+    constexpr int kWords = int(sizeof(epcomm_announcement) / 4);
+    const auto* words = reinterpret_cast<const uint32_t*>(&mine);
+    const int num_counts = counts == nullptr ? 0 : world.num_ranks + world.num_experts;
+    for (int r = 0; r < world.num_ranks; ++r) {
+        epcomm_announcement* slot = announcement_of(world, r, world.rank, epoch);
+        auto* to = reinterpret_cast<uint32_t*>(slot);
+        // The kernel knows the epoch, the host did not.
+        for (int i = int(threadIdx.x); i < kWords; i += int(blockDim.x)) {
+            uint32_t word = words[i];
+            if (i == 0) word = uint32_t(epoch);
+            if (i == 1) word = uint32_t(epoch >> 32);
+            if (i == int(offsetof(epcomm_announcement, status) / 4)) word = uint32_t(status);
+            to[i] = word;
+        }
+        int32_t* to_counts = rank_rows_of(slot);
+        for (int i = int(threadIdx.x); i < num_counts; i += int(blockDim.x)) {
+            to_counts[i] = counts[i];
+        }
+    }
+    // The barrier orders the block's stores before the release, which is cumulative.
+    __syncthreads();
+    for (int r = int(threadIdx.x); r < world.num_ranks; r += int(blockDim.x)) {
+        store_release(&world.controls[r]->announced[world.rank].value, epoch);
+    }
+}
+
+/// What `mine` and the announcement of `rank` amount to; `rows` = rows that rank will hold.
+__device__ inline int judge(const epcomm_announcement& mine, const epcomm_announcement& theirs,
+                            const epcomm_cuda_row& row, int64_t rows) {
+    if (theirs.status != EPCOMM_STATUS_OK || mine.status != EPCOMM_STATUS_OK) {
+        return EPCOMM_CUDA_REFUSED;
+    }
+    const bool same = mine.op == theirs.op && mine.format == theirs.format &&
+                      mine.layout == theirs.layout && mine.alignment == theirs.alignment &&
+                      mine.with_weights == theirs.with_weights &&
+                      mine.fixed_rows == theirs.fixed_rows && mine.wire == theirs.wire &&
+                      mine.handle_epoch == theirs.handle_epoch;
+    if (!same) return EPCOMM_CUDA_MISMATCH;
+    if (mine.op == EPCOMM_OP_COMBINE) return EPCOMM_CUDA_OK;
+    if (mine.fixed_rows >= 0 && rows > mine.fixed_rows) return EPCOMM_CUDA_FIXED_ROWS;
+    const int64_t held = mine.fixed_rows >= 0 ? mine.fixed_rows : rows;
+    // A rank without a free window announces one of no bytes.
+    if (theirs.window_bytes == 0) return EPCOMM_CUDA_GROW;
+    if (window_parts(row, held).bytes > theirs.window_bytes) return EPCOMM_CUDA_GROW;
+    return EPCOMM_CUDA_OK;
+}
+
+/// The block's verdict over all ranks: the gravest that is not a success (lowest code wins, so
+/// that every rank names the same one). `rows` has one entry a rank, or is null (combine).
+__device__ inline int judge_all(const epcomm_cuda_world& world, const epcomm_announcement& mine,
+                                const epcomm_cuda_row& row, const int32_t* rows, uint64_t epoch) {
+    __shared__ int verdict;
+    constexpr int kNone = 1 << 20;
+    if (threadIdx.x == 0) verdict = kNone;
+    __syncthreads();
+    const int refused_here = announcement_of(world, world.rank, world.rank, epoch)->status;
+    for (int r = int(threadIdx.x); r < world.num_ranks; r += int(blockDim.x)) {
+        const epcomm_announcement* theirs = announcement_of(world, world.rank, r, epoch);
+        int code = judge(mine, *theirs, row, rows == nullptr ? 0 : rows[r]);
+        if (refused_here != EPCOMM_STATUS_OK) code = EPCOMM_CUDA_REFUSED;
+        if (code != EPCOMM_CUDA_OK) atomicMin(&verdict, code);
+    }
+    __syncthreads();
+    const int code = verdict;
+    __syncthreads();
+    return code == kNone ? EPCOMM_CUDA_OK : code;
+}
+
+/// Free windows of the rank that has fewest; announced in `window_fd`. One thread.
+__device__ inline int fewest_free_windows(const epcomm_cuda_world& world, uint64_t epoch) {
+    int fewest = INT32_MAX;
+    for (int r = 0; r < world.num_ranks; ++r) {
+        fewest = min(fewest, announcement_of(world, world.rank, r, epoch)->window_fd);
+    }
+    return fewest;
+}
+
+}  // namespace epcomm

@@ -1,0 +1,110 @@
+// Combine: announce that this rank's rows are ready, wait for the peers', pull and sum, then tell
+// the peers that their rows have been read.
+#include "finish.cuh"
+#include "launch.cuh"
+#include "pull.cuh"
+#include "return_weights.cuh"
+
+namespace epcomm {
+
+/// Fill `offers[R]`; true if any rank's rows carry weights. The whole block.
+__device__ inline bool find_offers(const epcomm_cuda_combine& call, uint64_t epoch, Offer* offers) {
+    const epcomm_cuda_world& world = call.world;
+    bool weighted = false;
+    for (int r = int(threadIdx.x); r < world.num_ranks; r += int(blockDim.x)) {
+        const epcomm_announcement* theirs = announcement_of(world, world.rank, r, epoch);
+        const uint8_t* window =
+            world.windows[int64_t(r) * world.num_windows + theirs->window_serial];
+        offers[r].rows = window + theirs->rows_offset;
+        offers[r].weights = theirs->row_weights
+                                ? reinterpret_cast<const float*>(window + theirs->weights_offset)
+                                : nullptr;
+        offers[r].topk_weights = reinterpret_cast<const float*>(window + theirs->topk_offset);
+        weighted = weighted || theirs->row_weights;
+    }
+    return __syncthreads_or(weighted);
+}
+
+template <bool many>
+constexpr int kMaxThreads = many ? 512 : 640;
+
+template <bool f32, bool many>
+__global__ void __launch_bounds__(kMaxThreads<many>, 1)
+    combine_kernel(const __grid_constant__ epcomm_cuda_combine call,
+                   const __grid_constant__ PullPlan plan) {
+    extern __shared__ __align__(128) uint8_t shared[];
+    __shared__ Offer offers[EPCOMM_CUDA_MAX_RANKS];
+    const epcomm_cuda_world& world = call.world;
+    const uint64_t epoch = load_relaxed(&own_control(world)->epoch.value) + 1;
+    const bool timed = blockIdx.x == 0 && threadIdx.x == 0;
+    if (timed) stamp(world, EPCOMM_CUDA_STAMP_START);
+    if (blockIdx.x == 0) {
+        announce(world, call.announcement, call.announcement.status, nullptr, epoch);
+    }
+    Waiting what = {EPCOMM_OP_COMBINE, EPCOMM_PHASE_ANNOUNCE, epoch};
+    if (!wait_all_ranks(world, own_control(world)->announced, epoch, what)) return;
+    if (timed) stamp(world, EPCOMM_CUDA_STAMP_ANNOUNCED);
+    const epcomm_cuda_row no_row = {};
+    const int verdict = judge_all(world, call.announcement, no_row, nullptr, epoch);
+    if (verdict == EPCOMM_CUDA_OK) {
+        const bool weighted = find_offers(call, epoch, offers);
+        if (weighted) {
+            pull_tokens<f32, many, true>(call, offers, plan, shared);
+        } else {
+            pull_tokens<f32, many, false>(call, offers, plan, shared);
+        }
+        if (call.topk_weights != nullptr) return_weights(call, offers);
+    }
+    if (!is_last_block(world)) return;
+    if (threadIdx.x == 0) {
+        collect_deck(world);
+        stamp(world, EPCOMM_CUDA_STAMP_MOVED);
+    }
+    // All ranks come to the same verdict, so after a refusal nobody waits.
+    if (verdict == EPCOMM_CUDA_OK) {
+        signal_all(world, false, epoch);
+        what.phase = EPCOMM_PHASE_RELEASE;
+        if (!wait_all_ranks(world, own_control(world)->released, epoch, what)) return;
+    }
+    if (threadIdx.x == 0) {
+        if (verdict != EPCOMM_CUDA_OK) report_refusal(world, verdict, epoch);
+        finish_epoch(world, epoch);
+        stamp(world, EPCOMM_CUDA_STAMP_END);
+    }
+}
+
+template <bool f32, bool many>
+int launch_combine_of(const epcomm_cuda_combine& call, cudaStream_t stream) {
+    const PullPlan plan = {call.max_dests < kPullCopies ? call.max_dests : kPullCopies};
+    // Fewer warps where shared memory is smaller than sm_90's.
+    const int64_t room = shared_limit() - int64_t(sizeof(Offer)) * EPCOMM_CUDA_MAX_RANKS;
+    int warps = (call.num_threads < kMaxThreads<many> ? call.num_threads : kMaxThreads<many>) / 32;
+    while (warps > 1 && pull_bytes(plan) * warps > room) --warps;
+    combine_kernel<f32, many>
+        <<<call.num_blocks, 32 * warps, size_t(pull_bytes(plan) * warps), stream>>>(call, plan);
+    return cudaGetLastError();
+}
+
+int launch_combine(const epcomm_cuda_combine& call, cudaStream_t stream) {
+    if (call.num_blocks < 1 || call.num_threads < 32 || call.num_threads % 32 != 0 ||
+        call.max_dests > EPCOMM_CUDA_MAX_DESTS || call.row_bytes % 16 != 0) {
+        return cudaErrorInvalidValue;
+    }
+    const bool f32 = call.announcement.format == EPCOMM_FORMAT_F32;
+    if (call.max_dests > kPullCopies) {
+        return f32 ? launch_combine_of<true, true>(call, stream)
+                   : launch_combine_of<false, true>(call, stream);
+    }
+    return f32 ? launch_combine_of<true, false>(call, stream)
+               : launch_combine_of<false, false>(call, stream);
+}
+
+int load_combine() {
+    int error = load(combine_kernel<true, true>);
+    if (error == 0) error = load(combine_kernel<false, true>);
+    if (error == 0) error = load(combine_kernel<true, false>);
+    if (error == 0) error = load(combine_kernel<false, false>);
+    return error;
+}
+
+}  // namespace epcomm

@@ -1,0 +1,32 @@
+// Handing out tokens. A warp that is done takes the next token, so that SMs nearer to memory do
+// more; which warp moves a token changes nothing in the result.
+#pragma once
+
+#include "wait.cuh"
+
+namespace epcomm {
+
+/// One lane's view of the tokens left to its warp. The next token is asked for a turn ahead, so
+/// that nobody waits for the answer.
+struct Dealer {
+    int coming;
+
+    /// The first tokens are the warps' by number.
+    __device__ Dealer() : coming(int(blockIdx.x * (blockDim.x >> 5)) + warp_id()) {}
+
+    /// The next of `count` tokens, or -1.
+    __device__ int take(const epcomm_cuda_world& world, int count) {
+        const int token = coming;
+        if (token >= count) return -1;
+        const int warps = int(gridDim.x * (blockDim.x >> 5));
+        coming = warps + int(atomicAdd(&own_control(world)->dealt, 1u));
+        return token;
+    }
+};
+
+/// Ready for the next launch. One thread of the last block.
+__device__ inline void collect_deck(const epcomm_cuda_world& world) {
+    own_control(world)->dealt = 0;
+}
+
+}  // namespace epcomm

@@ -1,0 +1,58 @@
+// Loads, stores and signals that other ranks see.
+//
+// Signals are release/acquire at system scope: the same code is right on one GPU, over NVLink and
+// over PCIe, and nothing relies on ranks sharing an L2.
+#pragma once
+
+#include <stdint.h>
+
+namespace epcomm {
+
+__device__ __forceinline__ uint64_t load_acquire(const uint64_t* address) {
+    uint64_t value;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ uint64_t load_relaxed(const uint64_t* address) {
+    uint64_t value;
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_release(uint64_t* address, uint64_t value) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_relaxed(uint64_t* address, uint64_t value) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+/// 16 bytes that are read once. Coherent (no .nc): a peer may have written them in this launch.
+__device__ __forceinline__ uint4 load_once(const void* address) {
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(address)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void store_once(void* address, uint4 v) {
+    asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address),
+                 "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ uint64_t now_ns() {
+    uint64_t ns;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
+    return ns;
+}
+
+__device__ __forceinline__ int lane_id() { return int(threadIdx.x & 31); }
+__device__ __forceinline__ int warp_id() { return int(threadIdx.x >> 5); }
+
+constexpr unsigned kWarp = 0xffffffffu;
+
+}  // namespace epcomm

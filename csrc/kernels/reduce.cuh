@@ -1,0 +1,149 @@
+// Summing the rows of a token in order of (rank, choice) in float32. No multiply-add is
+// contracted: the bits are those of the CPU back end.
+#pragma once
+
+#include "targets.cuh"
+
+namespace epcomm {
+
+/// Addresses of what one rank offers to be summed.
+struct Offer {
+    const uint8_t* rows;
+    const float* weights;       ///< one a row, or null
+    const float* topk_weights;  ///< K or 1 a row, if they travel back
+};
+
+template <bool f32>
+constexpr int kElements = f32 ? 4 : 8;  ///< of 16 bytes
+
+template <bool f32>
+__device__ __forceinline__ void widen(const uint4& v, float (&x)[kElements<f32>]) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (f32) {
+            x[i] = __uint_as_float(words[i]);
+        } else {
+            x[2 * i] = __uint_as_float(words[i] << 16);
+            x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+        }
+    }
+}
+
+/// Two values to BF16, nearest even.
+__device__ __forceinline__ uint32_t two_bf16(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+/// Every NaN becomes 0x7FC0 with its sign; the conversion above makes them 0x7FFF.
+__device__ inline uint32_t canonical_nans(uint32_t pair, float low, float high) {
+    if (low != low) pair = (pair & 0xffff0000u) | (__float_as_uint(low) >> 16 & 0x8000u) | 0x7fc0u;
+    if (high != high) {
+        pair = (pair & 0x0000ffffu) | (__float_as_uint(high) & 0x80000000u) | 0x7fc00000u;
+    }
+    return pair;
+}
+
+template <bool f32>
+__device__ __forceinline__ uint4 narrow(const float (&x)[kElements<f32>]) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (f32) {
+            words[i] = __float_as_uint(x[i]);
+        } else {
+            words[i] = two_bf16(x[2 * i], x[2 * i + 1]);
+        }
+    }
+    if constexpr (!f32) {
+        // A NaN makes the sum one; so may infinities and overflow, which costs time only.
+        const float all = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+        if (all != all) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                words[i] = canonical_nans(words[i], x[2 * i], x[2 * i + 1]);
+            }
+        }
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+template <bool f32, bool weighted>
+__device__ __forceinline__ void accumulate(const uint4& v, float weight,
+                                           float (&sum)[kElements<f32>]) {
+    float x[kElements<f32>];
+    widen<f32>(v, x);
+#pragma unroll
+    for (int e = 0; e < kElements<f32>; ++e) {
+        sum[e] = __fadd_rn(sum[e], weighted ? __fmul_rn(weight, x[e]) : x[e]);
+    }
+}
+
+/// Where a token's result goes: the same place in `out` and in the biases.
+struct Result {
+    const epcomm_cuda_combine& call;
+    int64_t offset;  ///< bytes
+};
+
+template <bool f32>
+__device__ __forceinline__ void finish_column(const Result& result, int column,
+                                              float (&sum)[kElements<f32>]) {
+    const int64_t at = result.offset + column;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const auto* bias = static_cast<const uint8_t*>(result.call.bias[i]);
+        if (bias != nullptr) accumulate<f32, false>(load_once(bias + at), 1.0f, sum);
+    }
+    store_once(static_cast<uint8_t*>(result.call.out) + at, narrow<f32>(sum));
+}
+
+/// Any number of copies by plain loads, eight in flight; lane i holds copy i's address and weight.
+template <bool f32, bool weighted>
+__device__ __noinline__ void sum_many(const uint8_t* row, float weight, int count, int row_bytes,
+                                      const Result result) {
+    constexpr int kGroup = 8;
+    for (int first = 0; first < row_bytes; first += 32 * 16) {
+        const int at = first + lane_id() * 16;
+        float sum[kElements<f32>] = {};
+        for (int i = 0; i < count; i += kGroup) {
+            uint4 v[kGroup];
+            float by[kGroup];
+#pragma unroll
+            for (int j = 0; j < kGroup; ++j) {
+                const auto* from = reinterpret_cast<const uint8_t*>(
+                    __shfl_sync(kWarp, reinterpret_cast<unsigned long long>(row), (i + j) & 31));
+                by[j] = __shfl_sync(kWarp, weight, (i + j) & 31);
+                if (i + j < count && at < row_bytes) v[j] = load_once(from + at);
+            }
+#pragma unroll
+            for (int j = 0; j < kGroup; ++j) {
+                if (i + j < count) accumulate<f32, weighted>(v[j], by[j], sum);
+            }
+        }
+        if (at >= row_bytes) continue;
+        finish_column<f32>(result, at, sum);
+    }
+}
+
+__device__ __forceinline__ Result result_of(const epcomm_cuda_combine& call, int token) {
+    return {call, int64_t(token) * call.row_bytes};
+}
+
+/// Sum one token's row.
+template <bool f32, bool weighted>
+__device__ __forceinline__ void sum_token_plain(const epcomm_cuda_combine& call,
+                                                const Offer* offers, const Copies& copies,
+                                                int token) {
+    const uint8_t* row = nullptr;
+    float weight = 1.0f;
+    if (lane_id() < copies.count) {
+        const Offer& offer = offers[copies.rank];
+        row = offer.rows + int64_t(copies.row) * call.row_bytes;
+        if (weighted && offer.weights != nullptr) weight = offer.weights[copies.row];
+    }
+    sum_many<f32, weighted>(row, weight, copies.count, call.row_bytes, result_of(call, token));
+}
+
+}  // namespace epcomm

@@ -1,0 +1,85 @@
+// Waiting with an end: every spin has a deadline, writes an error record and leaves. No traps.
+#pragma once
+
+#include "epcomm_cuda.h"
+#include "memory.cuh"
+
+namespace epcomm {
+
+/// What a wait is about, for the error record.
+struct Waiting {
+    int op;
+    int phase;
+    uint64_t epoch;
+};
+
+__device__ inline epcomm_cuda_control* own_control(const epcomm_cuda_world& world) {
+    return world.controls[world.rank];
+}
+
+/// Copy `error` to the host. Only the first thread of this rank's kernels to get here writes.
+__device__ inline void report_error(const epcomm_cuda_world& world,
+                                    const epcomm_cuda_error& error) {
+    if (atomicCAS(&own_control(world)->reporting, 0, 1) != 0) return;
+    world.report->error = error;
+    __threadfence_system();
+    *reinterpret_cast<volatile int32_t*>(&world.report->failed) = 1;
+}
+
+/// Tell the host and every peer that this rank gives up, so that all leave at once.
+__device__ inline void give_up(const epcomm_cuda_world& world, const epcomm_cuda_error& error) {
+    report_error(world, error);
+    for (int r = 0; r < world.num_ranks; ++r) {
+        epcomm_cuda_control* peer = world.controls[r];
+        if (load_relaxed(&peer->aborted.value) != 0) continue;
+        peer->error = error;
+        store_release(&peer->aborted.value, uint64_t(world.rank) + 1);
+    }
+}
+
+/// Spin until `*counter` is at least `expected` (acquire). False: gave up, or another rank did.
+__device__ inline bool wait_counter(const epcomm_cuda_world& world, const uint64_t* counter,
+                                    uint64_t expected, int rank, const Waiting& what) {
+    constexpr int kPolls = 64;
+    if (load_acquire(counter) >= expected) return true;
+    const epcomm_cuda_control* own = own_control(world);
+    const uint64_t start = now_ns();
+    while (true) {
+        for (int i = 0; i < kPolls; ++i) {
+            if (load_acquire(counter) >= expected) return true;
+        }
+        if (load_acquire(&own->aborted.value) != 0) {
+            epcomm_cuda_error error = own->error;
+            error.verdict = EPCOMM_CUDA_ABORTED;
+            report_error(world, error);
+            return false;
+        }
+        if (now_ns() - start > uint64_t(world.timeout_ns)) {
+            epcomm_cuda_error error;
+            error.verdict = EPCOMM_CUDA_TIMEOUT;
+            error.op = what.op;
+            error.phase = what.phase;
+            error.channel = int(blockIdx.x);
+            error.reporter = world.rank;
+            error.rank = rank;
+            error.epoch = what.epoch;
+            error.expected = expected;
+            error.seen = load_relaxed(counter);
+            give_up(world, error);
+            return false;
+        }
+    }
+}
+
+/// The whole block waits until every rank has raised its counter in `counters` to `expected`.
+__device__ inline bool wait_all_ranks(const epcomm_cuda_world& world,
+                                      const epcomm_cuda_counter* counters, uint64_t expected,
+                                      const Waiting& what) {
+    bool ok = true;
+    for (int r = int(threadIdx.x); r < world.num_ranks; r += int(blockDim.x)) {
+        ok = wait_counter(world, &counters[r].value, expected, r, what) && ok;
+    }
+    return __syncthreads_and(ok);
+}
+
+}  // namespace epcomm

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Run a program with several ranks on this machine's GPUs, under a CUDA MPS of its own:
+#
+#     bash launch/gpu.sh [-n RANKS] [--sms SMS] [--timeout SECONDS] PROGRAM [ARGUMENTS...]
+#
+# Rank r uses GPU r mod (number of GPUs). Kernels of ranks that share a GPU wait for each other, so
+# all their thread blocks must be resident together: RANKS x SMS per GPU may not exceed its SMs.
+# Exit status: the program's; 2 for wrong arguments; 3 where MPS does not start.
+set -euo pipefail
+
+ranks=8 sms=16 limit=0
+usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+while [ $# -gt 0 ]; do
+  case $1 in
+    -n) ranks=$2; shift 2 ;;
+    --sms) sms=$2; shift 2 ;;
+    --timeout) limit=$2; shift 2 ;;
+    -*) usage ;;
+    *) break ;;
+  esac
+done
+[ $# -gt 0 ] || usage
+
+# "GPUs SMs" of what the driver shows, without a CUDA context.
+read -r gpus device_sms < <(python3 - <<'PY'
+import ctypes
+cuda = ctypes.CDLL("libcuda.so.1")
+count, sms = ctypes.c_int(0), ctypes.c_int(0)
+if cuda.cuInit(0) == 0:
+    cuda.cuDeviceGetCount(ctypes.byref(count))
+    cuda.cuDeviceGetAttribute(ctypes.byref(sms), 16, 0)  # multiprocessor count
+print(count.value, sms.value)
+PY
+) || { echo "gpu.sh: no CUDA driver found" >&2; exit 2; }
+[ "$gpus" -gt 0 ] || { echo "gpu.sh: no GPU found" >&2; exit 2; }
+per_gpu=$(((ranks + gpus - 1) / gpus))
+if [ $((per_gpu * sms)) -gt "$device_sms" ]; then
+  echo "gpu.sh: $per_gpu ranks on a GPU x $sms SMs exceed its $device_sms SMs; pass --sms" \
+       "$((device_sms / per_gpu)) or less, or fewer ranks" >&2
+  exit 2
+fi
+
+# One scratch directory holds the MPS pipes and logs, so that two jobs never meet.
+work=$(mktemp -d "${TMPDIR:-/tmp}/epcomm-mps.XXXXXX")
+stop() {
+  if [ -n "${mps:-}" ]; then
+    echo quit | timeout 20 nvidia-cuda-mps-control >/dev/null 2>&1 || true
+  fi
+  rm -rf "$work"
+}
+trap stop EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+if [ "$per_gpu" -gt 1 ]; then
+  export CUDA_MPS_PIPE_DIRECTORY=$work/pipe CUDA_MPS_LOG_DIRECTORY=$work/log
+  mkdir -p "$CUDA_MPS_PIPE_DIRECTORY" "$CUDA_MPS_LOG_DIRECTORY"
+  if ! nvidia-cuda-mps-control -d; then
+    echo "gpu.sh: MPS did not start; without it, ranks on one GPU take turns and wait for" \
+         "each other's time slices" >&2
+    exit 3
+  fi
+  mps=1
+fi
+
+# A kernel loaded late would wait for the ones that spin; load all at start.
+export CUDA_MODULE_LOADING=EAGER EPCOMM_GPU_SMS=$sms EPCOMM_GPU_COUNT=$gpus
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+flags=()
+if mpirun --version 2>/dev/null | grep -q "Open MPI"; then
+  flags=(--oversubscribe --bind-to none)
+fi
+guard=()
+[ "$limit" -gt 0 ] && guard=(timeout --kill-after=5 "$limit")
+"${guard[@]}" mpirun "${flags[@]}" -n "$ranks" bash -c '
+  local_rank=${OMPI_COMM_WORLD_LOCAL_RANK:-${MPI_LOCALRANKID:-${PMI_RANK:-0}}}
+  export CUDA_VISIBLE_DEVICES=$((local_rank % EPCOMM_GPU_COUNT))
+  exec "$@"' rank "$@"

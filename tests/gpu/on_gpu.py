@@ -1,0 +1,68 @@
+"""Runs the cases of the MPI tests' harness with tensors on the GPU."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import harness
+import torch
+from harness import Case
+
+import epcomm
+from epcomm import oracle
+
+
+def to_gpu(value: Any) -> Any:
+    """Tensors, and tuples and lists of them, on the GPU."""
+    if isinstance(value, torch.Tensor):
+        return value.cuda()
+    if isinstance(value, tuple | list):
+        return tuple(to_gpu(v) for v in value)
+    return value
+
+
+def to_host(result: Any) -> Any:
+    """A result with its tensors on the host."""
+    fields = {name: getattr(result, name) for name in vars(result)}
+    return SimpleNamespace(
+        **{n: v.cpu() if isinstance(v, torch.Tensor) else v for n, v in fields.items()}
+    )
+
+
+def make_buffer(comm: Any, case: Case, **options: Any) -> epcomm.Buffer:
+    """A CUDA buffer for the case."""
+    return harness.make_buffer(comm, case, backend="cuda", **options)
+
+
+def check(comm: Any, case: Case, buffer: epcomm.Buffer, *, in_place: bool = False) -> None:
+    """Run a case, dispatch, combine and cached dispatch, and compare with the oracle."""
+    inputs = harness.draw_inputs(case, comm.size)
+    world = harness.make_world(case, comm.size)
+    received = oracle.dispatch(inputs, world)
+    outputs = harness.draw_outputs(case, received, inputs)
+    combined = oracle.combine(outputs, received, inputs, world, harness.wire_of(case))
+    mine, out = inputs[comm.rank], outputs[comm.rank]
+    x, weights = to_gpu(mine.x), to_gpu(mine.topk_weights)
+    got = buffer.dispatch(
+        x,
+        to_gpu(mine.topk_idx),
+        weights,
+        quantize=case.quantize,  # type: ignore[arg-type]
+        layout=case.layout,  # type: ignore[arg-type]
+        alignment=case.alignment,
+        fixed_rows=case.fixed_rows,
+    )
+    harness.assert_received(to_host(got), received[comm.rank])
+    y = to_gpu(out.y)
+    if in_place:
+        y = buffer.combine_input(got.handle, out.y.dtype).copy_(y)
+    back = buffer.combine(
+        y,
+        got.handle,
+        weights=to_gpu(out.weights),
+        topk_weights=to_gpu(out.topk_weights),
+        bias=to_gpu(tuple(out.bias)),
+        wire=case.wire,  # type: ignore[arg-type]
+    )
+    harness.assert_combined(to_host(back), combined[comm.rank])
+    again = buffer.dispatch(x, topk_weights=weights, quantize=case.quantize, handle=got.handle)  # type: ignore[arg-type]
+    harness.assert_received(to_host(again), received[comm.rank])

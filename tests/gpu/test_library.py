@@ -1,0 +1,51 @@
+"""What the CUDA part of the library says about itself; needs no GPU."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from epcomm import native
+from epcomm.cpu.window import dispatch_parts
+from epcomm.cuda import abi
+
+pytestmark = pytest.mark.skipif(not abi.available, reason="libepcomm was built without CUDA")
+
+
+@pytest.mark.parametrize("by_expert", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 7, 4099])
+@pytest.mark.parametrize("hidden", [16, 528, 7168])
+def test_windows_are_laid_out_as_on_the_cpu(hidden, rows, by_expert):
+    fmt, num_topk = native.constants["FORMAT_FP8"], 5
+    row = np.zeros((), abi.dtypes["row"])
+    row["row_bytes"] = native.library.epcomm_payload_bytes(fmt, hidden)
+    row["scale_bytes"] = native.library.epcomm_scale_bytes(fmt, hidden)
+    row["num_topk"] = num_topk
+    row["layout"] = native.constants["LAYOUT_EXPERT" if by_expert else "LAYOUT_RANK"]
+    row["with_topk"] = row["with_weights"] = 1
+    parts = np.zeros((), abi.dtypes["parts"])
+    native.library.epcomm_cuda_window_parts(row.ctypes.data, rows, parts.ctypes.data)
+    want = dispatch_parts(rows, int(row["row_bytes"]), int(row["scale_bytes"]), num_topk, by_expert)
+    got = [int(parts[name]) for name in abi.dtypes["parts"].names or ()]
+    assert got == [want.x, want.scales, want.topk, want.weights, want.source, want.nbytes]
+
+
+def test_announcements_do_not_overlap():
+    num_ranks, num_experts = 6, 30
+    size = native.constants["sizeof_announcement"] + 4 * (1 + num_ranks + num_experts)
+    offsets = sorted(
+        native.library.epcomm_cuda_announcement_offset(num_ranks, num_experts, rank, epoch)
+        for rank in range(num_ranks)
+        for epoch in (6, 7)
+    )
+    assert offsets[0] >= abi.dtypes["control"].itemsize
+    assert all(b - a >= size for a, b in itertools.pairwise(offsets))
+    total = native.library.epcomm_cuda_control_bytes(num_ranks, num_experts)
+    assert offsets[-1] + size <= total
+
+
+def test_nested_structures_are_views():
+    call = np.zeros((), abi.dtypes["dispatch"])
+    abi.part(call, "announcement", native.dtypes["announcement"])["num_tokens"] = 7
+    assert abi.part(call, "announcement", native.dtypes["announcement"])["num_tokens"] == 7
+    assert call["announcement"].any()
