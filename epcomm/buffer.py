@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal
 
@@ -96,6 +97,7 @@ class Buffer:
             check_config(self.config, bootstrap.size)
             _check_options(timeout, backend, num_threads, ranks_per_node)
             topology = make_topology(bootstrap.rank, hosts, ranks_per_node)
+            backend_class = _find_backend(backend)
         except (TypeError, ValueError) as caught:
             error = caught
         _agree(bootstrap, (self.config, ranks_per_node, backend), error)
@@ -104,13 +106,7 @@ class Buffer:
         if num_threads is None:
             num_threads = max(1, cores // on_host)
         options = Options(float(timeout), num_threads, cores >= on_host, num_sms)
-        if backend == "cuda":
-            # Needs CuPy, which a machine without a GPU may lack.
-            from .cuda.backend import CudaBackend
-
-            self._backend = CudaBackend(bootstrap, topology, self.config, options)
-        else:
-            self._backend = CpuBackend(bootstrap, topology, self.config, options)
+        self._backend = backend_class(bootstrap, topology, self.config, options)
         self._owner = topology  # tells handles of this buffer from others
 
     # The world ----------------------------------------------------------------------------
@@ -383,6 +379,16 @@ class Buffer:
         if self._backend is None:
             raise BufferClosedError("the buffer is closed")
         return self._backend
+
+
+def _find_backend(name: str) -> Callable[[Bootstrap, Topology, Config, Options], Backend]:
+    if name != "cuda":
+        return CpuBackend
+    try:
+        from .cuda.backend import CudaBackend
+    except ImportError as error:
+        raise ValueError(f"backend: 'cuda' cannot be used here: {error}") from error
+    return CudaBackend
 
 
 def _check_options(timeout: Any, backend: Any, num_threads: Any, ranks_per_node: Any) -> None:

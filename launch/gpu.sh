@@ -71,6 +71,7 @@ if mpirun --version 2>/dev/null | grep -q "Open MPI"; then
 fi
 guard=()
 [ "$limit" -gt 0 ] && guard=(timeout --kill-after=5 "$limit")
+# shellcheck disable=SC2016  # each rank expands it
 "${guard[@]}" mpirun "${flags[@]}" -n "$ranks" bash -c '
   local_rank=${OMPI_COMM_WORLD_LOCAL_RANK:-${MPI_LOCALRANKID:-${PMI_RANK:-0}}}
   export CUDA_VISIBLE_DEVICES=$((local_rank % EPCOMM_GPU_COUNT))

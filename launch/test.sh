@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# launch/test.sh [--quick] [pytest arguments]: set-up, lint, unit tests, then the tests that need
-# several ranks, under mpirun, in worlds of several sizes. The last line is the total.
+# launch/test.sh [--quick] [--gpu] [pytest arguments]: set-up, lint, compilation of the CUDA kernels,
+# unit tests, then the tests that need several ranks, under mpirun, in worlds of several sizes. The
+# last line is the total.
 #
 #   --quick   one world instead of all
+#   --gpu     the tests on GPUs as well: as many ranks as fit, several on a GPU under MPS
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -10,10 +12,14 @@ cd "$EPCOMM_ROOT"
 
 # One rank, one node of several, odd counts, several nodes; tests choose the nodes in each.
 worlds=(1 2 3 4 6 8)
-if [[ ${1:-} == --quick ]]; then
-    worlds=(4)
+gpu=
+while [[ ${1:-} == --quick || ${1:-} == --gpu ]]; do
+    case $1 in
+        --quick) worlds=(4) ;;
+        --gpu) gpu=1 ;;
+    esac
     shift
-fi
+done
 pytest_args=("$@")
 
 log=$(mktemp)
@@ -54,6 +60,7 @@ test_stage() {
 }
 
 stage "lint" bash launch/lint.sh
+stage "CUDA kernels" bash launch/compile_cuda.sh
 test_stage "unit tests" python -m pytest --color=no tests/unit
 # Just before the timeout of a test, every rank prints where it is: the rank that is late is seldom
 # the one whose timeout ends the run.
@@ -61,6 +68,12 @@ for size in "${worlds[@]}"; do
     test_stage "$size ranks" bash launch/mpirun.sh "$size" -m pytest --color=no --with-mpi \
         -o faulthandler_timeout=115 tests/mpi
 done
+if [[ -n $gpu ]]; then
+    for size in "${worlds[@]}"; do
+        test_stage "$size ranks on GPUs" bash launch/gpu.sh -n "$size" python3 -m mpi4py -m pytest \
+            --color=no --with-mpi tests/gpu
+    done
+fi
 
 echo
 [[ ${#bad[@]} -eq 0 ]] || printf 'failed: %s\n' "${bad[@]}"

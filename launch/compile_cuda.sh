@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# launch/compile_cuda.sh: compile the CUDA kernels for every architecture they must compile for, and
+# fail where a hot kernel spills registers. Needs nvcc, but no GPU.
+set -euo pipefail
+# shellcheck source=launch/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+cd "$EPCOMM_ROOT"
+
+nvcc=$(python -c 'import runpy, sys; sys.argv = ["setup.py", "--version"]
+print(runpy.run_path("setup.py")["find_nvcc"]() or "")' 2>/dev/null | tail -n 1)
+if [[ -z $nvcc ]]; then
+    say "skipped: nvcc is not installed ('pip install nvidia-cuda-nvcc' provides it)"
+    exit 0
+fi
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+compile() {
+    "$nvcc" -std=c++17 -O3 "-gencode=arch=compute_$1,code=sm_$1" -Icsrc/include -Xptxas -v \
+        -c "$2" -o "$work/object.o" 2>&1
+}
+
+for arch in 80 90a 100; do
+    for source in csrc/kernels/*.cu; do
+        compile "$arch" "$source" >"$work/report" || { cat "$work/report"; die "$source, sm_$arch"; }
+        # The combine for more than 8 rows a token (its second flag) is not one of the hot kernels.
+        spills=$(awk '/Compiling entry/ { name = $0 }
+            /bytes spill/ && !/ 0 bytes spill stores, 0 bytes spill loads/ &&
+                name !~ /combine_kernelILb[01]ELb1E/ { print name; print }' "$work/report")
+        [[ -z $spills || $arch != 90a ]] || { echo "$spills"; die "$source spills on sm_$arch"; }
+    done
+    echo "compiled for sm_$arch"
+done
