@@ -73,7 +73,26 @@ class DispatchLayout:
 
 
 @dataclass
-class DispatchResult:
+class _Call:
+    """What every call returns.
+
+    Attributes:
+        event: when the tensors may be used.
+        phases: seconds this rank spent in each phase of the call.
+    """
+
+    event: Event
+    phases: dict[str, float]
+    _count_traffic: Callable[[], Traffic] = field(repr=False)
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        """Bytes this rank moved; counted when first asked for."""
+        return self._count_traffic()
+
+
+@dataclass
+class DispatchResult(_Call):
     """What a rank received.
 
     Attributes:
@@ -103,18 +122,10 @@ class DispatchResult:
     tokens_per_expert: torch.Tensor
     num_rows: int
     handle: Handle
-    event: Event
-    phases: dict[str, float]
-    _count_traffic: Callable[[], Traffic] = field(repr=False)
-
-    @cached_property
-    def traffic(self) -> Traffic:
-        """Bytes this rank moved; counted when first asked for."""
-        return self._count_traffic()
 
 
 @dataclass
-class CombineResult:
+class CombineResult(_Call):
     """What came home.
 
     Attributes:
@@ -125,14 +136,6 @@ class CombineResult:
 
     x: torch.Tensor
     topk_weights: torch.Tensor | None
-    event: Event
-    phases: dict[str, float]
-    _count_traffic: Callable[[], Traffic] = field(repr=False)
-
-    @cached_property
-    def traffic(self) -> Traffic:
-        """Bytes this rank moved; counted when first asked for."""
-        return self._count_traffic()
 
 
 @dataclass

@@ -9,26 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import MismatchError, PeerError
 from ..native import constants, dtypes
 from ..topology import Topology
+from ..verdict import find_error
 from .control import NodeControl, Waiting
 from .scaleout import Request, ScaleOut, Tag
 
 _HEADER = dtypes["announcement"]
-#: Fields that must be the same on every rank, with the words for them.
-_AGREED = {
-    "op": "the operation called",
-    "epoch": "the number of calls made so far",
-    "format": "the format of the rows",
-    "layout": "layout",
-    "alignment": "alignment",
-    "with_weights": "whether top-k weights are given",
-    "fixed_rows": "fixed_rows",
-    "wire": "wire",
-    "handle_epoch": "the dispatch the handle belongs to",
-}
-# They come first in the structure, the status among them: what follows may differ.
+# What must agree comes first in the structure, the status too: what follows may differ.
 _AGREED_END = _HEADER.fields["num_tokens"][1]  # type: ignore[index]
 
 
@@ -119,28 +107,9 @@ class Announcer:
             "status"
         ].any():
             return
-        refused = np.flatnonzero(headers["status"] == constants["STATUS_REFUSED"])
-        others = [int(r) for r in refused if r != self._topology.rank]
-        if others:
-            reasons = "; ".join(
-                f"rank {r}: {headers['reason'][r].decode(errors='replace')}" for r in others
-            )
-            raise PeerError(
-                f"refused by {len(others)} other rank(s), nothing was sent: {reasons}",
-                tuple(others),
-            )
-        if refused.size:
-            return
-        for field, words in _AGREED.items():
-            values = headers[field]
-            different = np.flatnonzero(values != values[0])
-            if different.size:
-                r = int(different[0])
-                raise MismatchError(
-                    f"ranks disagree about {words}, nothing was sent: "
-                    f"rank 0 has {_name(field, values[0])}, rank {r} has {_name(field, values[r])}",
-                    tuple(int(d) for d in different),
-                )
+        error = find_error(headers, self._topology.rank)
+        if error is not None:
+            raise error
 
     @staticmethod
     def _agreed_bytes(headers: np.ndarray) -> np.ndarray:
@@ -152,11 +121,3 @@ class Announcer:
 def announcement_bytes(topology: Topology, num_experts: int) -> int:
     """Size of one announcement: header, then the counts."""
     return _HEADER.itemsize + 4 * (topology.num_nodes + topology.num_ranks + num_experts)
-
-
-def _name(field: str, value: int) -> str:
-    prefix = {"op": "OP_", "format": "FORMAT_", "wire": "FORMAT_", "layout": "LAYOUT_"}.get(field)
-    for name, number in constants.items():
-        if prefix and name.startswith(prefix) and number == value:
-            return name.removeprefix(prefix).lower()
-    return str(int(value))
