@@ -3,7 +3,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/futex.h>
-#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -35,9 +34,7 @@ int64_t now_ns() {
 // which can wake it.
 constexpr int64_t kWatchNs = 20'000'000;
 
-// A process that ended stays visible to kill() until its parent asks for its status; a pidfd is
-// readable from the end on. Kernels before 5.3 have none.
-// Gone, or dead and not yet collected by its parent: then kill() still finds it.
+// Gone, or dead and not yet collected by its parent, when kill() would still find it.
 bool process_is_gone(int32_t pid) {
     if (pid <= 0) return false;
     char path[32], text[512];
