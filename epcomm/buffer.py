@@ -157,8 +157,7 @@ class Buffer:
         device = self.config.device
         check_tensor("topk_idx", topk_idx, [torch.int64, torch.int32], shape, device=device)
         topk_idx_TK = np.ascontiguousarray(topk_idx.cpu().numpy(), dtype=np.int64)
-        node_of_R = np.array(topology.node_of, np.int32)
-        layout = make_layout(topk_idx_TK, node_of_R, self.config.num_experts, False)
+        layout = make_layout(topk_idx_TK, topology.node_of_R, self.config.num_experts, False)
         if isinstance(layout, BadChoice):
             raise layout.error(topk_idx_TK, self.config.num_experts)
         is_token_in_rank = np.zeros((len(topk_idx_TK), self.num_ranks), bool)

@@ -28,13 +28,8 @@ def check_config(config: Config, num_ranks: int) -> None:
         ValueError: an argument is out of range.
     """
     for name in ("hidden", "num_experts", "num_topk", "max_tokens"):
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
         limit = constants["limit_max_" + name.removeprefix("num_").removeprefix("max_")]
-        lowest = 0 if name == "max_tokens" else 1
-        if not lowest <= value <= limit:
-            raise ValueError(f"{name}: {value} is not in {lowest}..{limit}")
+        check_int(name, getattr(config, name), 0 if name == "max_tokens" else 1, limit)
     unit = constants["limit_row_align"] // 2
     if config.hidden % unit:
         raise ValueError(

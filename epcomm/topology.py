@@ -39,8 +39,13 @@ class Topology:
     @cached_property
     def rank_of_NL(self) -> np.ndarray:
         """Global rank of every (node, local rank), int32 [N, L]; ascending within a node."""
-        order = np.argsort(np.array(self.node_of), kind="stable")
+        order = np.argsort(self.node_of_R, kind="stable")
         return order.reshape(self.num_nodes, self.ranks_per_node).astype(np.int32)
+
+    @cached_property
+    def node_of_R(self) -> np.ndarray:
+        """Node of every rank, int32 [R]: ``node_of`` for kernels."""
+        return np.array(self.node_of, np.int32)
 
     @cached_property
     def local_of_R(self) -> np.ndarray:

@@ -14,6 +14,7 @@ from ..topology import Topology
 from ..verdict import find_error
 from .control import NodeControl, Waiting
 from .scaleout import Request, ScaleOut, Tag
+from .segments import Segment
 
 _HEADER = dtypes["announcement"]
 # What must agree comes first in the structure, the status too: what follows may differ.
@@ -116,6 +117,12 @@ class Announcer:
         """The agreed fields of each header, uint8 [R, bytes]; the C header keeps them together."""
         flat = headers.view(np.uint8).reshape(len(headers), -1)
         return flat[:, :_AGREED_END]
+
+
+def name_window(header: np.ndarray, segment: Segment, serial: int) -> None:
+    """Say in a header where this rank's node peers find the call's window."""
+    header["window_fd"], header["window_serial"] = segment.fd, serial
+    header["window_bytes"] = segment.nbytes
 
 
 def announcement_bytes(topology: Topology, num_experts: int) -> int:

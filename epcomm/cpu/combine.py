@@ -13,6 +13,7 @@ from ..formats.wire import WireFormat
 from ..native import RecordLayout, combine_record, constants
 from ..results import CombineResult, Event
 from ..traffic import LinkTraffic, Traffic
+from .announce import name_window
 from .control import Waiting
 from .dispatch import Routes, alternatives
 from .memory import STREAM_BYTES, copy_memory
@@ -20,7 +21,7 @@ from .node import Node
 from .phases import Phases
 from .reduce import Contributions, Home, Inputs, Wire, finish_tokens, reduce_records
 from .scaleout import Request, Tag
-from .segments import Lease, Segment
+from .segments import Lease
 from .window import combine_parts
 
 
@@ -80,7 +81,7 @@ class Combine:
         plain = call.weights is None and call.topk_weights is None
         found = node.windows.find(call.x)
         if found is not None and plain:
-            self._describe(header, found[0], found[1])
+            name_window(header, found[0], found[1])
             header["rows_offset"] = found[2]
             return None
         parts = combine_parts(
@@ -90,7 +91,7 @@ class Combine:
             self.routes.by_expert,
         )
         lease = node.windows.lease("combine")
-        self._describe(header, lease.segment, lease.serial)
+        name_window(header, lease.segment, lease.serial)
         header["weights_offset"], header["topk_offset"] = parts.row_weights, parts.topk_weights
         # memcpy passes by the cache where a copy this long would only flush it.
         copy_memory(lease.segment.address + parts.x, call.x.data_ptr(), call.x.nbytes)
@@ -101,11 +102,6 @@ class Combine:
             shape = tuple(call.topk_weights.shape)
             lease.tensor(parts.topk_weights, shape, torch.float32).copy_(call.topk_weights)
         return lease
-
-    @staticmethod
-    def _describe(header: np.ndarray, segment: Segment, serial: int) -> None:
-        header["window_fd"], header["window_serial"] = segment.fd, serial
-        header["window_bytes"] = segment.nbytes
 
     def _announce(self) -> np.ndarray:
         node, call, header = self.node, self.call, self.header

@@ -142,9 +142,7 @@ class NodeControl:
                     if request.done():
                         completed.append(suspect)
             except ConnectionError:
-                self._publish(what, suspect, 1, 0)
-                aborted = library.epcomm_counter_read(self.own.counter("aborted")) != 0
-                self._give_up(constants["WAIT_ABORTED" if aborted else "WAIT_PEER_GONE"], suspect)
+                self.lost(suspect, what)
             for rank in completed:
                 del pending[rank]
                 if on_done is not None:
@@ -166,9 +164,8 @@ class NodeControl:
             time.sleep(min(20e-6 * (idle - self._spin // 50), 1e-3))
         self.own.wait["waiting"] = 0
 
-    def lost(self, local_rank: int, what: Waiting) -> NoReturn:
-        """The memory of a local rank is gone: raise PeerTimeoutError for whom that is due to."""
-        rank = self.topology.node_ranks[local_rank]
+    def lost(self, rank: int, what: Waiting) -> NoReturn:
+        """A rank's memory or connection is gone: raise PeerTimeoutError for whom that is due to."""
         self._publish(what, rank, 1, 0)
         aborted = library.epcomm_counter_read(self.own.counter("aborted")) != 0
         self._give_up(constants["WAIT_ABORTED" if aborted else "WAIT_PEER_GONE"], rank)

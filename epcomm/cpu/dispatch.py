@@ -15,7 +15,7 @@ from ..formats.wire import WireFormat
 from ..native import RecordLayout, constants, dispatch_record
 from ..results import DispatchResult, Event, Handle
 from ..traffic import LinkBytes, LinkTraffic, Traffic
-from .announce import Counts
+from .announce import Counts, name_window
 from .control import Waiting
 from .forward import Inbox, forward_records
 from .layout import BadChoice, Layout, make_layout
@@ -90,7 +90,7 @@ def choose(node: Node, call: DispatchCall) -> tuple[np.ndarray, Layout]:
     assert call.topk_idx is not None
     topk_idx_TK = np.ascontiguousarray(call.topk_idx.numpy(), dtype=np.int64)
     layout = make_layout(
-        topk_idx_TK, node.node_of_R, node.config.num_experts, call.layout == "expert"
+        topk_idx_TK, node.topology.node_of_R, node.config.num_experts, call.layout == "expert"
     )
     if isinstance(layout, BadChoice):
         raise layout.error(topk_idx_TK, node.config.num_experts)
@@ -153,9 +153,7 @@ class Dispatch:
         header["with_weights"] = call.topk_weights is not None
         header["fixed_rows"] = -1 if call.fixed_rows is None else call.fixed_rows
         header["num_tokens"] = call.x.shape[0]
-        segment = self.lease.segment
-        header["window_fd"], header["window_serial"] = segment.fd, self.lease.serial
-        header["window_bytes"] = segment.nbytes
+        name_window(header, self.lease.segment, self.lease.serial)
         if call.handle is not None:
             routes: Routes = call.handle._state
             header["handle_epoch"] = routes.epoch
@@ -314,7 +312,7 @@ class Dispatch:
         outbox = Outbox(
             address_N=address_N,
             slot_TN=routes.layout.slot_TN,
-            node_of_R=node.node_of_R,
+            node_of_R=node.topology.node_of_R,
             local_of_R=node.topology.local_of_R,
             node=node.topology.node,
             scales=record.scales,
@@ -431,7 +429,7 @@ def alternatives(
     bf16 = 2 * node.config.hidden
     ranks_R = layout.rank_rows_R.astype(np.int64)
     experts_R = layout.expert_rows_E.astype(np.int64).reshape(topology.num_ranks, -1).sum(axis=1)
-    here_R = node.node_of_R == topology.node
+    here_R = topology.node_of_R == topology.node
     other_R = here_R & (np.arange(topology.num_ranks) != topology.rank)
     remote_N = np.arange(topology.num_nodes) != topology.node
 

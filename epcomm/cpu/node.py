@@ -53,7 +53,6 @@ class Node:
         for local, rank in enumerate(topology.node_ranks):
             first = rank * self.experts_per_rank
             self.local_of_E[first : first + self.experts_per_rank] = local
-        self.node_of_R = np.array(topology.node_of, np.int32)
         self._threads = None
         self._num_threads = options.num_threads
         if options.num_threads > 1:
@@ -84,7 +83,7 @@ class Node:
             try:
                 addresses[local] = self.peer_windows.address(pid, fd, serial, nbytes)
             except FileNotFoundError:
-                self.control.lost(int(local), what)
+                self.control.lost(rank, what)
         return addresses
 
     def for_items(self, kernel: Callable[..., None], items: np.ndarray, *args: Any) -> None:

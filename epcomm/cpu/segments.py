@@ -103,11 +103,6 @@ class WindowPool:
         self._free: dict[str, deque[tuple[Segment, int]]] = {}
         self._made: list[Segment] = []
 
-    @property
-    def num_made(self) -> int:
-        """Windows made so far; they are kept."""
-        return len(self._made)
-
     def lease(self, purpose: str) -> Lease:
         """Lend a window. Raises OSError when the kernel gives no more memory."""
         free = self._free.setdefault(purpose, deque())
