@@ -56,6 +56,7 @@ class DispatchCall:
         format: of the rows that travel.
         topk_idx: [T, K] int32 or int64; None with a handle.
         topk_weights: float32 [T, K] or None.
+        async_op: the caller waits for the result's event himself.
     """
 
     x: torch.Tensor
@@ -67,6 +68,7 @@ class DispatchCall:
     alignment: int
     fixed_rows: int | None
     handle: Handle | None
+    async_op: bool = False
 
 
 @dataclass
@@ -80,6 +82,7 @@ class CombineCall:
         bias: up to two tensors like the result.
         wire: format of the records between nodes.
         out: the result's memory, or None.
+        async_op: the caller waits for the result's event himself.
     """
 
     x: torch.Tensor
@@ -89,6 +92,7 @@ class CombineCall:
     bias: tuple[torch.Tensor, ...]
     wire: WireFormat
     out: torch.Tensor | None
+    async_op: bool = False
 
 
 class Backend(Protocol):

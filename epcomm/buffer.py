@@ -239,10 +239,8 @@ class Buffer:
         except (TypeError, ValueError) as error:
             backend.refuse("dispatch", error)
             raise
-        result = backend.dispatch(call)
-        if not async_op:
-            result.event.wait()
-        return result
+        call.async_op = async_op
+        return backend.dispatch(call)
 
     def combine(
         self,
@@ -302,10 +300,8 @@ class Buffer:
         except (TypeError, ValueError) as error:
             backend.refuse("combine", error)
             raise
-        result = backend.combine(call)
-        if not async_op:
-            result.event.wait()
-        return result
+        call.async_op = async_op
+        return backend.combine(call)
 
     def combine_input(self, handle: Handle, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """Memory for the rows of a combine, [M, H], which combine reads without a copy. Local.
@@ -336,11 +332,14 @@ class Buffer:
         layout: Layout = "rank",
         alignment: int = 1,
         quantize: Literal["fp8", "fp8_ue8m0"] | None = None,
+        backend: Literal["cpu", "cuda"] = "cpu",
+        fixed_rows: int | None = None,
     ) -> MemoryReport:
         """Bytes a Buffer used like this may take on one rank, by purpose. Allocates nothing.
 
         The worst case for BF16 input and a BF16 wire: every rank sends ``max_tokens`` tokens, all
-        of them to this rank.
+        of them to this rank. Windows of "cuda" are as large as the calls made so far needed, and a
+        quarter more; ``fixed_rows`` bounds them.
 
         Raises:
             TypeError, ValueError: as making the Buffer and calling ``dispatch`` would.
@@ -353,8 +352,17 @@ class Buffer:
         check_int("alignment", alignment, 1, constants["limit_max_alignment"])
         fmt = row_format(torch.bfloat16, quantize)
         check_row(fmt, hidden)
+        if fixed_rows is not None:
+            check_int("fixed_rows", fixed_rows, 0, 2**31 - 1)
         topology = make_topology(0, [0] * num_ranks, ranks_per_node)
-        return report_memory(config, topology, layout, alignment, fmt)
+        if backend == "cpu":
+            return report_memory(config, topology, layout, alignment, fmt)
+        if backend != "cuda":
+            raise ValueError(f"backend: expected 'cpu' or 'cuda', got {backend!r}")
+        # Imported here: a library without CUDA has no such part.
+        from .cuda.memory_report import report_memory as report_cuda_memory
+
+        return report_cuda_memory(config, topology, layout, alignment, fmt, fixed_rows)
 
     def close(self) -> None:
         """Let go of the memory. Local: no rank waits, and results in use stay valid."""

@@ -61,18 +61,23 @@ def check_tensor(
 ) -> torch.Tensor:
     """Check a tensor argument; None in ``shape`` admits any extent. Returns it detached.
 
+    An array of another library in GPU memory, such as CuPy's, is adopted without a copy.
+
     Raises:
         TypeError: not a tensor, or another dtype.
         ValueError: another shape, device or memory layout.
     """
+    if not isinstance(value, torch.Tensor) and hasattr(value, "__cuda_array_interface__"):
+        value = torch.from_dlpack(value)
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
         expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: expected dtype {expected}, got {str(value.dtype)[6:]}")
-    matches = value.ndim == len(shape) and all(
-        want is None or got == want for got, want in zip(value.shape, shape, strict=True)
-    )
+    matches = value.ndim == len(shape)
+    if matches:
+        for got, want in zip(value.shape, shape, strict=True):
+            matches = matches and (want is None or got == want)
     if not matches:
         expected = ", ".join("*" if want is None else str(want) for want in shape)
         raise ValueError(f"{name}: expected shape [{expected}], got {list(value.shape)}")
@@ -83,7 +88,7 @@ def check_tensor(
             f"{name}: expected a contiguous tensor, got strides {list(value.stride())}; "
             "pass .contiguous()"
         )
-    return value.detach()
+    return value.detach() if value.requires_grad else value
 
 
 def check_handle(handle: Any, owner: object) -> Handle:
@@ -110,10 +115,9 @@ def _check_packed(x: Any, config: Config) -> tuple[torch.Tensor, torch.Tensor, W
     )
     tiles = -(-config.hidden // constants["limit_tile"])
     scales = x[1]
-    words = tiles
-    if isinstance(scales, torch.Tensor) and scales.dtype == torch.int32:
-        words = -(-tiles // 4)
-    check_tensor(
+    # UE8M0: four exponents to an int32.
+    words = -(-tiles // 4) if "int32" in str(getattr(scales, "dtype", "")) else tiles
+    scales = check_tensor(
         "x[1] (scales)",
         scales,
         [torch.float32, torch.int32],
@@ -214,7 +218,9 @@ def check_dispatch(
             rows, scales, fmt, None, topk_weights, handle.layout, routes.alignment, fixed, handle
         )
     check_layout(layout)
-    check_tensor("topk_idx", topk_idx, [torch.int64, torch.int32], choices, device=config.device)
+    topk_idx = check_tensor(
+        "topk_idx", topk_idx, [torch.int64, torch.int32], choices, device=config.device
+    )
     check_int("alignment", alignment, 1, constants["limit_max_alignment"])
     if layout == "rank" and alignment != 1:
         raise ValueError(f"alignment: {alignment} given, but only layout 'expert' has padding")
@@ -272,10 +278,11 @@ def check_combine(
     biases = () if bias is None else tuple(bias) if isinstance(bias, tuple | list) else (bias,)
     if len(biases) > 2:
         raise ValueError(f"bias: expected at most two tensors, got {len(biases)}")
-    for one in biases:
-        check_tensor("bias", one, [rows.dtype], result, device=config.device)
+    biases = tuple(
+        check_tensor("bias", one, [rows.dtype], result, device=config.device) for one in biases
+    )
     if out is not None:
-        check_tensor("out", out, [rows.dtype], result, device=config.device)
+        out = check_tensor("out", out, [rows.dtype], result, device=config.device)
     if wire is None:
         wire = "bf16" if rows.dtype == torch.bfloat16 else "f32"
     if wire not in list(_WIRE):

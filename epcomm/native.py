@@ -15,11 +15,15 @@ import numpy as np
 _PATH = Path(__file__).parent / "libepcomm.so"
 
 
-class _Constant(ctypes.Structure):
+class Constant(ctypes.Structure):
+    """``epcomm_constant``."""
+
     _fields_ = [("name", ctypes.c_char_p), ("value", ctypes.c_int64)]
 
 
-class _Field(ctypes.Structure):
+class Field(ctypes.Structure):
+    """``epcomm_field``: where a member of a structure lies."""
+
     _fields_ = [
         ("structure", ctypes.c_char_p),
         ("field", ctypes.c_char_p),
@@ -53,8 +57,8 @@ def _load() -> ctypes.CDLL:
         function.restype = ctypes.c_int64
     for name in ("epcomm_dispatch_record", "epcomm_combine_record"):
         getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    library.epcomm_constants.restype = ctypes.POINTER(_Constant)
-    library.epcomm_fields.restype = ctypes.POINTER(_Field)
+    library.epcomm_constants.restype = ctypes.POINTER(Constant)
+    library.epcomm_fields.restype = ctypes.POINTER(Field)
     library.epcomm_counter_add.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
     library.epcomm_counter_add.restype = None
     library.epcomm_counter_read.argtypes = [ctypes.c_void_p]
@@ -72,34 +76,89 @@ def _read_constants() -> dict[str, int]:
     return {table[i].name.decode(): table[i].value for i in range(count.value)}
 
 
-def _read_dtypes() -> dict[str, np.dtype]:
+def read_fields(table: Any, count: int) -> dict[str, list[Field]]:
+    """The fields of a table of the library, by structure (without the ``epcomm_`` prefix)."""
+    fields: dict[str, list[Field]] = {}
+    for i in range(count):
+        fields.setdefault(table[i].structure.decode(), []).append(table[i])
+    return fields
+
+
+def _read_fields() -> dict[str, list[Field]]:
     count = ctypes.c_uint32()
     table = library.epcomm_fields(ctypes.byref(count))
-    parts: dict[str, list[_Field]] = {}
-    for i in range(count.value):
-        parts.setdefault(table[i].structure.decode(), []).append(table[i])
-    dtypes = {}
-    for structure, fields in parts.items():
-        formats = []
-        for field in fields:
-            scalar = f"{field.kind.decode()}{field.item_bytes}"
-            formats.append(scalar if field.count == 1 else f"({field.count},){scalar}")
-        description: Any = {
-            "names": [field.field.decode() for field in fields],
-            "formats": formats,
-            "offsets": [field.offset for field in fields],
-        }
-        size = constants.get(f"sizeof_{structure}")
-        if size is not None:
-            description["itemsize"] = size
-        dtypes[structure] = np.dtype(description)
-    return dtypes
+    return read_fields(table, count.value)
 
+
+def make_dtype(fields: list[Field], itemsize: int | None) -> np.dtype:
+    """The NumPy dtype of a structure."""
+    formats = []
+    for field in fields:
+        scalar = f"{field.kind.decode()}{field.item_bytes}"
+        formats.append(scalar if field.count == 1 else f"({field.count},){scalar}")
+    description: Any = {
+        "names": [field.field.decode() for field in fields],
+        "formats": formats,
+        "offsets": [field.offset for field in fields],
+    }
+    if itemsize is not None:
+        description["itemsize"] = itemsize
+    return np.dtype(description)
+
+
+def make_structure(
+    name: str, fields: list[Field], itemsize: int, nested: dict[str, type[ctypes.Structure]]
+) -> type[ctypes.Structure]:
+    """A ctypes structure: what to fill in where every microsecond counts.
+
+    Args:
+        name: of the class.
+        fields: the members that Python needs; the rest is padding.
+        itemsize: bytes.
+        nested: structures by the name of the field that holds one as so many bytes.
+    """
+    members: list[tuple[str, Any]] = []
+    end = 0
+    for field in sorted(fields, key=lambda f: f.offset):
+        field_name = field.field.decode()
+        if field.offset > end:
+            members.append((f"_padding{end}", ctypes.c_uint8 * (field.offset - end)))
+        member: Any
+        inner = nested.get(field_name)
+        if inner is not None and (field.item_bytes, field.count) == (1, ctypes.sizeof(inner)):
+            member = inner
+        elif field.kind == b"S":
+            member = ctypes.c_char * field.item_bytes
+        else:
+            member = _SCALARS[field.kind.decode(), field.item_bytes]
+            if field.count > 1:
+                member = member * field.count
+        members.append((field_name, member))
+        end = field.offset + ctypes.sizeof(member)
+    if end < itemsize:
+        members.append((f"_padding{end}", ctypes.c_uint8 * (itemsize - end)))
+    # Hashed by identity, so that what is found out about one may be remembered.
+    body = {"_fields_": members, "__hash__": object.__hash__}
+    structure = type(name, (ctypes.Structure,), body)
+    assert ctypes.sizeof(structure) == itemsize, f"{name}: {ctypes.sizeof(structure)} bytes"
+    return structure
+
+
+_SCALARS: dict[tuple[str, int], Any] = {
+    **{("u", n): getattr(ctypes, f"c_uint{8 * n}") for n in (1, 2, 4, 8)},
+    **{("i", n): getattr(ctypes, f"c_int{8 * n}") for n in (1, 2, 4, 8)},
+    ("f", 4): ctypes.c_float,
+    ("f", 8): ctypes.c_double,
+}
 
 #: Limits (``limit_*``), enumerators and sizes by name.
 constants: dict[str, int] = _read_constants()
+#: Fields of the protocol's structures.
+fields: dict[str, list[Field]] = _read_fields()
 #: NumPy structured dtypes of the protocol's structures, by name without the ``epcomm_`` prefix.
-dtypes: dict[str, np.dtype] = _read_dtypes()
+dtypes: dict[str, np.dtype] = {
+    name: make_dtype(parts, constants.get(f"sizeof_{name}")) for name, parts in fields.items()
+}
 
 
 @dataclass(frozen=True)

@@ -78,17 +78,30 @@ class _Call:
 
     Attributes:
         event: when the tensors may be used.
-        phases: seconds this rank spent in each phase of the call.
     """
 
     event: Event
-    phases: dict[str, float]
+    _time_phases: Callable[[], dict[str, float]] = field(repr=False)
     _count_traffic: Callable[[], Traffic] = field(repr=False)
+
+    @cached_property
+    def phases(self) -> dict[str, float]:
+        """Seconds this rank spent in each phase; on CUDA, asking waits for the call."""
+        return self._time_phases()
 
     @cached_property
     def traffic(self) -> Traffic:
         """Bytes this rank moved; counted when first asked for."""
         return self._count_traffic()
+
+
+@dataclass
+class Labels:
+    """What came with the rows of a dispatch; see DispatchResult."""
+
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    source: torch.Tensor
 
 
 @dataclass
@@ -98,30 +111,48 @@ class DispatchResult(_Call):
     Attributes:
         x: rows, [M, H]; bfloat16, float32 or float8_e4m3fn.
         scales: float32 [M, ceil(H/128)] or int32 [M, ceil(H/512)] (UE8M0) for FP8 rows, else None.
-        topk_idx: local expert ids, int64 [M, K], -1 for choices held elsewhere; None in layout
-            "expert".
-        topk_weights: float32 [M, K], 0 where ``topk_idx`` is -1; [M] in layout "expert"; None if
-            no weights were sent.
-        source: (source rank, source token) of each row, int32 [M, 2]; -1 in padding rows.
-        tokens_per_expert: tokens received for each local expert, without padding, int32 [E/R].
-        num_rows: rows in use: M, or less when ``fixed_rows`` was given (padding of experts
-            counts as in use).
+        tokens_per_expert: tokens received for each local expert, without padding, int32 [E/R]; on
+            the host, or on the GPU where the call did not wait for it (CUDA, ``fixed_rows``).
         handle: for ``combine`` and cached ``dispatch``.
         event: when the tensors may be used.
-        phases: seconds this rank spent in each phase of the call.
 
-    The tensors are views of shared memory that this result's tensors keep reserved: they stay
-    valid as long as any of them lives.
+    The tensors are views of shared memory that this result and its tensors keep reserved: they
+    stay valid as long as any of them lives.
     """
 
     x: torch.Tensor
     scales: torch.Tensor | None
-    topk_idx: torch.Tensor | None
-    topk_weights: torch.Tensor | None
-    source: torch.Tensor
     tokens_per_expert: torch.Tensor
-    num_rows: int
     handle: Handle
+    _make_labels: Callable[[], Labels] = field(repr=False)
+    _count_rows: Callable[[], int] = field(repr=False)
+
+    @cached_property
+    def _labels(self) -> Labels:
+        return self._make_labels()
+
+    @property
+    def topk_idx(self) -> torch.Tensor | None:
+        """Local expert ids, int64 [M, K], -1 if held elsewhere; None in layout "expert"."""
+        return self._labels.topk_idx
+
+    @property
+    def topk_weights(self) -> torch.Tensor | None:
+        """float32 [M, K], 0 where ``topk_idx`` is -1; [M] in layout "expert"; None if not sent."""
+        return self._labels.topk_weights
+
+    @property
+    def source(self) -> torch.Tensor:
+        """(source rank, source token) of each row, int32 [M, 2]; -1 in padding rows."""
+        return self._labels.source
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in use: M, or less when ``fixed_rows`` was given.
+
+        Padding of experts counts as in use. With ``fixed_rows`` on CUDA, asking waits for the GPU.
+        """
+        return self._count_rows()
 
 
 @dataclass
@@ -131,7 +162,7 @@ class CombineResult(_Call):
     Attributes:
         x: sums, [T, H], dtype of the combined rows.
         topk_weights: float32 [T, K], 0 for dropped choices; None if none were passed.
-        event, phases: as for a dispatch.
+        event: as for a dispatch.
     """
 
     x: torch.Tensor

@@ -11,6 +11,7 @@ int launch_combine(const epcomm_cuda_combine& call, cudaStream_t stream);
 int load_layout();
 int load_dispatch();
 int load_combine();
+int leave(epcomm_cuda_sequence* sequence, void* stream);
 }  // namespace epcomm
 
 extern "C" {
@@ -20,13 +21,16 @@ void epcomm_cuda_window_parts(const epcomm_cuda_row* row, int64_t rows, epcomm_c
 }
 
 int64_t epcomm_cuda_control_bytes(int32_t num_ranks, int32_t num_experts) {
-    return epcomm::announcement_offset(num_ranks, num_experts, 0, 0) +
-           2 * num_ranks * epcomm::announcement_bytes(num_ranks, num_experts);
+    return epcomm::refused_offset(num_ranks, num_experts, num_ranks);
 }
 
 int64_t epcomm_cuda_announcement_offset(int32_t num_ranks, int32_t num_experts, int32_t rank,
                                         uint64_t epoch) {
     return epcomm::announcement_offset(num_ranks, num_experts, rank, epoch);
+}
+
+int64_t epcomm_cuda_refused_offset(int32_t num_ranks, int32_t num_experts, int32_t rank) {
+    return epcomm::refused_offset(num_ranks, num_experts, rank);
 }
 
 int epcomm_cuda_load(void) {
@@ -36,16 +40,27 @@ int epcomm_cuda_load(void) {
     return error;
 }
 
-int epcomm_cuda_launch_layout(const epcomm_cuda_layout* call, void* stream) {
-    return epcomm::launch_layout(*call, static_cast<cudaStream_t>(stream));
+int epcomm_cuda_launch_layout(const epcomm_cuda_layout* call, epcomm_cuda_sequence* sequence,
+                              void* stream) {
+    const int error = epcomm::launch_layout(*call, static_cast<cudaStream_t>(stream));
+    return error == 0 ? epcomm::leave(sequence, stream) : error;
 }
 
-int epcomm_cuda_launch_dispatch(const epcomm_cuda_dispatch* call, void* stream) {
-    return epcomm::launch_dispatch(*call, static_cast<cudaStream_t>(stream));
+int epcomm_cuda_launch_dispatch(const epcomm_cuda_dispatch* call, epcomm_cuda_sequence* sequence,
+                                void* stream) {
+    const int error = epcomm::launch_dispatch(*call, static_cast<cudaStream_t>(stream));
+    return error == 0 ? epcomm::leave(sequence, stream) : error;
 }
 
-int epcomm_cuda_launch_combine(const epcomm_cuda_combine* call, void* stream) {
-    return epcomm::launch_combine(*call, static_cast<cudaStream_t>(stream));
+int epcomm_cuda_launch_combine(const epcomm_cuda_combine* call, epcomm_cuda_sequence* sequence,
+                               void* stream) {
+    const int error = epcomm::launch_combine(*call, static_cast<cudaStream_t>(stream));
+    return error == 0 ? epcomm::leave(sequence, stream) : error;
+}
+
+int epcomm_cuda_copy(void* to, const void* from, uint64_t bytes, void* stream) {
+    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice,
+                           static_cast<cudaStream_t>(stream));
 }
 
 int epcomm_cuda_order(void* first, void* then) {
@@ -62,14 +77,14 @@ int epcomm_cuda_order(void* first, void* then) {
 
 const char* epcomm_cuda_error_text(int error) { return cudaGetErrorString(cudaError_t(error)); }
 
-int epcomm_cuda_wait_prepared(const epcomm_cuda_report* report, uint64_t epoch,
+int epcomm_cuda_wait_prepared(const epcomm_cuda_report* report, uint64_t number,
                               int64_t timeout_ns) {
     timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     const int64_t deadline = int64_t(t.tv_sec) * 1000000000 + t.tv_nsec + timeout_ns;
     while (true) {
         for (int i = 0; i < 1024; ++i) {
-            if (__atomic_load_n(&report->prepared, __ATOMIC_ACQUIRE) >= epoch) return 0;
+            if (__atomic_load_n(&report->prepared, __ATOMIC_ACQUIRE) == number) return 0;
         }
         if (__atomic_load_n(&report->failed, __ATOMIC_ACQUIRE) != 0) return 1;
         clock_gettime(CLOCK_MONOTONIC, &t);

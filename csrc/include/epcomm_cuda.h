@@ -15,6 +15,7 @@ enum {
     EPCOMM_CUDA_MAX_RANKS = EPCOMM_LIMIT_max_local_ranks,
     EPCOMM_CUDA_MAX_DESTS = 32,      ///< destinations of a token: one lane of a warp each
     EPCOMM_CUDA_MAX_EXPERTS = 8192,  ///< the layout kernel counts experts in shared memory
+    EPCOMM_CUDA_TIMED_CALLS = 64,    ///< calls whose times are kept
 };
 
 /// A 64-bit counter that only grows (the number of the last epoch it was raised in), alone on
@@ -24,14 +25,23 @@ typedef struct {
     uint64_t reserved[15];
 } epcomm_cuda_counter;
 
-/// Moments of a data kernel, in nanoseconds of the GPU's clock.
+/// Moments of a call, in nanoseconds of the GPU's clock.
 typedef enum {
-    EPCOMM_CUDA_STAMP_START = 0,
-    EPCOMM_CUDA_STAMP_ANNOUNCED = 1,  ///< all announcements are in
-    EPCOMM_CUDA_STAMP_MOVED = 2,      ///< this rank's rows are stored, or its sums done
-    EPCOMM_CUDA_STAMP_END = 3,        ///< all ranks' are
-    EPCOMM_CUDA_STAMPS = 4,
+    EPCOMM_CUDA_STAMP_START = 0,      ///< its first kernel begins
+    EPCOMM_CUDA_STAMP_COUNTED = 1,    ///< first dispatch: this rank's counts are announced
+    EPCOMM_CUDA_STAMP_ANNOUNCED = 2,  ///< all announcements are in
+    EPCOMM_CUDA_STAMP_PLACED = 3,     ///< first dispatch: every copy has its row
+    EPCOMM_CUDA_STAMP_MOVED = 4,      ///< this rank's rows are stored, or its sums done
+    EPCOMM_CUDA_STAMP_END = 5,        ///< all ranks' are
+    EPCOMM_CUDA_STAMPS = 6,
 } epcomm_cuda_stamp;
+
+/// When a call came to its moments; a stamp it has no use for keeps an older call's.
+typedef struct {
+    uint64_t call;  ///< number of the call
+    uint64_t at[EPCOMM_CUDA_STAMPS];
+    uint64_t reserved;
+} epcomm_cuda_times;
 
 /// How a call ended, or why a kernel left early.
 typedef enum {
@@ -42,6 +52,7 @@ typedef enum {
     EPCOMM_CUDA_FIXED_ROWS = 4,  ///< more rows than the fixed-size output holds
     EPCOMM_CUDA_TIMEOUT = 5,     ///< a rank stayed silent past the deadline
     EPCOMM_CUDA_ABORTED = 6,     ///< another rank gave up; its error was copied here
+    EPCOMM_CUDA_STALE = 7,       ///< the dispatch that made the routes was itself refused
 } epcomm_cuda_verdict;
 
 typedef struct {
@@ -58,15 +69,19 @@ typedef struct {
 
 /// Host-mapped memory the kernels report to. `tokens_per_expert i32[E / R]` follows it.
 typedef struct {
-    uint64_t prepared;        ///< last dispatch epoch judged; its verdict stands here (release)
-    int32_t verdict;          ///< of that epoch; the data kernel comes to the same
+    uint64_t prepared;        ///< number of the last dispatch judged; what follows is its (release)
+    uint64_t epoch;           ///< in which it ran
+    int32_t verdict;          ///< the data kernel comes to the same
     int32_t rows;             ///< first call: rows this rank receives
     int32_t max_rows;         ///< rows the fullest rank receives
     int32_t bad_choice;       ///< token * K + k of the first expert id out of range, or -1
     int32_t free_windows;     ///< windows left to the rank that has fewest
     int32_t failed;           ///< nonzero: the buffer is unusable, `error` says why (release)
-    uint64_t refused;         ///< last epoch that ended before data moved (release)
+    uint64_t refusals;        ///< calls that ended before data moved (release)
+    uint64_t acknowledged;    ///< of these, seen by the host, which writes this
+    uint64_t refused_epoch;   ///< of the first that was not
     int32_t refused_verdict;  ///< why
+    int32_t refused_choice;   ///< its bad_choice
     epcomm_cuda_error error;
 } epcomm_cuda_report;
 
@@ -83,14 +98,14 @@ typedef struct {
     epcomm_cuda_counter aborted;  ///< nonzero: a rank gave up; `error` says on whom
     epcomm_cuda_error error;
     // Used by the owner's kernels alone.
-    epcomm_cuda_counter epoch;            ///< calls finished; the next call is this + 1
-    uint64_t stamps[EPCOMM_CUDA_STAMPS];  ///< of the last call
-    epcomm_cuda_counter counted;          ///< epoch in which all blocks have counted
-    uint32_t counting;                    ///< blocks that have counted
-    uint32_t leaving;                     ///< blocks that are done
-    uint32_t dealt;                       ///< tokens handed out beyond the first of every warp
-    int32_t bad_choice;                   ///< smallest offending token * K + k, or INT32_MAX
-    int32_t reporting;                    ///< taken by the first thread that reports an error
+    epcomm_cuda_counter epoch;    ///< calls finished; the next call is this + 1
+    epcomm_cuda_counter counted;  ///< epoch in which all blocks have counted
+    uint32_t counting;            ///< blocks that have counted
+    uint32_t leaving;             ///< blocks that are done
+    uint32_t dealt;               ///< tokens handed out beyond the first of every warp
+    int32_t bad_choice;           ///< smallest offending token * K + k, or INT32_MAX
+    int32_t reporting;            ///< taken by the first thread that reports an error
+    epcomm_cuda_times times[EPCOMM_CUDA_TIMED_CALLS];  ///< by call number
 } epcomm_cuda_control;
 
 /// Where one copy of a token goes. A token's list is in order of (rank, choice), then rank = -1.
@@ -135,18 +150,25 @@ typedef struct {
     uint64_t bytes;
 } epcomm_cuda_parts;
 
+/// Device arrays that a first dispatch fills, and later calls with its handle use again.
+typedef struct {
+    const int64_t* topk_idx;  ///< [T, K]
+    epcomm_cuda_dest* dests;  ///< [T, D]
+    int32_t* rows;            ///< rows at every rank, [R]
+    int32_t* group_start;     ///< first row of a local expert, [E / R + 1]
+    int32_t* group_count;     ///< rows of a local expert without padding, [E / R]
+    int32_t* verdict;         ///< of the dispatch; null (a refused call) = OK
+    int32_t num_tokens;
+    int32_t max_dests;  ///< D
+} epcomm_cuda_routes;
+
 /// First call: count, announce, and find the row of every copy.
 typedef struct {
     epcomm_cuda_world world;
     epcomm_announcement announcement;  ///< `epoch` is filled in by the kernel
+    uint64_t number;                   ///< of the call, by the host; a graph repeats it
     epcomm_cuda_row row;
-    const int64_t* topk_idx;  ///< [T, K]
-    epcomm_cuda_dest* dests;  ///< out: [T, D]
-    int32_t* rows;            ///< out: rows at every rank, [R]
-    int32_t* group_start;     ///< out: first row of a local expert, [E / R + 1]
-    int32_t* group_count;     ///< out: rows of a local expert without padding, [E / R]
-    int32_t num_tokens;
-    int32_t max_dests;  ///< D
+    epcomm_cuda_routes routes;
     int32_t num_blocks;
     int32_t reserved;
 } epcomm_cuda_layout;
@@ -155,17 +177,12 @@ typedef struct {
 typedef struct {
     epcomm_cuda_world world;
     epcomm_announcement announcement;
+    uint64_t number;
     epcomm_cuda_row row;
+    epcomm_cuda_routes routes;
     const void* x;              ///< [T, row_in_bytes]
     const void* scales;         ///< [T, scale_bytes], packed pairs only
-    const int64_t* topk_idx;    ///< [T, K]
     const float* topk_weights;  ///< [T, K]
-    const epcomm_cuda_dest* dests;
-    const int32_t* rows;
-    const int32_t* group_start;
-    const int32_t* group_count;
-    int32_t num_tokens;
-    int32_t max_dests;
     int32_t row_in_bytes;
     int32_t input_format;  ///< epcomm_format of x
     int32_t announce;      ///< cached handle: nothing was announced for this epoch yet
@@ -178,13 +195,11 @@ typedef struct {
 typedef struct {
     epcomm_cuda_world world;
     epcomm_announcement announcement;
-    const epcomm_cuda_dest* dests;
-    const void* bias[2];      ///< [T, H] of the rows' type, added in order, or null
-    void* out;                ///< [T, H]
-    const int64_t* topk_idx;  ///< [T, K]; with top-k weights only
-    float* topk_weights;      ///< out [T, K], or null
-    int32_t num_tokens;
-    int32_t max_dests;
+    uint64_t number;
+    epcomm_cuda_routes routes;
+    const void* bias[2];  ///< [T, H] of the rows' type, added in order, or null
+    void* out;            ///< [T, H]
+    float* topk_weights;  ///< out [T, K], or null
     int32_t row_bytes;
     int32_t layout;
     int32_t num_blocks;
@@ -207,13 +222,40 @@ EPCOMM_API int64_t epcomm_cuda_control_bytes(int32_t num_ranks, int32_t num_expe
 EPCOMM_API int64_t epcomm_cuda_announcement_offset(int32_t num_ranks, int32_t num_experts,
                                                    int32_t rank, uint64_t epoch);
 
+/// Byte offset, in a control block, of the announcement `rank` made for the refused call that
+/// `report->refused_epoch` tells of.
+EPCOMM_API int64_t epcomm_cuda_refused_offset(int32_t num_ranks, int32_t num_experts, int32_t rank);
+
 /// Load every kernel, so that no later launch has to wait for one that spins. Returns 0 or a
 /// cudaError_t, as all functions below.
 EPCOMM_API int epcomm_cuda_load(void);
 
-EPCOMM_API int epcomm_cuda_launch_layout(const epcomm_cuda_layout* call, void* stream);
-EPCOMM_API int epcomm_cuda_launch_dispatch(const epcomm_cuda_dispatch* call, void* stream);
-EPCOMM_API int epcomm_cuda_launch_combine(const epcomm_cuda_combine* call, void* stream);
+/// Where a buffer's calls ran last. They share counters, so each waits for the one before it,
+/// whatever streams they are on.
+typedef struct {
+    void* done[2];     ///< cudaEvent_t after the last call: outside of graph captures, and inside
+    void* stream[2];   ///< it ran on
+    int32_t used[2];   ///< there was one
+    uint64_t capture;  ///< the capture that `done[1]` belongs to
+} epcomm_cuda_sequence;
+
+EPCOMM_API int epcomm_cuda_sequence_open(epcomm_cuda_sequence* sequence);
+EPCOMM_API void epcomm_cuda_sequence_close(epcomm_cuda_sequence* sequence);
+
+/// Let what comes on `stream` wait for the last call. A capture waits for nothing outside itself:
+/// whoever replays the graph orders it with other calls. `capture` = id of the capture, 0 = none.
+EPCOMM_API int epcomm_cuda_enter(epcomm_cuda_sequence* sequence, void* stream, uint64_t* capture);
+
+/// Launch a call's kernel on the stream last entered with.
+EPCOMM_API int epcomm_cuda_launch_layout(const epcomm_cuda_layout* call,
+                                         epcomm_cuda_sequence* sequence, void* stream);
+EPCOMM_API int epcomm_cuda_launch_dispatch(const epcomm_cuda_dispatch* call,
+                                           epcomm_cuda_sequence* sequence, void* stream);
+EPCOMM_API int epcomm_cuda_launch_combine(const epcomm_cuda_combine* call,
+                                          epcomm_cuda_sequence* sequence, void* stream);
+
+/// Copy device memory, in order of the stream.
+EPCOMM_API int epcomm_cuda_copy(void* to, const void* from, uint64_t bytes, void* stream);
 
 /// Let what comes on stream `then` wait for all that is on stream `first` by now.
 EPCOMM_API int epcomm_cuda_order(void* first, void* then);
@@ -221,9 +263,9 @@ EPCOMM_API int epcomm_cuda_order(void* first, void* then);
 /// Text of a cudaError_t.
 EPCOMM_API const char* epcomm_cuda_error_text(int error);
 
-/// Poll `report->prepared` until it is at least `epoch`, `report->failed` is raised (returns 1)
-/// or `timeout_ns` passes (returns 2). Returns 0 on success.
-EPCOMM_API int epcomm_cuda_wait_prepared(const epcomm_cuda_report* report, uint64_t epoch,
+/// Poll `report->prepared` until it is `number`, `report->failed` is raised (returns 1) or
+/// `timeout_ns` passes (returns 2). Returns 0 on success.
+EPCOMM_API int epcomm_cuda_wait_prepared(const epcomm_cuda_report* report, uint64_t number,
                                          int64_t timeout_ns);
 
 #ifdef __cplusplus

@@ -23,6 +23,14 @@ __host__ __device__ inline int64_t announcement_offset(int ranks, int experts, i
            (int64_t(epoch & 1) * ranks + rank) * announcement_bytes(ranks, experts);
 }
 
+/// Where a refused call's announcement of `rank` is kept for the host, without counts: calls that
+/// did not wait for the verdict have announced over it by the time the host asks.
+__host__ __device__ inline int64_t refused_offset(int ranks, int experts, int rank) {
+    return announcement_offset(ranks, experts, 0, 0) +
+           2 * ranks * announcement_bytes(ranks, experts) +
+           rank * epcomm_align(sizeof(epcomm_announcement), EPCOMM_LIMIT_window_align);
+}
+
 /// The announcement of `from` for `epoch` as it lies at `at`.
 __device__ inline epcomm_announcement* announcement_of(const epcomm_cuda_world& world, int at,
                                                        int from, uint64_t epoch) {
@@ -77,11 +85,13 @@ __device__ inline int judge(const epcomm_announcement& mine, const epcomm_announ
                       mine.fixed_rows == theirs.fixed_rows && mine.wire == theirs.wire &&
                       mine.handle_epoch == theirs.handle_epoch;
     if (!same) return EPCOMM_CUDA_MISMATCH;
-    if (mine.op == EPCOMM_OP_COMBINE) return EPCOMM_CUDA_OK;
-    if (mine.fixed_rows >= 0 && rows > mine.fixed_rows) return EPCOMM_CUDA_FIXED_ROWS;
-    const int64_t held = mine.fixed_rows >= 0 ? mine.fixed_rows : rows;
-    // A rank without a free window announces one of no bytes.
+    if (mine.op != EPCOMM_OP_COMBINE && mine.fixed_rows >= 0 && rows > mine.fixed_rows) {
+        return EPCOMM_CUDA_FIXED_ROWS;
+    }
+    // A rank without a window that will do announces one of no bytes.
     if (theirs.window_bytes == 0) return EPCOMM_CUDA_GROW;
+    if (mine.op == EPCOMM_OP_COMBINE) return EPCOMM_CUDA_OK;
+    const int64_t held = mine.fixed_rows >= 0 ? mine.fixed_rows : rows;
     if (window_parts(row, held).bytes > theirs.window_bytes) return EPCOMM_CUDA_GROW;
     return EPCOMM_CUDA_OK;
 }
@@ -105,6 +115,13 @@ __device__ inline int judge_all(const epcomm_cuda_world& world, const epcomm_ann
     const int code = verdict;
     __syncthreads();
     return code == kNone ? EPCOMM_CUDA_OK : code;
+}
+
+/// What became of the dispatch that made `routes`: the same on all ranks. A handle made without
+/// waiting for the verdict may belong to a call that was refused.
+__device__ inline int judge_routes(const epcomm_cuda_routes& routes) {
+    const bool moved = routes.verdict == nullptr || *routes.verdict == EPCOMM_CUDA_OK;
+    return moved ? EPCOMM_CUDA_OK : EPCOMM_CUDA_STALE;
 }
 
 /// Free windows of the rank that has fewest; announced in `window_fd`. One thread.

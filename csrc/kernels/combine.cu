@@ -37,15 +37,20 @@ __global__ void __launch_bounds__(kMaxThreads<many>, 1)
     const epcomm_cuda_world& world = call.world;
     const uint64_t epoch = load_relaxed(&own_control(world)->epoch.value) + 1;
     const bool timed = blockIdx.x == 0 && threadIdx.x == 0;
-    if (timed) stamp(world, EPCOMM_CUDA_STAMP_START);
+    if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_START);
     if (blockIdx.x == 0) {
         announce(world, call.announcement, call.announcement.status, nullptr, epoch);
     }
     Waiting what = {EPCOMM_OP_COMBINE, EPCOMM_PHASE_ANNOUNCE, epoch};
     if (!wait_all_ranks(world, own_control(world)->announced, epoch, what)) return;
-    if (timed) stamp(world, EPCOMM_CUDA_STAMP_ANNOUNCED);
+    if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
     const epcomm_cuda_row no_row = {};
-    const int verdict = judge_all(world, call.announcement, no_row, nullptr, epoch);
+    int verdict = judge_all(world, call.announcement, no_row, nullptr, epoch);
+    if (verdict == EPCOMM_CUDA_OK) verdict = judge_routes(call.routes);
+    // The host waits for it only where it has no window to offer.
+    if (timed && call.announcement.window_bytes == 0) {
+        report_verdict(world, verdict, epoch, call.number);
+    }
     if (verdict == EPCOMM_CUDA_OK) {
         const bool weighted = find_offers(call, epoch, offers);
         if (weighted) {
@@ -58,7 +63,7 @@ __global__ void __launch_bounds__(kMaxThreads<many>, 1)
     if (!is_last_block(world)) return;
     if (threadIdx.x == 0) {
         collect_deck(world);
-        stamp(world, EPCOMM_CUDA_STAMP_MOVED);
+        stamp(world, call.number, EPCOMM_CUDA_STAMP_MOVED);
     }
     // All ranks come to the same verdict, so after a refusal nobody waits.
     if (verdict == EPCOMM_CUDA_OK) {
@@ -66,16 +71,17 @@ __global__ void __launch_bounds__(kMaxThreads<many>, 1)
         what.phase = EPCOMM_PHASE_RELEASE;
         if (!wait_all_ranks(world, own_control(world)->released, epoch, what)) return;
     }
+    if (verdict != EPCOMM_CUDA_OK) report_refusal(world, verdict, epoch, -1);
     if (threadIdx.x == 0) {
-        if (verdict != EPCOMM_CUDA_OK) report_refusal(world, verdict, epoch);
         finish_epoch(world, epoch);
-        stamp(world, EPCOMM_CUDA_STAMP_END);
+        stamp(world, call.number, EPCOMM_CUDA_STAMP_END);
     }
 }
 
 template <bool f32, bool many>
 int launch_combine_of(const epcomm_cuda_combine& call, cudaStream_t stream) {
-    const PullPlan plan = {call.max_dests < kPullCopies ? call.max_dests : kPullCopies};
+    const PullPlan plan = {call.routes.max_dests < kPullCopies ? call.routes.max_dests
+                                                               : kPullCopies};
     // Fewer warps where shared memory is smaller than sm_90's.
     const int64_t room = shared_limit() - int64_t(sizeof(Offer)) * EPCOMM_CUDA_MAX_RANKS;
     int warps = (call.num_threads < kMaxThreads<many> ? call.num_threads : kMaxThreads<many>) / 32;
@@ -87,11 +93,11 @@ int launch_combine_of(const epcomm_cuda_combine& call, cudaStream_t stream) {
 
 int launch_combine(const epcomm_cuda_combine& call, cudaStream_t stream) {
     if (call.num_blocks < 1 || call.num_threads < 32 || call.num_threads % 32 != 0 ||
-        call.max_dests > EPCOMM_CUDA_MAX_DESTS || call.row_bytes % 16 != 0) {
+        call.routes.max_dests > EPCOMM_CUDA_MAX_DESTS || call.row_bytes % 16 != 0) {
         return cudaErrorInvalidValue;
     }
     const bool f32 = call.announcement.format == EPCOMM_FORMAT_F32;
-    if (call.max_dests > kPullCopies) {
+    if (call.routes.max_dests > kPullCopies) {
         return f32 ? launch_combine_of<true, true>(call, stream)
                    : launch_combine_of<false, true>(call, stream);
     }

@@ -33,7 +33,7 @@ __device__ inline uint64_t rank_mask(const epcomm_cuda_layout& call, int token, 
                                      int32_t* bad_choice) {
     const int K = call.world.num_topk;
     const int per_rank = call.world.num_experts / call.world.num_ranks;
-    const int64_t* ids = call.topk_idx + int64_t(token) * K;
+    const int64_t* ids = call.routes.topk_idx + int64_t(token) * K;
     uint64_t mask = 0;
     for (int k = 0; k < K; ++k) {
         const int64_t id = ids[k];
@@ -57,7 +57,7 @@ __device__ inline uint64_t rank_mask(const epcomm_cuda_layout& call, int token, 
 __device__ inline void count_share(const epcomm_cuda_layout& call, int* rank_bins,
                                    int* expert_bins) {
     const int R = call.world.num_ranks, lane = lane_id();
-    const Share share = warp_share(call.num_tokens);
+    const Share share = warp_share(call.routes.num_tokens);
     int low = 0, high = 0;  // counts of rank `lane` and of rank 32 + `lane`
     for (int t = share.begin; t < share.end; t += 32) {
         const uint64_t mask = t + lane < share.end

@@ -44,7 +44,10 @@ __global__ void __launch_bounds__(512, 1)
 
     const uint64_t epoch = load_relaxed(&own_control(world)->epoch.value) + 1;
     const bool timed = blockIdx.x == 0 && threadIdx.x == 0;
-    if (timed) stamp(world, EPCOMM_CUDA_STAMP_START);
+    if (timed) {
+        stamp(world, call.number,
+              call.announce ? EPCOMM_CUDA_STAMP_START : EPCOMM_CUDA_STAMP_PLACED);
+    }
     if (call.announce && blockIdx.x == 0) {
         announce(world, call.announcement, call.announcement.status, nullptr, epoch);
     }
@@ -58,13 +61,10 @@ __global__ void __launch_bounds__(512, 1)
 #endif
     Waiting what = {call.announcement.op, EPCOMM_PHASE_ANNOUNCE, epoch};
     if (!wait_all_ranks(world, own_control(world)->announced, epoch, what)) return;
-    if (timed) stamp(world, EPCOMM_CUDA_STAMP_ANNOUNCED);
-    const int verdict = judge_all(world, call.announcement, call.row, call.rows, epoch);
-    if (call.announce && timed) {
-        world.report->verdict = verdict;
-        world.report->free_windows = fewest_free_windows(world, epoch);
-        store_release(&world.report->prepared, epoch);
-    }
+    if (timed && call.announce) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
+    int verdict = judge_all(world, call.announcement, call.row, call.routes.rows, epoch);
+    if (call.announce && verdict == EPCOMM_CUDA_OK) verdict = judge_routes(call.routes);
+    if (call.announce && timed) report_verdict(world, verdict, epoch, call.number);
     if (verdict == EPCOMM_CUDA_OK) {
         find_targets(call, epoch, targets);
         __syncthreads();
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(512, 1)
     if (!is_last_block(world)) return;
     if (threadIdx.x == 0) {
         collect_deck(world);
-        stamp(world, EPCOMM_CUDA_STAMP_MOVED);
+        stamp(world, call.number, EPCOMM_CUDA_STAMP_MOVED);
     }
     // All ranks come to the same verdict, so after a refusal nobody waits.
     if (verdict == EPCOMM_CUDA_OK) {
@@ -86,10 +86,12 @@ __global__ void __launch_bounds__(512, 1)
         what.phase = EPCOMM_PHASE_ARRIVE;
         if (!wait_all_ranks(world, own_control(world)->arrived, epoch, what)) return;
     }
+    if (verdict != EPCOMM_CUDA_OK) {
+        report_refusal(world, verdict, epoch, call.announce ? -1 : world.report->bad_choice);
+    }
     if (threadIdx.x == 0) {
-        if (verdict != EPCOMM_CUDA_OK) report_refusal(world, verdict, epoch);
         finish_epoch(world, epoch);
-        stamp(world, EPCOMM_CUDA_STAMP_END);
+        stamp(world, call.number, EPCOMM_CUDA_STAMP_END);
     }
 }
 
@@ -132,7 +134,7 @@ int launch_packing(const epcomm_cuda_dispatch& call, cudaStream_t stream) {
 
 int launch_dispatch(const epcomm_cuda_dispatch& call, cudaStream_t stream) {
     if (call.num_blocks < 1 || call.num_warps < 1 || call.num_warps > 16 ||
-        call.max_dests > EPCOMM_CUDA_MAX_DESTS || call.row_in_bytes % 16 != 0) {
+        call.routes.max_dests > EPCOMM_CUDA_MAX_DESTS || call.row_in_bytes % 16 != 0) {
         return cudaErrorInvalidValue;
     }
     const bool packs = call.announcement.format != call.input_format;

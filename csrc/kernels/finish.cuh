@@ -1,7 +1,7 @@
 // How a kernel's blocks meet: once all have counted, and when the last one leaves.
 #pragma once
 
-#include "wait.cuh"
+#include "announce.cuh"
 
 namespace epcomm {
 
@@ -48,8 +48,11 @@ __device__ inline void signal_all(const epcomm_cuda_world& world, bool arrived, 
 }
 
 /// Note the time, for whoever asks later. One thread.
-__device__ inline void stamp(const epcomm_cuda_world& world, epcomm_cuda_stamp which) {
-    own_control(world)->stamps[which] = now_ns();
+__device__ inline void stamp(const epcomm_cuda_world& world, uint64_t call,
+                             epcomm_cuda_stamp which) {
+    epcomm_cuda_times& times = own_control(world)->times[call % EPCOMM_CUDA_TIMED_CALLS];
+    if (which == EPCOMM_CUDA_STAMP_START) times.call = call;
+    times.at[which] = now_ns();
 }
 
 /// Count the call as finished, moved or refused. One thread of the last block.
@@ -57,11 +60,46 @@ __device__ inline void finish_epoch(const epcomm_cuda_world& world, uint64_t epo
     store_relaxed(&own_control(world)->epoch.value, epoch);
 }
 
-/// Tell the host that the call's announcements ended it before data moved. One thread.
-__device__ inline void report_refusal(const epcomm_cuda_world& world, int verdict, uint64_t epoch) {
-    world.report->refused_verdict = verdict;
+/// Tell the host the verdict on call `number`, before it ends. One thread.
+__device__ inline void report_verdict(const epcomm_cuda_world& world, int verdict, uint64_t epoch,
+                                      uint64_t number) {
+    world.report->epoch = epoch;
+    world.report->verdict = verdict;
+    world.report->free_windows = fewest_free_windows(world, epoch);
+    store_release(&world.report->prepared, number);
+}
+
+/// Tell the host that the call's announcements ended it before data moved. The whole last block.
+/// What the host has not seen yet is not written over: the first refusal is the cause of those
+/// after it.
+__device__ inline void report_refusal(const epcomm_cuda_world& world, int verdict, uint64_t epoch,
+                                      int bad_choice) {
+    // Hosts that have to make windows wait for the verdict; they repeat the call.
+    if (verdict == EPCOMM_CUDA_GROW) return;
+    epcomm_cuda_report* report = world.report;
+    const uint64_t refusals = load_relaxed(&report->refusals);
+    const bool first = __syncthreads_and(load_relaxed(&report->acknowledged) == refusals);
+    if (first) {
+        constexpr int kWords = int(sizeof(epcomm_announcement) / 4);
+        for (int r = 0; r < world.num_ranks; ++r) {
+            const auto* from =
+                reinterpret_cast<const uint32_t*>(announcement_of(world, world.rank, r, epoch));
+            auto* to =
+                reinterpret_cast<uint32_t*>(reinterpret_cast<uint8_t*>(own_control(world)) +
+                                            refused_offset(world.num_ranks, world.num_experts, r));
+            for (int i = int(threadIdx.x); i < kWords; i += int(blockDim.x)) to[i] = from[i];
+        }
+        __threadfence_system();
+    }
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    if (first) {
+        report->refused_epoch = epoch;
+        report->refused_verdict = verdict;
+        report->refused_choice = bad_choice;
+    }
     __threadfence_system();
-    store_release(&world.report->refused, epoch);
+    store_release(&report->refusals, refusals + 1);
 }
 
 }  // namespace epcomm

@@ -96,22 +96,21 @@ __device__ inline void report_prepared(const epcomm_cuda_layout& call, int verdi
     auto* tokens_per_expert = reinterpret_cast<int32_t*>(world.report + 1);
     const int per_rank = world.num_experts / world.num_ranks;
     for (int e = int(threadIdx.x); e < per_rank; e += int(blockDim.x)) {
-        tokens_per_expert[e] = call.group_count[e];
+        tokens_per_expert[e] = call.routes.group_count[e];
     }
     __threadfence_system();
     __syncthreads();
     if (threadIdx.x == 0) {
         const int bad = own_control(world)->bad_choice;
-        world.report->verdict = verdict;
+        *call.routes.verdict = verdict;
         world.report->rows = rows[world.rank];
         int largest = 0;
         for (int r = 0; r < world.num_ranks; ++r) largest = max(largest, rows[r]);
         world.report->max_rows = largest;
-        world.report->free_windows = fewest_free_windows(world, epoch);
         world.report->bad_choice = bad == INT32_MAX ? -1 : bad;
         own_control(world)->bad_choice = INT32_MAX;
         __threadfence_system();
-        store_release(&world.report->prepared, epoch);
+        report_verdict(world, verdict, epoch, call.number);
     }
 }
 
@@ -125,26 +124,30 @@ __global__ void __launch_bounds__(256, 1)
                               call.row.layout);
     const uint64_t epoch = load_relaxed(&own_control(world)->epoch.value) + 1;
     const Waiting what = {call.announcement.op, EPCOMM_PHASE_ANNOUNCE, epoch};
-    const bool leads = blockIdx.x == 0;
+    const bool leads = blockIdx.x == 0, timed = leads && threadIdx.x == 0;
 
+    if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_START);
     count_block(call, shared);
     bool ok = meet(world, what);
     if (ok && leads) announce_counts(call, shared, epoch);
+    if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_COUNTED);
     ok = ok && wait_all_ranks(world, own_control(world)->announced, epoch, what);
+    if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
     if (ok) {
         if (by_expert) {
             bases_by_expert(world, call.announcement.alignment, epoch, shared.rows, shared.base,
-                            leads ? call.group_start : nullptr, call.group_count);
+                            leads ? call.routes.group_start : nullptr, call.routes.group_count);
         } else {
             bases_by_rank(world, epoch, shared.rows, shared.base);
-            if (leads) count_local_experts(world, epoch, call.group_count);
+            if (leads) count_local_experts(world, epoch, call.routes.group_count);
         }
         __syncthreads();
         scan_warps(call, shared);
         __syncthreads();
     }
     if (ok && leads) {
-        for (int r = int(threadIdx.x); r < R; r += int(blockDim.x)) call.rows[r] = shared.rows[r];
+        for (int r = int(threadIdx.x); r < R; r += int(blockDim.x))
+            call.routes.rows[r] = shared.rows[r];
         const int verdict = judge_all(world, call.announcement, call.row, shared.rows, epoch);
         report_prepared(call, verdict, shared.rows, epoch);
     }

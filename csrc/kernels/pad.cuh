@@ -30,13 +30,14 @@ __device__ inline void clear_unused(const epcomm_cuda_dispatch& call, const Targ
     if (call.row.layout == EPCOMM_LAYOUT_EXPERT) {
         const int groups = call.world.num_experts / call.world.num_ranks;
         for (int g = warp; g < groups; g += warps) {
-            const int end = call.group_start[g + 1];
-            for (int row = call.group_start[g] + call.group_count[g]; row < end; ++row) {
+            const int end = call.routes.group_start[g + 1];
+            for (int row = call.routes.group_start[g] + call.routes.group_count[g]; row < end;
+                 ++row) {
                 clear_row(call, mine, row);
             }
         }
     }
-    const int used = call.rows[call.world.rank];
+    const int used = call.routes.rows[call.world.rank];
     for (int row = used + warp; row < call.announcement.fixed_rows; row += warps) {
         clear_row(call, mine, row);
     }

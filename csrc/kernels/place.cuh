@@ -7,14 +7,14 @@ namespace epcomm {
 
 /// Layout "rank". `next[R]` (this warp's) holds the row of the share's first copy at every rank.
 __device__ inline void place_by_rank(const epcomm_cuda_layout& call, const int* next) {
-    const int R = call.world.num_ranks, D = call.max_dests, lane = lane_id();
-    const Share share = warp_share(call.num_tokens);
+    const int R = call.world.num_ranks, D = call.routes.max_dests, lane = lane_id();
+    const Share share = warp_share(call.routes.num_tokens);
     int low = lane < R ? next[lane] : 0;
     int high = lane + 32 < R ? next[lane + 32] : 0;
     for (int t = share.begin; t < share.end; t += 32) {
         const int token = t + lane;
         const uint64_t mask = token < share.end ? rank_mask(call, token, nullptr, nullptr) : 0;
-        epcomm_cuda_dest* list = call.dests + int64_t(token) * D;
+        epcomm_cuda_dest* list = call.routes.dests + int64_t(token) * D;
         int length = 0;
         for (int r = 0; r < R; ++r) {
             const bool goes = (mask >> r) & 1;
@@ -36,14 +36,14 @@ __device__ inline void place_by_rank(const epcomm_cuda_layout& call, const int* 
 /// Layout "expert". `next[E]` (this warp's, shared memory) holds the row of the share's first copy
 /// at every expert. A step takes 32 choices in (token, choice) order, one a lane.
 __device__ inline void place_by_expert(const epcomm_cuda_layout& call, int* next) {
-    const int K = call.world.num_topk, D = call.max_dests, lane = lane_id();
+    const int K = call.world.num_topk, D = call.routes.max_dests, lane = lane_id();
     const int E = call.world.num_experts, per_rank = E / call.world.num_ranks;
-    const Share share = warp_share(call.num_tokens);
+    const Share share = warp_share(call.routes.num_tokens);
     const int64_t begin = int64_t(share.begin) * K, end = int64_t(share.end) * K;
     for (int64_t step = begin; step < end; step += 32) {
         const int64_t choice = step + lane;
         const bool inside = choice < end;
-        const int64_t id = inside ? call.topk_idx[choice] : -1;
+        const int64_t id = inside ? call.routes.topk_idx[choice] : -1;
         const bool goes = id >= 0 && id < E;
         const int expert = goes ? int(id) : -1;
         const unsigned same = __match_any_sync(kWarp, expert);
@@ -56,7 +56,7 @@ __device__ inline void place_by_expert(const epcomm_cuda_layout& call, int* next
         if (!inside) continue;
         const int64_t token = choice / K;
         const int k = int(choice % K);
-        const int64_t* ids = call.topk_idx + token * K;
+        const int64_t* ids = call.routes.topk_idx + token * K;
         // The copy's place in the token's list: after all copies of lower ranks, and those of
         // the same rank by an earlier choice. Dropped choices fill the end.
         int position = 0, kept = 0;
@@ -70,7 +70,7 @@ __device__ inline void place_by_expert(const epcomm_cuda_layout& call, int* next
                 position += rank < mine || (rank == mine && j < k);
             }
         }
-        epcomm_cuda_dest* list = call.dests + token * D;
+        epcomm_cuda_dest* list = call.routes.dests + token * D;
         if (goes) {
             list[position] = {int16_t(expert / per_rank), int16_t(k), row};
         } else {

@@ -86,11 +86,11 @@ struct Puller {
     }
 
     __device__ __forceinline__ void ask() {
-        const int taken = lane_id() == 0 ? dealer.take(call.world, call.num_tokens) : 0;
+        const int taken = lane_id() == 0 ? dealer.take(call.world, call.routes.num_tokens) : 0;
         coming = __shfl_sync(kWarp, taken, 0);
         coming_dest = {-1, -1, -1};
-        if (coming >= 0 && lane_id() < call.max_dests) {
-            coming_dest = call.dests[int64_t(coming) * call.max_dests + lane_id()];
+        if (coming >= 0 && lane_id() < call.routes.max_dests) {
+            coming_dest = call.routes.dests[int64_t(coming) * call.routes.max_dests + lane_id()];
         }
     }
 
@@ -199,8 +199,8 @@ __device__ inline void pull_tokens(const epcomm_cuda_combine& call, const Offer*
         if (token < 0) break;
         const Result result = result_of(call, token);
         if (many && count < 0) {
-            sum_token_plain<f32, weighted>(call, offers,
-                                           copies_of(call.dests, call.max_dests, token), token);
+            sum_token_plain<f32, weighted>(
+                call, offers, copies_of(call.routes.dests, call.routes.max_dests, token), token);
         }
         // A token with too many copies took one place in the ring, and nothing arrives there.
         const int end = count < 0 ? kColumn : call.row_bytes;

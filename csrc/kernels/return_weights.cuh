@@ -13,11 +13,11 @@ __device__ inline void return_weights(const epcomm_cuda_combine& call, const Off
     const int E = call.world.num_experts, per_rank = E / call.world.num_ranks;
     const int warps = int(gridDim.x * (blockDim.x >> 5));
     const int first = int(blockIdx.x * (blockDim.x >> 5)) + warp_id();
-    for (int token = first; token < call.num_tokens; token += warps) {
-        const Copies copies = copies_of(call.dests, call.max_dests, token);
+    for (int token = first; token < call.routes.num_tokens; token += warps) {
+        const Copies copies = copies_of(call.routes.dests, call.routes.max_dests, token);
         for (int chunk = 0; chunk < K; chunk += 32) {
             const int k = chunk + lane;
-            const int64_t id = k < K ? call.topk_idx[int64_t(token) * K + k] : -1;
+            const int64_t id = k < K ? call.routes.topk_idx[int64_t(token) * K + k] : -1;
             const int expert_rank = id >= 0 && id < E ? int(id) / per_rank : -1;
             float weight = 0.0f;
             for (int i = 0; i < copies.count; ++i) {

@@ -48,7 +48,7 @@ struct Loader {
         : call(c), pieces(p), ring(r), dealer(), next{0, p.count}, slot(0) {}
 
     __device__ void load() {
-        if (next.piece == pieces.count) next = {dealer.take(call.world, call.num_tokens), 0};
+        if (next.piece == pieces.count) next = {dealer.take(call.world, call.routes.num_tokens), 0};
         ring.items[slot] = next;
         if (next.token >= 0) {
             const int offset = next.piece * pieces.in_bytes;
@@ -126,7 +126,7 @@ __device__ inline void store_rows(const epcomm_cuda_dispatch& call, const Target
         const Item item = ring.items[slot];
         if (item.token < 0) break;
         uint8_t* const bytes = ring.first + slot * ring.stage_bytes;
-        const Copies copies = copies_of(call.dests, call.max_dests, item.token);
+        const Copies copies = copies_of(call.routes.dests, call.routes.max_dests, item.token);
         if (item.piece == 0) {
             store_labels(call, targets, copies, item.token);
             if (packing == 0 && call.scales != nullptr) {

@@ -66,10 +66,10 @@ __device__ inline void store_rows_plain(const epcomm_cuda_dispatch& call, const 
                                         uint32_t* scales) {
     Dealer dealer;
     while (true) {
-        int token = lane_id() == 0 ? dealer.take(call.world, call.num_tokens) : 0;
+        int token = lane_id() == 0 ? dealer.take(call.world, call.routes.num_tokens) : 0;
         token = __shfl_sync(kWarp, token, 0);
         if (token < 0) break;
-        const Copies copies = copies_of(call.dests, call.max_dests, token);
+        const Copies copies = copies_of(call.routes.dests, call.routes.max_dests, token);
         store_labels(call, targets, copies, token);
         const auto* from = static_cast<const uint8_t*>(call.x) + int64_t(token) * call.row_in_bytes;
         if constexpr (packing != 0) {

@@ -22,7 +22,7 @@ __device__ inline void find_targets(const epcomm_cuda_dispatch& call, uint64_t e
         const epcomm_announcement* theirs = announcement_of(world, world.rank, r, epoch);
         uint8_t* window = world.windows[int64_t(r) * world.num_windows + theirs->window_serial];
         const int64_t held =
-            call.announcement.fixed_rows >= 0 ? call.announcement.fixed_rows : call.rows[r];
+            call.announcement.fixed_rows >= 0 ? call.announcement.fixed_rows : call.routes.rows[r];
         const epcomm_cuda_parts parts = window_parts(call.row, held);
         targets[r].rows = window + parts.rows;
         targets[r].scales = window + parts.scales;
@@ -74,7 +74,7 @@ __device__ __forceinline__ void store_labels(const epcomm_cuda_dispatch& call,
     for (int chunk = 0; chunk < K; chunk += 32) {
         const int k = chunk + lane;
         const int64_t at = int64_t(token) * K + k;
-        const int64_t id = k < K ? call.topk_idx[at] : -1;
+        const int64_t id = k < K ? call.routes.topk_idx[at] : -1;
         const float weight = k < K && call.row.with_weights ? call.topk_weights[at] : 0.0f;
         for (int i = 0; i < copies.count; ++i) {
             const int rank = __shfl_sync(kWarp, copies.rank, i);

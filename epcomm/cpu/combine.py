@@ -60,7 +60,7 @@ class Combine:
             x=out,
             topk_weights=None if out_weights is None else torch.from_numpy(out_weights),
             event=Event(),
-            phases=self.phases.seconds,
+            _time_phases=lambda: self.phases.seconds,
             _count_traffic=partial(
                 count_traffic,
                 self.node,

@@ -13,7 +13,7 @@ import torch
 from ..backend import DispatchCall
 from ..formats.wire import WireFormat
 from ..native import RecordLayout, constants, dispatch_record
-from ..results import DispatchResult, Event, Handle
+from ..results import DispatchResult, Event, Handle, Labels
 from ..traffic import LinkBytes, LinkTraffic, Traffic
 from .announce import Counts, name_window
 from .control import Waiting
@@ -379,17 +379,16 @@ class Dispatch:
         if call.topk_weights is not None:
             shape_w = (rows,) if self.by_expert else (rows, config.num_topk)
             weights = lease.tensor(parts.weights, shape_w, torch.float32)
+        labels = Labels(topk_idx, weights, lease.tensor(parts.source, (rows, 2), torch.int32))
         return DispatchResult(
             x=lease.tensor(parts.x, (rows, config.hidden), _ROW_DTYPE[call.format]),
             scales=scales,
-            topk_idx=topk_idx,
-            topk_weights=weights,
-            source=lease.tensor(parts.source, (rows, 2), torch.int32),
             tokens_per_expert=torch.from_numpy(routes.plan.tokens_per_expert.copy()),
-            num_rows=int(routes.plan.rows_R[self.node.topology.rank]),
             handle=handle,
             event=Event(),
-            phases=self.phases.seconds,
+            _make_labels=lambda: labels,
+            _count_rows=lambda: int(routes.plan.rows_R[self.node.topology.rank]),
+            _time_phases=lambda: self.phases.seconds,
             _count_traffic=partial(count_traffic, self.node, self.record, routes, messages),
         )
 

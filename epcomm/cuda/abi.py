@@ -1,11 +1,9 @@
-"""The CUDA part of libepcomm: its structures as NumPy dtypes, and its functions.
+"""The CUDA part of libepcomm: its structures and its functions.
 
-Layouts and enumerators are read from the library (``epcomm_cuda_fields``); the nested structures
-of a parameter block are views of its bytes.
+Layouts and enumerators are read from the library (``epcomm_cuda_fields``).
 """
 
 import ctypes
-from typing import Any
 
 import numpy as np
 
@@ -17,29 +15,34 @@ available: bool = hasattr(native.library, "epcomm_cuda_load")
 
 def _read_constants() -> dict[str, int]:
     count = ctypes.c_uint32()
-    native.library.epcomm_cuda_constants.restype = ctypes.POINTER(native._Constant)
+    native.library.epcomm_cuda_constants.restype = ctypes.POINTER(native.Constant)
     table = native.library.epcomm_cuda_constants(ctypes.byref(count))
     return {table[i].name.decode(): table[i].value for i in range(count.value)}
 
 
-def _read_dtypes() -> dict[str, np.dtype]:
+def _read_fields() -> dict[str, list[native.Field]]:
     count = ctypes.c_uint32()
-    native.library.epcomm_cuda_fields.restype = ctypes.POINTER(native._Field)
+    native.library.epcomm_cuda_fields.restype = ctypes.POINTER(native.Field)
     table = native.library.epcomm_cuda_fields(ctypes.byref(count))
-    descriptions: dict[str, dict[str, Any]] = {}
-    for i in range(count.value):
-        field = table[i]
-        structure = field.structure.decode().removeprefix("cuda_")
-        parts = descriptions.setdefault(structure, {"names": [], "formats": [], "offsets": []})
-        name = field.field.decode()
-        if not name:
-            parts["itemsize"] = field.offset
-            continue
-        scalar = f"{field.kind.decode()}{field.item_bytes}"
-        parts["names"].append(name)
-        parts["formats"].append(scalar if field.count == 1 else f"({field.count},){scalar}")
-        parts["offsets"].append(field.offset)
-    return {name: np.dtype(parts) for name, parts in descriptions.items()}  # type: ignore[call-overload]
+    fields = native.read_fields(table, count.value)
+    return {name.removeprefix("cuda_"): parts for name, parts in fields.items()}
+
+
+def _describe() -> None:
+    """Fill ``dtypes`` and ``structures``. The last field of a structure is its size."""
+    nested = {
+        "announcement": native.make_structure(
+            "announcement",
+            native.fields["announcement"],
+            native.constants["sizeof_announcement"],
+            {},
+        )
+    }
+    for name, (*fields, end) in _read_fields().items():
+        assert end.field == b"", f"{name} has no end"
+        dtypes[name] = native.make_dtype(fields, end.offset)
+        structures[name] = native.make_structure(name, fields, end.offset, nested)
+        nested[name] = structures[name]
 
 
 def _declare() -> None:
@@ -48,6 +51,8 @@ def _declare() -> None:
     library.epcomm_cuda_window_parts.restype = None
     library.epcomm_cuda_control_bytes.argtypes = [ctypes.c_int32, ctypes.c_int32]
     library.epcomm_cuda_control_bytes.restype = ctypes.c_int64
+    library.epcomm_cuda_refused_offset.argtypes = [ctypes.c_int32] * 3
+    library.epcomm_cuda_refused_offset.restype = ctypes.c_int64
     library.epcomm_cuda_announcement_offset.argtypes = [
         ctypes.c_int32,
         ctypes.c_int32,
@@ -56,7 +61,17 @@ def _declare() -> None:
     ]
     library.epcomm_cuda_announcement_offset.restype = ctypes.c_int64
     for name in ("layout", "dispatch", "combine"):
-        getattr(library, f"epcomm_cuda_launch_{name}").argtypes = [ctypes.c_void_p] * 2
+        getattr(library, f"epcomm_cuda_launch_{name}").argtypes = [ctypes.c_void_p] * 3
+    library.epcomm_cuda_sequence_open.argtypes = [ctypes.c_void_p]
+    library.epcomm_cuda_sequence_close.argtypes = [ctypes.c_void_p]
+    library.epcomm_cuda_sequence_close.restype = None
+    library.epcomm_cuda_enter.argtypes = [ctypes.c_void_p] * 3
+    library.epcomm_cuda_copy.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_uint64,
+        ctypes.c_void_p,
+    ]
     library.epcomm_cuda_order.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.epcomm_cuda_error_text.argtypes = [ctypes.c_int]
     library.epcomm_cuda_error_text.restype = ctypes.c_char_p
@@ -69,17 +84,14 @@ def _declare() -> None:
 
 #: Enumerators (verdicts) and limits by name; empty without CUDA.
 constants: dict[str, int] = {}
-#: dtypes by structure name without ``epcomm_cuda_``; empty without CUDA.
+#: NumPy dtypes by structure name without ``epcomm_cuda_``; empty without CUDA.
 dtypes: dict[str, np.dtype] = {}
+#: ctypes structures, likewise: parameter blocks are filled in through these.
+structures: dict[str, type[ctypes.Structure]] = {}
 if available:
     constants = _read_constants()
-    dtypes = _read_dtypes()
+    _describe()
     _declare()
-
-
-def part(block: np.ndarray, field: str, dtype: np.dtype) -> np.ndarray:
-    """The nested structure ``field`` of a parameter block, as a writable 0-d view."""
-    return block[field].view(dtype).reshape(())
 
 
 def check(code: int, what: str) -> None:

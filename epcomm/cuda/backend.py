@@ -1,12 +1,11 @@
 """The CUDA back end of a Buffer: one node, rows moved by kernels between the ranks' GPUs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import cupy
 import torch
 
-from .. import native
 from ..backend import CombineCall, Config, DispatchCall, Options
 from ..bootstrap import Bootstrap, raise_together
 from ..cpu.layout import BadChoice
@@ -14,12 +13,15 @@ from ..cpu.window import CombineParts, combine_parts
 from ..errors import BufferClosedError
 from ..formats.wire import WireFormat
 from ..native import constants
-from ..results import CombineResult, DispatchResult, Event, Handle
+from ..results import CombineResult, DispatchResult, Handle, Labels
 from ..topology import Topology
 from ..traffic import LinkTraffic, Traffic
 from . import abi
 from .device import check_device
 from .engine import Agreed, Engine, Routes, Shape, Tuning
+from .phases import read_phases
+from .sizes import EXPOSED_WINDOWS, RECEIVE_WINDOWS, window_bytes
+from .streams import Calls, CudaEvent
 from .verdicts import refusal, timeout
 from .windows import Lease, WindowPool
 
@@ -30,22 +32,6 @@ _ROW_DTYPE = {
     WireFormat.FP8_UE8M0: torch.float8_e4m3fn,
 }
 _FORMAT = {torch.float32: WireFormat.F32, torch.bfloat16: WireFormat.BF16}
-#: Windows are a multiple of this, and grow by a quarter beyond what was asked for.
-_WINDOW_STEP = 2 << 20
-
-
-class CudaEvent(Event):
-    """When a call on the buffer's stream has completed."""
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._event = torch.cuda.Event()
-        self._event.record(stream)
-
-    def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self._event)
-
-    def query(self) -> bool:
-        return self._event.query()
 
 
 @dataclass
@@ -54,23 +40,25 @@ class CudaRoutes:
 
     Attributes:
         routes: device arrays.
-        max_rows: rows of the fullest rank; the same on all ranks.
-        num_rows: rows of this rank's output in use.
-        tokens_per_expert: int32 [E/R], host.
+        max_rows: rows of the fullest rank, or the fixed number; the same on all ranks.
+        stream: the routes were written on.
+        tokens_per_expert: of the results.
+        exposed: where the parts of a combine lie, by dtype.
     """
 
     routes: Routes
     alignment: int
     fixed_rows: int
     max_rows: int
-    num_rows: int
+    stream: torch.cuda.Stream
     tokens_per_expert: torch.Tensor
+    exposed: dict[torch.dtype, CombineParts] = field(default_factory=dict)
 
 
 class CudaBackend:
     """Dispatch and combine among the GPUs of a node; see epcomm.backend.Backend.
 
-    Calls run on a stream of the buffer's own, after what the caller's current stream holds.
+    Calls run on the caller's current stream, or with ``async_op`` on one of the buffer's own.
     """
 
     def __init__(
@@ -94,62 +82,96 @@ class CudaBackend:
         self._engine = Engine(
             shape, bootstrap.allgather, timeout=options.timeout, max_sms=device.max_sms
         )
-        self._stream = torch.cuda.Stream(self.device)
+        self._calls = Calls(self._engine)
         self._receive = WindowPool(self._engine)
         self._expose = WindowPool(self._engine)
         self._rows: dict[tuple[int, int, bool], Any] = {}
         self._closed = False
-        self._seen_refusal = 0
         self._credit = 0  # cached calls that every rank is known to have a window for
 
-    # Streams ------------------------------------------------------------------------------
+    # Errors -------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
+    def _begin(self, async_op: bool = False) -> int:
+        """Start a call; returns the stream to launch on."""
         if self._closed:
             raise BufferClosedError("the buffer is closed")
-        if self._engine.error() is not None:
+        if self._engine.report.failed:
             raise BufferClosedError(
                 f"an earlier call failed, make a new Buffer: {timeout(self._engine)}"
             )
-        self._raise_late_refusal()
-        current = torch.cuda.current_stream().cuda_stream
-        abi.check(
-            native.library.epcomm_cuda_order(current, self._stream.cuda_stream), "ordering streams"
-        )
+        return self._calls.begin(async_op)
 
     def _raise_late_refusal(self) -> None:
-        """Raise what a call that did not wait for its verdict met since."""
-        epoch = int(self._engine.report["refused"])
-        if epoch > self._seen_refusal:
-            self._seen_refusal = epoch
-            raise refusal(self._engine, epoch, int(self._engine.report["refused_verdict"]))
+        """Raise what a call that did not wait for its verdict met since.
 
-    def _keep(self, *tensors: torch.Tensor | None) -> None:
-        """The buffer's stream uses these: their memory must not be reused before it has."""
-        for tensor in tensors:
-            if tensor is not None and tensor.numel():
-                tensor.record_stream(self._stream)
+        At the end of a call, never instead of one: the peers may not have seen it yet, and would
+        wait for this rank.
+        """
+        report = self._engine.report
+        refusals = report.refusals
+        if refusals == report.acknowledged or self._calls.capturing:
+            return
+        verdict, bad = report.refused_verdict, report.refused_choice
+        error = self._late_error(verdict, bad)
+        report.acknowledged = refusals
+        raise error
+
+    def _late_error(self, verdict: int, bad: int) -> Exception:
+        if bad >= 0:
+            token, choice = divmod(bad, self._config.num_topk)
+            return ValueError(
+                f"topk_idx: at token {token}, choice {choice} of an earlier dispatch with "
+                "fixed_rows, an expert id is out of range or twice in a row; nothing was sent"
+            )
+        if verdict == abi.constants["FIXED_ROWS"]:
+            return ValueError(
+                "fixed_rows: too few in an earlier dispatch, nothing was sent: some rank would "
+                "have received more rows"
+            )
+        return refusal(self._engine, verdict)
+
+    def _end_refused(self) -> None:
+        """Wait for a refused call to end; it is raised by whoever made it."""
+        self._calls.synchronize()
+        self._engine.report.acknowledged = self._engine.report.refusals
+
+    def _await_verdict(self) -> int:
+        """Wait until the last call has been judged; returns the verdict.
+
+        A combine is judged for the host only where it has no window that will do.
+        """
+        if self._engine.wait_prepared(self._timeout + 30.0) != 0:
+            if self._engine.error() is None:
+                raise BufferClosedError(
+                    f"a call did not start within {self._timeout + 30.0:.0f} s: the stream's "
+                    "earlier work is not done"
+                )
+            raise timeout(self._engine)
+        self._credit = self._engine.report.free_windows
+        return int(self._engine.report.verdict)
 
     # Dispatch -----------------------------------------------------------------------------
 
     def dispatch(self, call: DispatchCall) -> DispatchResult:
-        self._begin()
+        stream = self._begin(call.async_op)
         if call.handle is not None:
-            return self._cached_dispatch(call, call.handle)
-        # The routes are the buffer's stream's own: it alone uses them, call after call.
-        with torch.cuda.stream(self._stream):
-            return self._first_dispatch(call)
+            result = self._cached_dispatch(call, call.handle, stream)
+        else:
+            # What the call leaves for others is allocated for the stream that writes it.
+            with self._calls.on_stream():
+                result = self._first_dispatch(call, stream)
+        self._raise_late_refusal()
+        return result
 
-    def _agreed(self, call: DispatchCall, op: str, handle_epoch: int = 0) -> Agreed:
-        by_expert = call.layout == "expert"
+    def _agreed(self, call: DispatchCall, op: str, handle_number: int = 0) -> Agreed:
         return Agreed(
             op=constants[op],
             format=call.format,
-            layout=constants["LAYOUT_EXPERT" if by_expert else "LAYOUT_RANK"],
+            layout=constants["LAYOUT_EXPERT" if call.layout == "expert" else "LAYOUT_RANK"],
             alignment=call.alignment,
             with_weights=call.topk_weights is not None,
             fixed_rows=-1 if call.fixed_rows is None else call.fixed_rows,
-            handle_epoch=handle_epoch,
+            handle_number=handle_number,
         )
 
     def _row(self, call: DispatchCall, agreed: Agreed) -> Any:
@@ -161,60 +183,72 @@ class CudaBackend:
             )
         return self._rows[key]
 
-    def _first_dispatch(self, call: DispatchCall) -> DispatchResult:
+    def _first_dispatch(self, call: DispatchCall, stream: int) -> DispatchResult:
         assert call.topk_idx is not None
         engine = self._engine
         topk_idx = call.topk_idx.to(torch.int64)
         agreed = self._agreed(call, "OP_DISPATCH")
         row = self._row(call, agreed)
+        # Rows of a fixed number need not be asked for, once there are windows for them.
+        needed = 0 if call.fixed_rows is None else engine.parts(row, call.fixed_rows).bytes
+        waits = call.fixed_rows is None or needed > self._receive.largest
+        if waits:
+            self._calls.refuse_capture(
+                "fixed_rows: a dispatch in a CUDA graph needs it, and one such call before the "
+                "capture that makes its windows"
+            )
         while True:
-            lease = self._receive.lease()
-            engine.free_windows = self._receive.num_free
-            routes = engine.make_routes(topk_idx, agreed.layout)
+            lease = self._lease(needed, stream, must=not waits)
             window = None if lease is None else lease.serial
-            engine.layout(agreed, row, routes, window, self.tuning, self._stream.cuda_stream)
-            self._move(call, agreed, row, routes, window)
-            self._await_counts(routes.epoch)
-            verdict = int(engine.report["verdict"])
-            self._credit = int(engine.report["free_windows"])
-            if verdict != abi.constants["GROW"]:
+            routes = engine.layout(agreed, row, topk_idx, window, self.tuning, stream)
+            self._move(call, agreed, row, routes, window, stream)
+            if not waits:
+                self._credit = max(0, self._credit - 1)
                 break
-            self._stream.synchronize()
-            self._seen_refusal = routes.epoch
+            verdict = self._await_verdict()
+            if verdict == abi.constants["OK"]:
+                break
+            if verdict != abi.constants["GROW"]:
+                self._end_refused()
+                raise self._first_error(call, routes, verdict)
             del lease
-            self._grow(call, row, int(engine.report["max_rows"]))
-        if verdict != abi.constants["OK"]:
-            self._stream.synchronize()
-            self._seen_refusal = routes.epoch
-            raise self._first_error(call, routes, verdict)
+            self._grow(call, row, engine.report.max_rows)
         assert lease is not None
-        num_rows = int(engine.report["rows"])
+        if call.fixed_rows is None:
+            held, max_rows = int(engine.report.rows), int(engine.report.max_rows)
+            tokens_per_expert = torch.from_numpy(engine.local_expert_rows.copy())
+        else:
+            held = max_rows = call.fixed_rows
+            tokens_per_expert = routes.tokens_per_expert
         state = CudaRoutes(
             routes=routes,
             alignment=call.alignment,
             fixed_rows=agreed.fixed_rows,
-            max_rows=int(engine.report["max_rows"]),
-            num_rows=num_rows,
-            tokens_per_expert=torch.from_numpy(engine.local_expert_rows.copy()),
+            max_rows=max_rows,
+            stream=self._calls.stream,
+            tokens_per_expert=tokens_per_expert,
         )
-        held = num_rows if call.fixed_rows is None else call.fixed_rows
         handle = Handle(self.topology, state, routes.num_tokens, held, call.layout)
-        self._keep(call.topk_idx)
+        self._calls.keep(call.topk_idx)
         return self._result(call, row, lease, handle, state)
 
-    def _await_counts(self, epoch: int) -> None:
-        if self._engine.wait_prepared(epoch, self._timeout + 30.0) != 0:
-            if self._engine.error() is None:
-                raise BufferClosedError(
-                    f"call {epoch} did not start within {self._timeout + 30.0:.0f} s: the stream's "
-                    "earlier work is not done"
-                )
-            raise timeout(self._engine)
+    def _lease(self, needed: int, stream: int, *, must: bool) -> Lease | None:
+        """A window to receive into. ``must``: raise where none of this size is free."""
+        lease = self._receive.lease(needed, self._calls)
+        self._engine.free_windows = self._receive.num_free
+        if lease is None and must:
+            error = MemoryError(
+                "every receive window is held by an earlier result; drop one before a dispatch "
+                "with fixed_rows, which does not wait for the peers to make another"
+            )
+            self._refuse("OP_DISPATCH", error, stream)
+            raise error
+        return lease
 
     def _first_error(self, call: DispatchCall, routes: Routes, verdict: int) -> Exception:
-        bad = int(self._engine.report["bad_choice"])
-        if bad >= 0:
-            token, choice = divmod(bad, self._config.num_topk)
+        report = self._engine.report
+        if report.bad_choice >= 0:
+            token, choice = divmod(report.bad_choice, self._config.num_topk)
             topk_idx_TK = routes.topk_idx.cpu().numpy()
             value = topk_idx_TK[token, choice]
             duplicate = bool(0 <= value < self._config.num_experts)
@@ -222,31 +256,36 @@ class CudaBackend:
         if verdict == abi.constants["FIXED_ROWS"]:
             return ValueError(
                 f"fixed_rows: {call.fixed_rows} is too few, nothing was sent: a rank would "
-                f"receive {int(self._engine.report['max_rows'])} rows"
+                f"receive {report.max_rows} rows"
             )
-        return refusal(self._engine, routes.epoch, verdict)
+        return refusal(self._engine, verdict, report.epoch)
 
     def _grow(self, call: DispatchCall, row: Any, max_rows: int) -> None:
-        """One more window to receive into, and enough of those to combine from. Collective."""
-        held = max_rows if call.fixed_rows is None else max(max_rows, call.fixed_rows)
-        # The first time, some to spare: calls overlap, and a cached one cannot always ask.
-        for _ in range(3 if self._receive.largest == 0 else 1):
-            self._receive.add(_window_bytes(int(self._engine.parts(row, held)["bytes"])))
-        self._provide(held, torch.bfloat16, call.layout == "expert")
-
-    def _provide(self, max_rows: int, dtype: torch.dtype, by_expert: bool) -> None:
-        """Make sure that windows to combine from are large enough. Collective, or nothing."""
-        needed = max(1, self._exposed(max_rows, dtype, by_expert).nbytes)
+        """More windows to receive into, and enough of those to combine from. Collective."""
+        fixed = call.fixed_rows is not None
+        held = call.fixed_rows if call.fixed_rows is not None else max_rows
+        for _ in range(RECEIVE_WINDOWS if fixed or self._receive.largest == 0 else 1):
+            self._receive.add(window_bytes(self._engine.parts(row, held).bytes))
+        needed = self._exposed(held, torch.bfloat16, call.layout == "expert").nbytes
         if needed > self._expose.largest:
-            for _ in range(2):
-                self._expose.add(_window_bytes(needed))
+            self._grow_exposed(needed)
+
+    def _grow_exposed(self, needed: int) -> None:
+        for _ in range(EXPOSED_WINDOWS):
+            self._expose.add(window_bytes(needed))
 
     def _exposed(self, rows: int, dtype: torch.dtype, by_expert: bool) -> CombineParts:
         row_bytes = self._config.hidden * dtype.itemsize
         return combine_parts(rows, row_bytes, self._config.num_topk, by_expert)
 
     def _move(
-        self, call: DispatchCall, agreed: Agreed, row: Any, routes: Routes, window: int | None
+        self,
+        call: DispatchCall,
+        agreed: Agreed,
+        row: Any,
+        routes: Routes,
+        window: int | None,
+        stream: int,
     ) -> None:
         packed = call.scales is not None
         self._engine.dispatch(
@@ -255,7 +294,7 @@ class CudaBackend:
             routes,
             window,
             self.tuning,
-            self._stream.cuda_stream,
+            stream,
             x=call.x.data_ptr(),
             row_in_bytes=self._config.hidden * call.x.element_size(),
             input_format=call.format if packed else _FORMAT[call.x.dtype],
@@ -264,43 +303,40 @@ class CudaBackend:
             announce=call.handle is not None,
         )
 
-    def _cached_dispatch(self, call: DispatchCall, handle: Handle) -> DispatchResult:
+    def _cached_dispatch(self, call: DispatchCall, handle: Handle, stream: int) -> DispatchResult:
         state: CudaRoutes = handle._state
-        agreed = self._agreed(call, "OP_CACHED_DISPATCH", state.routes.epoch)
+        self._calls.keep_routes(state.routes, state.stream)
+        agreed = self._agreed(call, "OP_CACHED_DISPATCH", state.routes.number)
         row = self._row(call, agreed)
-        held = max(state.max_rows, state.fixed_rows)
-        needed = int(self._engine.parts(row, held)["bytes"])
-        if needed > self._receive.largest:
-            self._receive.add(_window_bytes(needed))
-            self._credit = 0
+        needed = self._engine.parts(row, state.max_rows).bytes
+        fixed = state.fixed_rows >= 0
         while True:
-            lease = self._receive.lease(needed)
-            self._engine.free_windows = self._receive.num_free
-            if lease is None and state.fixed_rows >= 0:
-                error = MemoryError(
-                    "every receive window is held by an earlier result; drop one before a cached "
-                    "dispatch with fixed_rows, which does not wait for the peers to make another"
+            # All ranks find alike that windows are too small, unless they disagree about the
+            # call; so none goes to make larger ones before the verdict says that all will.
+            grows = needed > self._receive.largest
+            lease = None if grows else self._lease(needed, stream, must=fixed)
+            if grows:
+                self._calls.refuse_capture(
+                    "windows are too small for this call; make one like it before the capture"
                 )
-                self.refuse("dispatch", error)
-                raise error
-            self._move(call, agreed, row, state.routes, None if lease is None else lease.serial)
-            if state.fixed_rows >= 0:
+            window = None if lease is None else lease.serial
+            self._move(call, agreed, row, state.routes, window, stream)
+            if fixed and not grows:
+                self._credit = max(0, self._credit - 1)
                 break
-            if self._credit > 0:
+            if self._credit > 0 and lease is not None:
                 # Every rank had this many windows left, so each has one for this call.
                 self._credit -= 1
                 break
-            epoch = self._engine.epoch
-            self._await_counts(epoch)
-            verdict = int(self._engine.report["verdict"])
-            self._credit = int(self._engine.report["free_windows"])
+            self._calls.refuse_capture("handle: only one made with fixed_rows can be captured")
+            verdict = self._await_verdict()
             if verdict == abi.constants["OK"]:
                 break
-            self._seen_refusal = epoch
-            self._stream.synchronize()
             if verdict != abi.constants["GROW"]:
-                raise refusal(self._engine, epoch, verdict)
-            self._receive.add(_window_bytes(needed))
+                self._end_refused()
+                raise refusal(self._engine, verdict, self._engine.report.epoch)
+            for _ in range(RECEIVE_WINDOWS if fixed else 1):
+                self._receive.add(window_bytes(needed))
         assert lease is not None
         return self._result(call, row, lease, handle, state)
 
@@ -309,44 +345,48 @@ class CudaBackend:
     ) -> DispatchResult:
         config, rows = self._config, handle.num_rows
         by_expert = call.layout == "expert"
-        laid_out = self._engine.parts(row, rows)
-        parts = dict(zip(laid_out.dtype.names or (), laid_out.item(), strict=True))
-        words = int(row["scale_bytes"]) // 4
+        parts = self._engine.parts(row, rows)
+        words = row.scale_bytes // 4
         scales = None
         if words:
             dtype = torch.float32 if call.format == WireFormat.FP8 else torch.int32
-            scales = lease.tensor(parts["scales"], (rows, words), dtype)
-        topk_idx = weights = None
-        if not by_expert:
-            topk_idx = lease.tensor(parts["topk_idx"], (rows, config.num_topk), torch.int64)
-        if call.topk_weights is not None:
-            shape = (rows,) if by_expert else (rows, config.num_topk)
-            weights = lease.tensor(parts["topk_weights"], shape, torch.float32)
-        self._keep(call.x, call.scales, call.topk_weights)
-        row_bytes = int(row["row_bytes"]) + int(row["scale_bytes"])
+            scales = lease.tensor(parts.scales, (rows, words), dtype)
+        weighted = call.topk_weights is not None
+
+        def make_labels() -> Labels:
+            topk_idx = weights = None
+            if not by_expert:
+                topk_idx = lease.tensor(parts.topk_idx, (rows, config.num_topk), torch.int64)
+            if weighted:
+                shape = (rows,) if by_expert else (rows, config.num_topk)
+                weights = lease.tensor(parts.topk_weights, shape, torch.float32)
+            source = lease.tensor(parts.source, (rows, 2), torch.int32)
+            return Labels(topk_idx, weights, source)
+
+        self._calls.keep(call.x, call.scales, call.topk_weights)
+        tokens_per_expert = state.tokens_per_expert
+        if state.fixed_rows < 0:
+            tokens_per_expert = tokens_per_expert.clone()
+        row_bytes = row.row_bytes + row.scale_bytes
+        number = self._engine.number
         return DispatchResult(
-            x=lease.tensor(parts["rows"], (rows, config.hidden), _ROW_DTYPE[call.format]),
+            x=lease.tensor(parts.rows, (rows, config.hidden), _ROW_DTYPE[call.format]),
             scales=scales,
-            topk_idx=topk_idx,
-            topk_weights=weights,
-            source=lease.tensor(parts["source"], (rows, 2), torch.int32),
-            tokens_per_expert=state.tokens_per_expert.clone(),
-            num_rows=state.num_rows,
+            tokens_per_expert=tokens_per_expert,
             handle=handle,
-            event=CudaEvent(self._stream),
-            phases={},
+            event=CudaEvent(self._calls.stream),
+            _make_labels=make_labels,
+            _count_rows=(lambda: rows) if state.fixed_rows < 0 else state.routes.count_rows,
+            _time_phases=lambda: self._time(number, call.handle is None),
             _count_traffic=lambda: self._count(state.routes, row_bytes),
         )
 
     # Combine ------------------------------------------------------------------------------
 
     def combine(self, call: CombineCall) -> CombineResult:
-        self._begin()
+        stream = self._begin(call.async_op)
         state: CudaRoutes = call.handle._state
-        by_expert = call.handle.layout == "expert"
-        x, rows = call.x, call.handle.num_rows
-        self._provide(max(state.max_rows, state.fixed_rows), x.dtype, by_expert)
-        serial, parts = self._expose_rows(call, rows, by_expert)
+        x = call.x
         tokens, hidden = state.routes.num_tokens, self._config.hidden
         out = call.out
         if out is None:
@@ -355,43 +395,71 @@ class CudaBackend:
         if call.topk_weights is not None:
             shape = (tokens, self._config.num_topk)
             back = torch.empty(shape, dtype=torch.float32, device=self.device)
+        self._calls.keep_routes(state.routes, state.stream)
+        self._calls.keep(x, out, back, call.weights, call.topk_weights, *call.bias)
         agreed = Agreed(
             op=constants["OP_COMBINE"],
             format=_FORMAT[x.dtype],
             layout=state.routes.layout,
             with_weights=back is not None,
             wire=call.wire,
-            handle_epoch=state.routes.epoch,
+            handle_number=state.routes.number,
         )
-        self._engine.combine(
-            agreed,
-            state.routes,
-            serial,
-            self.tuning,
-            self._stream.cuda_stream,
-            row_bytes=hidden * x.element_size(),
-            out=out.data_ptr(),
-            rows_offset=parts.x,
-            weights_offset=-1 if call.weights is None else parts.row_weights,
-            topk_offset=parts.topk_weights,
-            bias=tuple(b.data_ptr() for b in call.bias),
-            topk_weights=0 if back is None else back.data_ptr(),
-        )
-        self._keep(x, out, back, call.weights, call.topk_weights, *call.bias)
         row_bytes = hidden * x.element_size()
+        while True:
+            serial, parts = self._expose_rows(call, state, stream)
+            self._engine.combine(
+                agreed,
+                state.routes,
+                serial,
+                self.tuning,
+                stream,
+                row_bytes=row_bytes,
+                out=out.data_ptr(),
+                rows_offset=parts.x,
+                weights_offset=-1 if call.weights is None else parts.row_weights,
+                topk_offset=parts.topk_weights,
+                bias=tuple(b.data_ptr() for b in call.bias),
+                topk_weights=0 if back is None else back.data_ptr(),
+            )
+            if serial is not None:
+                break
+            self._await_growth(state, x.dtype, call.handle.layout == "expert")
+        self._raise_late_refusal()
+        number = self._engine.number
         return CombineResult(
             x=out,
             topk_weights=back,
-            event=CudaEvent(self._stream),
-            phases={},
+            event=CudaEvent(self._calls.stream),
+            _time_phases=lambda: self._time(number, False, combines=True),
             _count_traffic=lambda: self._count(state.routes, row_bytes),
         )
 
+    def _await_growth(self, state: CudaRoutes, dtype: torch.dtype, by_expert: bool) -> None:
+        """After a combine that had no window large enough: make them once all ranks ask so."""
+        verdict = self._await_verdict()
+        if verdict != abi.constants["GROW"]:
+            self._end_refused()
+            raise refusal(self._engine, verdict, self._engine.report.epoch)
+        self._grow_exposed(self._exposed(state.max_rows, dtype, by_expert).nbytes)
+
     def _expose_rows(
-        self, call: CombineCall, rows: int, by_expert: bool
-    ) -> tuple[int, CombineParts]:
-        """Where peers read this rank's rows; copies them unless they are there already."""
-        parts = self._exposed(rows, call.x.dtype, by_expert)
+        self, call: CombineCall, state: CudaRoutes, stream: int
+    ) -> tuple[int | None, CombineParts]:
+        """Where peers read this rank's rows; copies them unless they are there already.
+
+        The serial is None where windows are too small, on all ranks alike.
+        """
+        dtype, by_expert = call.x.dtype, call.handle.layout == "expert"
+        parts = state.exposed.get(dtype)
+        if parts is None:
+            parts = self._exposed(call.handle.num_rows, dtype, by_expert)
+            state.exposed[dtype] = parts
+        if self._exposed(state.max_rows, dtype, by_expert).nbytes > self._expose.largest:
+            self._calls.refuse_capture(
+                "windows are too small for this call; make one like it before the capture"
+            )
+            return None, parts
         extra = call.weights is not None or call.topk_weights is not None
         place = self._expose.find(call.x)
         if place is None and not extra:
@@ -401,65 +469,71 @@ class CudaBackend:
             block_bytes = self._engine.windows[serial].num_bytes
             if not extra or parts.nbytes <= block_bytes:
                 parts = CombineParts(offset, parts.row_weights, parts.topk_weights, parts.nbytes)
-                if extra:
-                    with torch.cuda.stream(self._stream):
-                        self._copy_weights(call, Lease(self._engine, serial), parts)
+                self._copy_weights(call, serial, parts, stream)
                 return serial, parts
-        free = self._expose.lease(parts.nbytes)
+        free = self._expose.borrow(parts.nbytes, self._calls)
         if free is None:
             error = MemoryError(
                 "every window to combine from is held by a tensor of combine_input; drop one"
             )
-            self.refuse("combine", error)
+            self._refuse("OP_COMBINE", error, stream)
             raise error
-        with torch.cuda.stream(self._stream):
-            free.tensor(parts.x, tuple(call.x.shape), call.x.dtype).copy_(call.x)
-            self._copy_weights(call, free, parts)
-        # The lease may end here: the next user of the window is later on the same stream.
-        return free.serial, parts
+        self._engine.copy(self._engine.windows[free].pointer + parts.x, call.x, stream)
+        self._copy_weights(call, free, parts, stream)
+        return free, parts
 
-    def _copy_weights(self, call: CombineCall, lease: Lease, parts: CombineParts) -> None:
+    def _copy_weights(
+        self, call: CombineCall, serial: int, parts: CombineParts, stream: int
+    ) -> None:
+        window = self._engine.windows[serial].pointer
         if call.weights is not None:
-            shape = tuple(call.weights.shape)
-            lease.tensor(parts.row_weights, shape, torch.float32).copy_(call.weights)
+            self._engine.copy(window + parts.row_weights, call.weights, stream)
         if call.topk_weights is not None:
-            shape = tuple(call.topk_weights.shape)
-            lease.tensor(parts.topk_weights, shape, torch.float32).copy_(call.topk_weights)
+            self._engine.copy(window + parts.topk_weights, call.topk_weights, stream)
 
     def combine_input(self, handle: Handle, dtype: torch.dtype) -> torch.Tensor:
+        self._calls.begin(False)
         parts = self._exposed(handle.num_rows, dtype, handle.layout == "expert")
-        lease = self._expose.lease(parts.nbytes)
+        lease = self._expose.lease(parts.nbytes, self._calls)
         shape = (handle.num_rows, self._config.hidden)
         if lease is None:
             # Not shared, so that combine copies it; a window cannot be made by one rank alone.
             return torch.empty(shape, dtype=dtype, device=self.device)
         return lease.tensor(parts.x, shape, dtype)
 
-    # Refusals, traffic, lifetime ----------------------------------------------------------
+    # Refusals, measurements, lifetime -----------------------------------------------------
 
     def refuse(self, operation: str, error: Exception) -> None:
-        self._begin()
-        op = constants[f"OP_{operation.upper()}"]
-        self._engine.refuse(op, str(error), self._stream.cuda_stream)
-        self._seen_refusal = self._engine.epoch
+        self._refuse(f"OP_{operation.upper()}", error, self._begin())
+
+    def _refuse(self, op: str, error: Exception, stream: int) -> None:
+        if self._calls.capturing:
+            return  # no peer waits: a capture runs nothing
+        self._engine.refuse(constants[op], str(error), stream)
+        self._end_refused()
 
     def check(self) -> None:
         """Wait for all calls made so far and raise what went wrong in them.
 
-        A combine returns before its peers have answered, so what it meets is raised here or by
-        the next call.
+        A combine returns before its peers have answered, as does a dispatch with ``fixed_rows``,
+        so what these meet is raised here or by the next call.
 
         Raises:
-            PeerError, MismatchError: a combine was refused by another rank.
+            PeerError, MismatchError: a call was refused by another rank.
+            ValueError: a dispatch's ids or ``fixed_rows`` were refused on the GPU.
             PeerTimeoutError: a rank stayed silent.
         """
-        self._stream.synchronize()
+        self._calls.synchronize()
         if self._engine.error() is not None:
             raise timeout(self._engine)
         self._raise_late_refusal()
 
+    def _time(self, number: int, first: bool, *, combines: bool = False) -> dict[str, float]:
+        self._calls.synchronize()
+        return read_phases(self._engine, number, first, combines=combines)
+
     def _count(self, routes: Routes, row_bytes: int) -> Traffic:
-        ranks = routes.dests.view(torch.int16).view(routes.num_tokens, -1, 4)[..., 0]
+        ranks = routes.dests.view(torch.int16).view(*routes.dests.shape, 4)[..., 0]
         others = int(((ranks >= 0) & (ranks != self.topology.rank)).sum())
         meta = 8 + (4 if ranks.shape[1] == 0 else 12 * self._config.num_topk)
         return Traffic(scale_up=LinkTraffic(others, others * row_bytes, others * meta))
@@ -468,16 +542,12 @@ class CudaBackend:
         if self._closed:
             return
         self._closed = True
-        self._stream.synchronize()
+        self._calls.synchronize()
         if self._engine.error() is not None:
             return  # a rank that lives on may still write here: the memory ends with the process
         self._receive.close()
         self._expose.close()
         self._engine.close()
-
-
-def _window_bytes(needed: int) -> int:
-    return max(1, -(-(needed + needed // 4) // _WINDOW_STEP)) * _WINDOW_STEP
 
 
 def _check_limits(topology: Topology, config: Config) -> None:

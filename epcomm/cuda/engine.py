@@ -6,6 +6,7 @@ Everything here is asynchronous on the caller's stream but for :meth:`Engine.wai
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import cupy
@@ -49,29 +50,55 @@ class Tuning:
     combine_warps: int = 20
 
 
-@dataclass
 class Routes:
     """Device arrays a dispatch leaves for the calls that use its routes again.
 
     Attributes:
-        dests: 8 bytes per (token, copy), [T, D].
-        rows: rows at every rank, int32 [R].
-        group_start: first row of each local expert, int32 [E/R + 1] (layout expert).
-        group_count: rows of each local expert without padding, int32 [E/R].
+        dests: 8 bytes per (token, copy), int64 [T, D].
+        counts: rows at every rank [R], first row of every local expert and the end [E/R + 1],
+            rows of every local expert [E/R], the dispatch's verdict [1]; int32.
         topk_idx: global expert ids, int64 [T, K].
+        number: of the dispatch.
+        layout: as in the protocol's enumerators.
+        block: ``epcomm_cuda_routes``.
     """
 
-    dests: torch.Tensor
-    rows: torch.Tensor
-    group_start: torch.Tensor
-    group_count: torch.Tensor
-    topk_idx: torch.Tensor
-    epoch: int
-    layout: int
-    num_tokens: int
+    def __init__(
+        self, shape: Shape, topk_idx: torch.Tensor, max_dests: int, layout: int, number: int
+    ) -> None:
+        num_tokens = topk_idx.shape[0]
+        R, local = shape.num_ranks, shape.num_experts // shape.num_ranks
+        device = topk_idx.device
+        self.dests = torch.empty((num_tokens, max_dests), dtype=torch.int64, device=device)
+        self.counts = torch.empty(R + 2 * local + 2, dtype=torch.int32, device=device)
+        self.topk_idx = topk_idx
+        self.number = number
+        self.layout = layout
+        self.num_tokens = num_tokens
+        self._row = shape.rank
+        self._groups = slice(R + local + 1, R + 2 * local + 1)
+        self.block = abi.structures["routes"]()
+        counts = self.counts.data_ptr()
+        self.block.topk_idx = topk_idx.data_ptr()
+        self.block.dests = self.dests.data_ptr()
+        self.block.rows = counts
+        self.block.group_start = counts + 4 * R
+        self.block.group_count = counts + 4 * self._groups.start
+        self.block.verdict = counts + 4 * self._groups.stop
+        self.block.num_tokens = num_tokens
+        self.block.max_dests = max_dests
+
+    @property
+    def tokens_per_expert(self) -> torch.Tensor:
+        """Rows of every local expert without padding, int32 [E/R], on the device."""
+        return self.counts[self._groups]
+
+    def count_rows(self) -> int:
+        """Rows of this rank's output (waits for the device)."""
+        return int(self.counts[self._row])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Agreed:
     """Arguments of a call that all ranks must share; numbers as in the protocol's enumerators."""
 
@@ -82,7 +109,7 @@ class Agreed:
     with_weights: bool = False
     fixed_rows: int = -1
     wire: int = 0
-    handle_epoch: int = 0
+    handle_number: int = 0
 
 
 class Engine:
@@ -109,19 +136,21 @@ class Engine:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._allgather = allgather
         self.max_windows = max_windows
-        self.epoch = 0
+        self.number = 0  # of the last call
         abi.check(native.library.epcomm_cuda_load(), "loading the kernels")
         R, E = shape.num_ranks, shape.num_experts
         self._control = DeviceBlock(native.library.epcomm_cuda_control_bytes(R, E))
         runtime.memset(self._control.pointer, 0, self._control.num_bytes)
-        offset = abi.dtypes["control"].fields["bad_choice"][1]  # type: ignore[index]
+        offset = abi.structures["control"].bad_choice.offset
         self._control.array(offset, (1,), np.int32).fill(2**31 - 1)
         local = E // R
-        self._report = PinnedBlock(abi.dtypes["report"].itemsize + 4 * local)
-        self.report = self._report.array(0, (), abi.dtypes["report"])
-        self.local_expert_rows = self._report.array(
-            abi.dtypes["report"].itemsize, (local,), np.int32
-        )
+        report_bytes = abi.dtypes["report"].itemsize
+        self._report = PinnedBlock(report_bytes + 4 * local)
+        self.report = abi.structures["report"].from_address(self._report.pointer)
+        self.local_expert_rows = self._report.array(report_bytes, (local,), np.int32)
+        self._sequence = abi.structures["sequence"]()
+        self._sequence_at = ctypes.addressof(self._sequence)
+        abi.check(native.library.epcomm_cuda_sequence_open(self._sequence_at), "making an event")
         self._no_rows = cupy.zeros(R, np.int32)
         self._block_bins = cupy.empty((max_sms, R + E), np.int32)
         self.windows: list[DeviceBlock] = []
@@ -131,10 +160,11 @@ class Engine:
         self._opened: list[int] = []
         runtime.deviceSynchronize()
         controls = self._exchange(self._control)
-        self._world = self._make_world(controls, timeout)
-        self._templates = {
-            name: self._make_template(name) for name in ("layout", "dispatch", "combine")
-        }
+        world = self._make_world(controls, timeout)
+        # Parameter blocks are filled in anew for every call: a launch copies what it needs.
+        self._layout = abi.structures["layout"](world=world)
+        self._dispatch = abi.structures["dispatch"](world=world)
+        self._combine = abi.structures["combine"](world=world)
 
     def _exchange(self, block: DeviceBlock) -> list[int]:
         """Share a block of every rank with all; returns their addresses here. Collective."""
@@ -147,24 +177,19 @@ class Engine:
                 addresses.append(self._opened[-1])
         return addresses
 
-    def _make_world(self, controls: list[int], timeout: float) -> np.ndarray:
-        world = np.zeros((), abi.dtypes["world"])
-        world["rank"] = self.shape.rank
-        world["num_ranks"] = self.shape.num_ranks
-        world["num_experts"] = self.shape.num_experts
-        world["num_topk"] = self.shape.num_topk
-        world["num_windows"] = self.max_windows
-        world["timeout_ns"] = int(timeout * 1e9)
-        world["controls"][: len(controls)] = controls
-        world["windows"] = self._device_table.data.ptr
-        world["report"] = self._report.pointer
-        world["block_bins"] = self._block_bins.data.ptr
+    def _make_world(self, controls: list[int], timeout: float) -> Any:
+        world = abi.structures["world"]()
+        world.rank = self.shape.rank
+        world.num_ranks = self.shape.num_ranks
+        world.num_experts = self.shape.num_experts
+        world.num_topk = self.shape.num_topk
+        world.num_windows = self.max_windows
+        world.timeout_ns = int(timeout * 1e9)
+        world.controls[: len(controls)] = controls
+        world.windows = self._device_table.data.ptr
+        world.report = self._report.pointer
+        world.block_bins = self._block_bins.data.ptr
         return world
-
-    def _make_template(self, name: str) -> np.ndarray:
-        call = np.zeros((), abi.dtypes[name])
-        call["world"] = self._world.reshape(1).view(np.uint8)
-        return call
 
     # Windows --------------------------------------------------------------------------------
 
@@ -187,39 +212,73 @@ class Engine:
         runtime.deviceSynchronize()
         return serial
 
+    # Streams --------------------------------------------------------------------------------
+
+    def enter(self, stream: int) -> bool:
+        """Let ``stream`` wait for the last call; whether it is being captured into a graph."""
+        capture = ctypes.c_uint64()
+        code = native.library.epcomm_cuda_enter(self._sequence_at, stream, ctypes.byref(capture))
+        abi.check(code, "ordering streams")
+        return capture.value != 0
+
+    @staticmethod
+    def order(first: int, then: int) -> None:
+        """Let what comes on stream ``then`` wait for what is on stream ``first`` by now."""
+        abi.check(native.library.epcomm_cuda_order(first, then), "ordering streams")
+
+    @staticmethod
+    def copy(to: int, source: torch.Tensor, stream: int) -> None:
+        """Copy a contiguous tensor to a device address, in order of the stream."""
+        nbytes = source.numel() * source.element_size()
+        code = native.library.epcomm_cuda_copy(to, source.data_ptr(), nbytes, stream)
+        abi.check(code, "copying rows to a window")
+
     # Launches -------------------------------------------------------------------------------
 
-    def _announcement(self, call: np.ndarray, agreed: Agreed) -> np.ndarray:
-        announcement = abi.part(call, "announcement", native.dtypes["announcement"])
-        announcement["op"] = agreed.op
-        announcement["format"] = agreed.format
-        announcement["layout"] = agreed.layout
-        announcement["alignment"] = agreed.alignment
-        announcement["with_weights"] = agreed.with_weights
-        announcement["fixed_rows"] = agreed.fixed_rows
-        announcement["wire"] = agreed.wire
-        announcement["handle_epoch"] = agreed.handle_epoch
+    def _announce(self, call: Any, agreed: Agreed, num_tokens: int, window: int | None) -> Any:
+        """Fill in the announcement. No window: this rank has none that will do, so all grow."""
+        announcement = call.announcement
+        announcement.op = agreed.op
+        announcement.format = agreed.format
+        announcement.layout = agreed.layout
+        announcement.alignment = agreed.alignment
+        announcement.with_weights = agreed.with_weights
+        announcement.fixed_rows = agreed.fixed_rows
+        announcement.wire = agreed.wire
+        announcement.handle_epoch = agreed.handle_number
+        announcement.num_tokens = num_tokens
+        announcement.window_fd = self.free_windows
+        announcement.window_serial = 0 if window is None else window
+        announcement.window_bytes = 0 if window is None else self.windows[window].num_bytes
+        call.number = self.number
         return announcement
 
-    def _launch(self, name: str, call: np.ndarray, stream: int) -> None:
+    def _launch(self, name: str, call: Any, stream: int) -> None:
         function = getattr(native.library, f"epcomm_cuda_launch_{name}")
-        abi.check(function(call.ctypes.data, stream), f"launching {name}")
+        abi.check(function(ctypes.addressof(call), self._sequence_at, stream), f"launching {name}")
 
-    def row(self, fmt: int, hidden: int, layout: int, *, topk: bool, weights: bool) -> np.ndarray:
+    def row(self, fmt: int, hidden: int, layout: int, *, topk: bool, weights: bool) -> Any:
         """Describe an output row (``epcomm_cuda_row``)."""
-        row = np.zeros((), abi.dtypes["row"])
-        row["row_bytes"] = native.library.epcomm_payload_bytes(fmt, hidden)
-        row["scale_bytes"] = native.library.epcomm_scale_bytes(fmt, hidden)
-        row["num_topk"] = self.shape.num_topk
-        row["layout"] = layout
-        row["with_topk"] = topk
-        row["with_weights"] = weights
-        return row
+        return abi.structures["row"](
+            row_bytes=native.library.epcomm_payload_bytes(fmt, hidden),
+            scale_bytes=native.library.epcomm_scale_bytes(fmt, hidden),
+            num_topk=self.shape.num_topk,
+            layout=layout,
+            with_topk=topk,
+            with_weights=weights,
+        )
 
-    def parts(self, row: np.ndarray, num_rows: int) -> np.ndarray:
-        """Where the parts of ``num_rows`` rows lie in a window (``epcomm_cuda_parts``)."""
-        parts = np.zeros((), abi.dtypes["parts"])
-        native.library.epcomm_cuda_window_parts(row.ctypes.data, num_rows, parts.ctypes.data)
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def parts(row: Any, num_rows: int) -> Any:
+        """Where the parts of ``num_rows`` rows lie in a window (``epcomm_cuda_parts``).
+
+        ``row`` is one of a buffer's few, which it keeps: results are remembered by its identity.
+        """
+        parts = abi.structures["parts"]()
+        native.library.epcomm_cuda_window_parts(
+            ctypes.addressof(row), num_rows, ctypes.addressof(parts)
+        )
         return parts
 
     def max_dests(self, layout: int) -> int:
@@ -227,68 +286,40 @@ class Engine:
         by_expert = layout == native.constants["LAYOUT_EXPERT"]
         return self.shape.num_topk if by_expert else min(self.shape.num_topk, self.shape.num_ranks)
 
-    def make_routes(self, topk_idx: torch.Tensor, layout: int) -> Routes:
-        """Unwritten routes for :meth:`layout` to fill."""
-        num_tokens = topk_idx.shape[0]
-        local = self.shape.num_experts // self.shape.num_ranks
-        R, device = self.shape.num_ranks, topk_idx.device
-        ints = torch.empty(R + 2 * local + 1, dtype=torch.int32, device=device)
-        D = self.max_dests(layout)
-        return Routes(
-            dests=torch.empty((num_tokens, D), dtype=torch.int64, device=device),
-            rows=ints[:R],
-            group_start=ints[R : R + local + 1],
-            group_count=ints[R + local + 1 :],
-            topk_idx=topk_idx,
-            epoch=self.epoch + 1,
-            layout=layout,
-            num_tokens=num_tokens,
-        )
-
-    def _window(self, announcement: np.ndarray, serial: int | None) -> None:
-        """Announce a window; None: this rank has none to offer, and all agree to grow."""
-        announcement["window_fd"] = self.free_windows
-        if serial is not None:
-            announcement["window_serial"] = serial
-            announcement["window_bytes"] = self.windows[serial].num_bytes
-
     def layout(
         self,
         agreed: Agreed,
-        row: np.ndarray,
-        routes: Routes,
+        row: Any,
+        topk_idx: torch.Tensor,
         window: int | None,
         tuning: Tuning,
         stream: int,
-    ) -> None:
-        """Count, announce and place: the first half of a first dispatch."""
-        call = self._templates["layout"].copy()
-        announcement = self._announcement(call, agreed)
-        announcement["num_tokens"] = routes.num_tokens
-        self._window(announcement, window)
-        call["row"] = row.reshape(1).view(np.uint8)
-        call["topk_idx"] = routes.topk_idx.data_ptr()
-        call["dests"] = routes.dests.data_ptr()
-        call["rows"] = routes.rows.data_ptr()
-        call["group_start"] = routes.group_start.data_ptr()
-        call["group_count"] = routes.group_count.data_ptr()
-        call["num_tokens"] = routes.num_tokens
-        call["max_dests"] = self.max_dests(routes.layout)
-        call["num_blocks"] = tuning.num_sms
+    ) -> Routes:
+        """Count, announce and place: the first half of a first dispatch, which starts a call."""
+        self.number += 1
+        routes = Routes(
+            self.shape, topk_idx, self.max_dests(agreed.layout), agreed.layout, self.number
+        )
+        call = self._layout
+        self._announce(call, agreed, routes.num_tokens, window)
+        call.row = row
+        call.routes = routes.block
+        call.num_blocks = tuning.num_sms
         self._launch("layout", call, stream)
+        return routes
 
-    def wait_prepared(self, epoch: int, timeout: float) -> int:
-        """Wait for the layout kernel's verdict on ``epoch``. Returns 0, 1 (failed) or 2."""
+    def wait_prepared(self, timeout: float) -> int:
+        """Wait for the verdict on the last dispatch. Returns 0, 1 (failed) or 2 (too late)."""
         return int(
             native.library.epcomm_cuda_wait_prepared(
-                self._report.pointer, epoch, int(timeout * 1e9)
+                self._report.pointer, self.number, int(timeout * 1e9)
             )
         )
 
     def dispatch(
         self,
         agreed: Agreed,
-        row: np.ndarray,
+        row: Any,
         routes: Routes,
         window: int | None,
         tuning: Tuning,
@@ -301,31 +332,23 @@ class Engine:
         topk_weights: int = 0,
         announce: bool = False,
     ) -> None:
-        """Move the rows. Pointers are device addresses; ``announce`` for cached routes."""
-        call = self._templates["dispatch"].copy()
-        announcement = self._announcement(call, agreed)
-        announcement["num_tokens"] = routes.num_tokens
-        self._window(announcement, window)
-        call["row"] = row.reshape(1).view(np.uint8)
-        call["x"] = x
-        call["scales"] = scales
-        call["topk_idx"] = routes.topk_idx.data_ptr()
-        call["topk_weights"] = topk_weights
-        call["dests"] = routes.dests.data_ptr()
-        call["rows"] = routes.rows.data_ptr()
-        call["group_start"] = routes.group_start.data_ptr()
-        call["group_count"] = routes.group_count.data_ptr()
-        call["num_tokens"] = routes.num_tokens
-        call["max_dests"] = self.max_dests(routes.layout)
-        call["row_in_bytes"] = row_in_bytes
-        call["input_format"] = input_format
-        call["announce"] = announce
-        call["num_blocks"] = tuning.num_sms
+        """Move the rows. Pointers are device addresses; ``announce``: cached routes, a new call."""
+        self.number += announce
+        call = self._dispatch
+        self._announce(call, agreed, routes.num_tokens, window)
+        call.row = row
+        call.routes = routes.block
+        call.x = x
+        call.scales = scales
+        call.topk_weights = topk_weights
+        call.row_in_bytes = row_in_bytes
+        call.input_format = input_format
+        call.announce = announce
+        call.num_blocks = tuning.num_sms
         packs = input_format != agreed.format
-        call["num_warps"] = tuning.packing_warps if packs else tuning.dispatch_warps
-        call["stages"] = tuning.dispatch_stages
+        call.num_warps = tuning.packing_warps if packs else tuning.dispatch_warps
+        call.stages = tuning.dispatch_stages
         self._launch("dispatch", call, stream)
-        self.epoch += 1
 
     def combine(
         self,
@@ -344,86 +367,89 @@ class Engine:
         topk_weights: int = 0,
     ) -> None:
         """Sum the rows of every token. ``weights_offset`` < 0: rows carry no weight."""
-        call = self._templates["combine"].copy()
-        announcement = self._announcement(call, agreed)
-        announcement["num_tokens"] = routes.num_tokens
-        self._window(announcement, window)
-        announcement["rows_offset"] = rows_offset
-        announcement["row_weights"] = weights_offset >= 0
-        announcement["weights_offset"] = max(weights_offset, 0)
-        announcement["topk_offset"] = topk_offset
-        call["dests"] = routes.dests.data_ptr()
-        call["bias"][: len(bias)] = bias
-        call["out"] = out
-        call["topk_idx"] = routes.topk_idx.data_ptr()
-        call["topk_weights"] = topk_weights
-        call["num_tokens"] = routes.num_tokens
-        call["max_dests"] = self.max_dests(routes.layout)
-        call["row_bytes"] = row_bytes
-        call["layout"] = routes.layout
-        call["num_blocks"] = tuning.num_sms
-        call["num_threads"] = 32 * tuning.combine_warps
+        self.number += 1
+        call = self._combine
+        announcement = self._announce(call, agreed, routes.num_tokens, window)
+        announcement.rows_offset = rows_offset
+        announcement.row_weights = weights_offset >= 0
+        announcement.weights_offset = max(weights_offset, 0)
+        announcement.topk_offset = topk_offset
+        call.routes = routes.block
+        call.bias[0] = bias[0] if bias else 0
+        call.bias[1] = bias[1] if len(bias) > 1 else 0
+        call.out = out
+        call.topk_weights = topk_weights
+        call.row_bytes = row_bytes
+        call.layout = routes.layout
+        call.num_blocks = tuning.num_sms
+        call.num_threads = 32 * tuning.combine_warps
         self._launch("combine", call, stream)
-        self.epoch += 1
 
     def refuse(self, op: int, reason: str, stream: int) -> None:
         """Take part in a call as the rank whose arguments were refused: nobody moves data."""
+        self.number += 1
         combines = op == native.constants["OP_COMBINE"]
-        call = self._templates["combine" if combines else "dispatch"].copy()
-        announcement = self._announcement(call, Agreed(op, 0, 0))
-        announcement["status"] = native.constants["STATUS_REFUSED"]
-        announcement["reason"] = reason.encode()[: native.constants["REASON_BYTES"]]
-        call["num_blocks"] = 1
+        call = abi.structures["combine" if combines else "dispatch"](world=self._dispatch.world)
+        announcement = self._announce(call, Agreed(op, 0, 0), 0, None)
+        announcement.status = native.constants["STATUS_REFUSED"]
+        announcement.reason = reason.encode()[: native.constants["REASON_BYTES"]]
+        call.num_blocks = 1
         if combines:
-            call["num_threads"] = 32
-            call["max_dests"] = 1
+            call.num_threads = 32
+            call.routes.max_dests = 1
         else:
-            call["num_warps"] = call["stages"] = 1
-            call["announce"] = 1
-            call["rows"] = self._no_rows.data.ptr
-            call["row_in_bytes"] = 16
+            call.num_warps = call.stages = 1
+            call.announce = 1
+            call.routes.rows = self._no_rows.data.ptr
+            call.row_in_bytes = 16
         self._launch("combine" if combines else "dispatch", call, stream)
-        self.epoch += 1
 
     # Errors and lifetime --------------------------------------------------------------------
 
-    def announcement_of(self, rank: int, epoch: int) -> np.ndarray:
-        """What ``rank`` announced for ``epoch``, copied from the device (blocks)."""
-        record = np.zeros((), native.dtypes["announcement"])
-        offset = native.library.epcomm_cuda_announcement_offset(
-            self.shape.num_ranks, self.shape.num_experts, rank, epoch
-        )
+    def announcements(self, epoch: int | None) -> np.ndarray:
+        """What every rank announced, structured [R], copied from the device (blocks).
+
+        Args:
+            epoch: of the last call; None: of the refused call that the report tells of.
+        """
+        R, E = self.shape.num_ranks, self.shape.num_experts
+        records = np.zeros(R, native.dtypes["announcement"])
+        for rank in range(R):
+            if epoch is None:
+                offset = native.library.epcomm_cuda_refused_offset(R, E, rank)
+            else:
+                offset = native.library.epcomm_cuda_announcement_offset(R, E, rank, epoch)
+            runtime.memcpy(
+                records[rank:].ctypes.data,
+                self._control.pointer + offset,
+                records.itemsize,
+                runtime.memcpyDeviceToHost,
+            )
+        return records
+
+    def times(self, number: int) -> list[int] | None:
+        """Moments of call ``number`` (``epcomm_cuda_stamp``), ns; None: too long ago (blocks)."""
+        times = abi.structures["times"]()
+        slot = number % abi.constants["TIMED_CALLS"]
+        offset = abi.structures["control"].times.offset + slot * ctypes.sizeof(times)
         runtime.memcpy(
-            record.ctypes.data,
+            ctypes.addressof(times),
             self._control.pointer + offset,
-            record.nbytes,
+            ctypes.sizeof(times),
             runtime.memcpyDeviceToHost,
         )
-        return record
+        return list(times.at) if times.call == number else None
 
-    def stamps(self) -> np.ndarray:
-        """Moments of the last data kernel (``epcomm_cuda_stamp``), int64 ns (blocks)."""
-        offset = abi.dtypes["control"].fields["stamps"][1]  # type: ignore[index]
-        stamps = np.zeros(abi.constants["STAMPS"], np.int64)
-        runtime.memcpy(
-            stamps.ctypes.data,
-            self._control.pointer + offset,
-            stamps.nbytes,
-            runtime.memcpyDeviceToHost,
-        )
-        return stamps
-
-    def error(self) -> np.ndarray | None:
+    def error(self) -> Any:
         """The error record (``epcomm_cuda_error``), or None."""
-        if not int(self.report["failed"]):
-            return None
-        return abi.part(self.report, "error", abi.dtypes["error"]).copy()
+        return self.report.error if self.report.failed else None
 
     def close(self) -> None:
         """Unmap and free all but the windows; the ranks must have stopped using the memory."""
         for pointer in self._opened:
             close_block(pointer)
         self._opened.clear()
+        native.library.epcomm_cuda_sequence_close(self._sequence_at)
         self._control.close()
         self._report.close()
 

@@ -1,10 +1,9 @@
 """From what the kernels report to the exceptions of epcomm.errors."""
 
-import numpy as np
-
 from .. import native
 from ..errors import EpcommError, PeerTimeoutError
 from ..verdict import find_error
+from . import abi
 from .engine import Engine
 
 _PHASES = {
@@ -14,13 +13,19 @@ _PHASES = {
 }
 
 
-def refusal(engine: Engine, epoch: int, verdict: int) -> EpcommError:
-    """The error of a call that ended before data moved, for a rank that did nothing wrong."""
-    num_ranks = engine.shape.num_ranks
-    headers = np.stack([engine.announcement_of(r, epoch) for r in range(num_ranks)])
-    error = find_error(headers, engine.shape.rank)
+def refusal(engine: Engine, verdict: int, epoch: int | None = None) -> EpcommError:
+    """The error of a call that ended before data moved, for a rank that did nothing wrong.
+
+    Args:
+        engine: of the buffer.
+        verdict: the kernels'.
+        epoch: of the last call; None: the one that the report tells of.
+    """
+    error = find_error(engine.announcements(epoch), engine.shape.rank)
     if error is not None:
         return error
+    if verdict == abi.constants["STALE"]:
+        return EpcommError("the dispatch that made the handle was refused; nothing was sent")
     return EpcommError(f"the kernels refused the call (verdict {verdict})")
 
 
@@ -29,11 +34,11 @@ def timeout(engine: Engine) -> PeerTimeoutError:
     error = engine.error()
     assert error is not None
     names = {number: name for name, number in native.constants.items() if name.startswith("PHASE_")}
-    phase = names.get(int(error["phase"]), "")
-    rank = int(error["rank"])
+    phase = names.get(error.phase, "")
+    rank = error.rank
     return PeerTimeoutError(
-        f"rank {int(error['reporter'])} waited too long for rank {rank} "
-        f"{_PHASES.get(phase, phase)}: call {int(error['epoch'])}, block {int(error['channel'])}, "
-        f"expected {int(error['expected'])}, seen {int(error['seen'])}",
+        f"rank {error.reporter} waited too long for rank {rank} "
+        f"{_PHASES.get(phase, phase)}: call {error.epoch}, block {error.channel}, "
+        f"expected {error.expected}, seen {error.seen}",
         (rank,),
     )

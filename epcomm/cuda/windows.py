@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from .engine import Engine
+from .streams import Calls
 
 
 class _Owner:
@@ -53,52 +54,81 @@ class Lease:
 
 
 class WindowPool:
-    """Windows of one purpose. Every rank has the same ones; which are free is each rank's own."""
+    """Windows of one purpose. Every rank has the same ones; which are free is each rank's own.
+
+    A window that a call captured into a CUDA graph uses is from then on for captured calls alone:
+    the graph's replays write it without asking.
+
+    Attributes:
+        largest: bytes of the largest window; the same on all ranks.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._free: list[int] = []
+        self._free_for_graphs: list[int] = []
+        self._for_graphs: set[int] = set()
         self._sizes: dict[int, int] = {}
+        self._streams: dict[int, torch.cuda.Stream] = {}  # that last used a window's rows
         self._closed = False
+        self.largest = 0
 
     @property
     def num_free(self) -> int:
         """Windows of the largest size that this rank has not lent."""
-        return sum(self._sizes[serial] == self.largest for serial in self._free)
-
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest window; the same on all ranks."""
-        return max(self._sizes.values(), default=0)
+        largest = self.largest
+        return sum([self._sizes[serial] == largest for serial in self._free])
 
     def add(self, nbytes: int) -> None:
         """One more window on every rank. Collective."""
         serial = self._engine.add_window(nbytes)
         self._sizes[serial] = nbytes
+        self.largest = max(self.largest, nbytes)
         self._free.append(serial)
 
-    def lease(self, nbytes: int = 0) -> Lease | None:
+    def lease(self, nbytes: int, calls: Calls) -> Lease | None:
         """The largest free window, or None if none of at least ``nbytes`` is free."""
-        if not self._free:
+        serial = self.borrow(nbytes, calls)
+        if serial is None:
             return None
-        serial = max(self._free, key=lambda s: self._sizes[s])
-        if self._sizes[serial] < nbytes:
-            return None
-        self._free.remove(serial)
+        (self._free_for_graphs if serial in self._for_graphs else self._free).remove(serial)
+        self._streams[serial] = calls.caller
         return Lease(self._engine, serial, self._give_back)
+
+    def borrow(self, nbytes: int, calls: Calls) -> int | None:
+        """As ``lease``, for the length of one call: the next borrower's call waits for this one."""
+        serial = self._best(self._free_for_graphs if calls.capturing else self._free, nbytes)
+        if serial is None and calls.capturing:
+            serial = self._best(self._free, nbytes)
+            if serial is not None:
+                self._free.remove(serial)
+                self._free_for_graphs.append(serial)
+                self._for_graphs.add(serial)
+        # Whoever let go of the rows may still be reading them on another stream.
+        last = self._streams.get(serial) if serial is not None else None
+        if last is not None and not calls.capturing and last != calls.stream:
+            self._engine.order(last.cuda_stream, calls.stream.cuda_stream)
+        return serial
+
+    def _best(self, free: list[int], nbytes: int) -> int | None:
+        serial = max(free, key=self._sizes.__getitem__, default=None)
+        return None if serial is None or self._sizes[serial] < nbytes else serial
 
     def _give_back(self, serial: int) -> None:
         if self._closed:
             self._engine.windows[serial].close()
+        elif serial in self._for_graphs:
+            self._free_for_graphs.append(serial)
         else:
             self._free.append(serial)
 
     def close(self) -> None:
         """Free the windows; those on loan when their last tensor is gone."""
         self._closed = True
-        for serial in self._free:
+        for serial in self._free + self._free_for_graphs:
             self._engine.windows[serial].close()
         self._free.clear()
+        self._free_for_graphs.clear()
 
     def find(self, tensor: torch.Tensor) -> tuple[int, int] | None:
         """The window of this pool a tensor lies in: (serial, byte offset), or None."""

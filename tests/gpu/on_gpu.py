@@ -22,7 +22,8 @@ def to_gpu(value: Any) -> Any:
 
 def to_host(result: Any) -> Any:
     """A result with its tensors on the host."""
-    fields = {name: getattr(result, name) for name in vars(result)}
+    names = ("x", "scales", "topk_idx", "topk_weights", "source", "tokens_per_expert", "num_rows")
+    fields = {name: getattr(result, name, None) for name in (*names, "handle", "traffic")}
     return SimpleNamespace(
         **{n: v.cpu() if isinstance(v, torch.Tensor) else v for n, v in fields.items()}
     )

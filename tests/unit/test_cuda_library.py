@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+import epcomm
 from epcomm import native
 from epcomm.cpu.window import dispatch_parts
 from epcomm.cuda import abi
@@ -44,8 +45,32 @@ def test_announcements_do_not_overlap():
     assert offsets[-1] + size <= total
 
 
-def test_nested_structures_are_views():
-    call = np.zeros((), abi.dtypes["dispatch"])
-    abi.part(call, "announcement", native.dtypes["announcement"])["num_tokens"] = 7
-    assert abi.part(call, "announcement", native.dtypes["announcement"])["num_tokens"] == 7
-    assert call["announcement"].any()
+def test_parameter_blocks_keep_the_library_s_layout():
+    call = abi.structures["dispatch"]()
+    call.announcement.num_tokens = 7
+    call.routes.num_tokens = 9
+    call.num_warps = 11
+    raw = np.frombuffer(bytes(call), abi.dtypes["dispatch"])[0]
+    nested = raw["announcement"].view(native.dtypes["announcement"])
+    assert nested["num_tokens"] == 7
+    assert raw["routes"].view(abi.dtypes["routes"])["num_tokens"] == 9
+    assert raw["num_warps"] == 11
+
+
+@pytest.mark.parametrize("fixed_rows", [None, 100])
+def test_memory_of_a_gpu_is_explained(fixed_rows):
+    report = epcomm.Buffer.explain_memory(
+        num_ranks=4,
+        ranks_per_node=4,
+        hidden=1024,
+        num_experts=16,
+        num_topk=2,
+        max_tokens=512,
+        backend="cuda",
+        fixed_rows=fixed_rows,
+    )
+    rows = 4 * 512 if fixed_rows is None else fixed_rows
+    received, _ = report.purposes["received rows"]
+    needed = dispatch_parts(rows, 2048, 0, 2, False).nbytes
+    assert 4 * 1.25 * needed <= received <= 4 * (1.25 * needed + (2 << 20))
+    assert report.total > received
