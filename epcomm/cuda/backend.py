@@ -455,7 +455,9 @@ class CudaBackend:
         if parts is None:
             parts = self._exposed(call.handle.num_rows, dtype, by_expert)
             state.exposed[dtype] = parts
-        if self._exposed(state.max_rows, dtype, by_expert).nbytes > self._expose.largest:
+        # Even no rows need a window to be announced with.
+        needed = max(1, self._exposed(state.max_rows, dtype, by_expert).nbytes)
+        if needed > self._expose.largest:
             self._calls.refuse_capture(
                 "windows are too small for this call; make one like it before the capture"
             )
