@@ -61,8 +61,8 @@ class Buffer:
         timeout: seconds a rank may stay silent before the others give up on it.
         backend: "cpu"; "cuda" for tensors on this rank's GPU, inside one node; "auto": "cpu".
         num_threads: threads of this rank; None: this host's cores shared by its ranks.
-        num_sms: "cuda": SMs a call of this rank uses; None: up to 24, fewer where ranks share a
-            GPU.
+        num_sms: "cuda": SMs a call of this rank uses; None: as many as keep nine tenths of the
+            GPU's memory or link rate busy, measured once, but no more than its share of the GPU.
 
     Raises:
         TypeError: an argument of the wrong type, on the rank that passed it.

@@ -8,10 +8,12 @@ namespace epcomm {
 int launch_layout(const epcomm_cuda_layout& call, cudaStream_t stream);
 int launch_dispatch(const epcomm_cuda_dispatch& call, cudaStream_t stream);
 int launch_combine(const epcomm_cuda_combine& call, cudaStream_t stream);
+int launch_calibrate(const epcomm_cuda_calibrate& call, cudaStream_t stream);
 int load_layout();
 int load_dispatch();
 int load_combine();
 int leave(epcomm_cuda_sequence* sequence, void* stream);
+int load_calibrate();
 }  // namespace epcomm
 
 extern "C" {
@@ -37,6 +39,7 @@ int epcomm_cuda_load(void) {
     int error = epcomm::load_layout();
     if (error == 0) error = epcomm::load_dispatch();
     if (error == 0) error = epcomm::load_combine();
+    if (error == 0) error = epcomm::load_calibrate();
     return error;
 }
 
@@ -61,6 +64,10 @@ int epcomm_cuda_launch_combine(const epcomm_cuda_combine* call, epcomm_cuda_sequ
 int epcomm_cuda_copy(void* to, const void* from, uint64_t bytes, void* stream) {
     return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice,
                            static_cast<cudaStream_t>(stream));
+}
+
+int epcomm_cuda_launch_calibrate(const epcomm_cuda_calibrate* call, void* stream) {
+    return epcomm::launch_calibrate(*call, static_cast<cudaStream_t>(stream));
 }
 
 int epcomm_cuda_order(void* first, void* then) {

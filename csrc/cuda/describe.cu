@@ -140,6 +140,16 @@ constexpr epcomm_field kFields[] = {
     FIELD(sequence, used),
     FIELD(sequence, capture),
     END(sequence),
+    FIELD(calibrate, from),
+    FIELD(calibrate, to),
+    FIELD(calibrate, from_rows),
+    FIELD(calibrate, to_rows),
+    FIELD(calibrate, num_rows),
+    FIELD(calibrate, row_bytes),
+    FIELD(calibrate, copies),
+    FIELD(calibrate, num_blocks),
+    FIELD(calibrate, num_warps),
+    END(calibrate),
 };
 
 constexpr epcomm_constant kConstants[] = {

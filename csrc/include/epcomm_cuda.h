@@ -206,6 +206,20 @@ typedef struct {
     int32_t num_threads;
 } epcomm_cuda_combine;
 
+/// Measure: move rows the way dispatch does, without ranks. Row i is row i mod `from_rows` of
+/// `from`; its copies go to rows i * copies, i * copies + 1, ... of `to`, modulo `to_rows`.
+typedef struct {
+    const uint8_t* from;
+    uint8_t* to;
+    int64_t from_rows;
+    int64_t to_rows;
+    int64_t num_rows;
+    int32_t row_bytes;  ///< a multiple of 16
+    int32_t copies;     ///< of each row
+    int32_t num_blocks;
+    int32_t num_warps;  ///< of a block
+} epcomm_cuda_calibrate;
+
 /// The fields of every structure above, and the enumerators, as epcomm_fields does. The field ""
 /// ends a structure and has its size as offset.
 EPCOMM_API const epcomm_field* epcomm_cuda_fields(uint32_t* count);
@@ -256,6 +270,9 @@ EPCOMM_API int epcomm_cuda_launch_combine(const epcomm_cuda_combine* call,
 
 /// Copy device memory, in order of the stream.
 EPCOMM_API int epcomm_cuda_copy(void* to, const void* from, uint64_t bytes, void* stream);
+
+/// Launch the calibration kernel.
+EPCOMM_API int epcomm_cuda_launch_calibrate(const epcomm_cuda_calibrate* call, void* stream);
 
 /// Let what comes on stream `then` wait for all that is on stream `first` by now.
 EPCOMM_API int epcomm_cuda_order(void* first, void* then);

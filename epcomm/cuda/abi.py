@@ -72,6 +72,7 @@ def _declare() -> None:
         ctypes.c_uint64,
         ctypes.c_void_p,
     ]
+    library.epcomm_cuda_launch_calibrate.argtypes = [ctypes.c_void_p] * 2
     library.epcomm_cuda_order.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.epcomm_cuda_error_text.argtypes = [ctypes.c_int]
     library.epcomm_cuda_error_text.restype = ctypes.c_char_p

@@ -74,7 +74,7 @@ class CudaBackend:
         except ValueError as caught:
             error = caught
         raise_together(bootstrap, error)
-        device = check_device(bootstrap, options.num_sms)
+        device = check_device(bootstrap, options.num_sms, config.num_topk)
         self.tuning = Tuning(num_sms=device.num_sms)
         self.device = torch.device("cuda", device.index)
         cupy.cuda.Device(device.index).use()

@@ -9,9 +9,10 @@ import torch
 
 from ..bootstrap import Bootstrap, raise_together
 from . import abi
+from .calibrate import GpuProbe
+from .rates import Place, agree_on_rates
+from .sms import Neighbourhood, enough_sms, share_of_sms
 
-#: SMs beyond which a rank's calls gain little; fewer where ranks share a GPU.
-_ENOUGH_SMS = 24
 _MPS_HINT = (
     "start the program with 'bash launch/gpu.sh', or start nvidia-cuda-mps-control -d before it"
 )
@@ -32,8 +33,14 @@ class Device:
     max_sms: int
 
 
-def check_device(bootstrap: Bootstrap, num_sms: int | None) -> Device:
-    """Find this rank's GPU and refuse what cannot work. Collective.
+def check_device(bootstrap: Bootstrap, num_sms: int | None, num_topk: int) -> Device:
+    """Find this rank's GPU, choose its SMs and refuse what cannot work. Collective.
+
+    Args:
+        bootstrap: the ranks of a buffer.
+        num_sms: that this rank's calls use; None: as many as its share of the GPU's memory and
+            link rates keeps busy (see :mod:`epcomm.cuda.sms`).
+        num_topk: K.
 
     Raises:
         RuntimeError: the library has no kernels, or there is no GPU, or several ranks share one
@@ -42,6 +49,7 @@ def check_device(bootstrap: Bootstrap, num_sms: int | None) -> Device:
         PeerError: another rank met one of these.
     """
     error: Exception | None = None
+    host = socket.gethostname()
     identity, sms, index = "", 0, 0
     try:
         if not abi.available:
@@ -53,31 +61,36 @@ def check_device(bootstrap: Bootstrap, num_sms: int | None) -> Device:
             raise RuntimeError("backend 'cuda': torch finds no CUDA device")
         index = torch.cuda.current_device()
         properties = torch.cuda.get_device_properties(index)
-        identity, sms = (
-            f"{socket.gethostname()} {properties.uuid}",
-            properties.multi_processor_count,
-        )
+        identity, sms = f"{host} {properties.uuid}", properties.multi_processor_count
     except RuntimeError as caught:
         error = caught
     raise_together(bootstrap, error)
-    everyone = bootstrap.allgather((identity, num_sms))
-    neighbours = [wanted for where, wanted in everyone if where == identity]
-    # Two SMs are left for other kernels, among them the copies of the framework.
-    share = max(1, (sms - 2) // len(neighbours))
-    mine = min(_ENOUGH_SMS, share) if num_sms is None else num_sms
+    everyone = bootstrap.allgather((identity, num_sms, host))
+    neighbours = [wanted for where, wanted, _ in everyone if where == identity]
     try:
         if len(neighbours) > 1 and not _mps_runs():
             raise RuntimeError(
                 f"backend 'cuda': {len(neighbours)} ranks share a GPU without CUDA MPS; their "
                 f"kernels would take turns instead of running together; {_MPS_HINT}"
             )
-        total = sum(share if wanted is None else wanted for wanted in neighbours)
+    except RuntimeError as caught:
+        error = caught
+    raise_together(bootstrap, error)
+    default = 0
+    if any(wanted is None for _, wanted, _ in everyone):
+        rates = agree_on_rates(bootstrap, Place(identity, host, sms), GpuProbe(sms))
+        on_host = sum(where == host for _, _, where in everyone)
+        shared = Neighbourhood(len(neighbours), on_host, num_topk)
+        default = enough_sms(rates, shared, share_of_sms(sms, len(neighbours)))
+    mine = default if num_sms is None else num_sms
+    try:
+        total = sum(default if wanted is None else wanted for wanted in neighbours)
         if mine < 1 or total > sms:
             raise ValueError(
                 f"num_sms: the {len(neighbours)} ranks on this GPU ask for {total} SMs together, "
                 f"and it has {sms}; their blocks wait for each other and must all be resident"
             )
-    except (RuntimeError, ValueError) as caught:
+    except ValueError as caught:
         error = caught
     raise_together(bootstrap, error)
     return Device(index, mine, sms)
