@@ -1,179 +1,160 @@
 """Dispatch and combine inside a node of GPUs (or ranks of one GPU): time against the copy floor.
 
-    bash launch/gpu.sh -n 8 --sms 16 python -m benchmarks.gpu_inside --sms 16
+    bash launch/bench.sh                      # on a machine with a GPU: 8x16, 8x4 and 4x24
+    bash launch/bench.sh --cases all --json results.json
 
-The floor is the time in which the GPU would copy the call's bytes, every input byte read once and
-every output byte written once, at the copy rate measured in the same run. Ranks that share a GPU
-share its rate; on several GPUs the floor does not apply. A figure is the median over groups of
-calls of the slowest rank's mean time per call, by CUDA events.
+Everything is checked against the oracle before it is timed. The cases are
+
+- table: every call in a row of its like, and dispatches as their caller sees them, at each setting;
+- sizes: 1, 8, 128 and 1024 tokens a rank; sms: 2 to 32 SMs a rank, as far as they fit;
+- skew: the measured load profile of experts beside uniform routing;
+- host: host time of small calls; gemm: beside matrix products; graph: replays of a CUDA graph.
 """
 
-import argparse
 import json
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mpi4py import MPI
 
-import epcomm
-from epcomm.formats import quantize_fp8
-from epcomm.routing import make_routing
+from .gpu import cases
+from .gpu.check import check, check_small
+from .gpu.exchange import Exchange
+from .gpu.figures import Machine, Table
+from .gpu.gemm import beside_gemm
+from .gpu.graph import replay
+from .gpu.lockstep import Lockstep
+from .gpu.options import SKEWED, SMALL_SIZES, Gpus, Options, Setting, parse
+from .gpu.timing import Effort, copy_rate
+from .measure import wait_for_all
+from .options import Shape
+from .report import environment, print_environment
+
+#: Seconds a rank may stay silent in the case "graph": a capture that cannot work ends sooner.
+_GRAPH_TIMEOUT = 5.0
+
+Measure = Callable[[Exchange, Table, Effort], None]
 
 
-@dataclass
-class Figure:
-    """One line of the table; times in microseconds."""
-
-    ranks: int
-    sms: int
-    tokens: int
-    name: str
-    call_us: float
-    floor_us: float
-    host_us: float
-
-    @property
-    def share(self) -> float:
-        """Part of the copy rate reached, 0 to 1."""
-        return self.floor_us / self.call_us
-
-    def __str__(self) -> str:
-        return (
-            f"{self.ranks} x {self.sms:3d} SMs  {self.tokens:6d} tokens  {self.name:28s}"
-            f"{self.call_us:9.1f} us  floor {self.floor_us:8.1f} us  {100 * self.share:5.1f} %"
-            f"  host {self.host_us:6.1f} us"
-        )
+def _find_gpus(world: Any) -> Gpus:
+    """The GPUs the ranks use; collective."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    found = world.allgather((str(properties.uuid), properties.multi_processor_count))
+    return Gpus(len({uuid for uuid, _ in found}), min(sms for _, sms in found))
 
 
-def copy_rate(comm: Any) -> float:
-    """Bytes a second read and written by a device copy, measured on rank 0 alone."""
-    rate = 0.0
-    if comm.rank == 0:
-        a = torch.ones(2**31, dtype=torch.uint8, device="cuda")
-        b = torch.empty_like(a)
-        times = []
-        for _ in range(8):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            b.copy_(a)
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e-3)
-        rate = 2 * a.numel() / float(np.median(times[2:]))
-        del a, b
-        torch.cuda.empty_cache()
-    return comm.bcast(rate)
+def _copy_rate(world: Any) -> float:
+    """Of rank 0's GPU, while the other ranks leave it alone; collective."""
+    rate = copy_rate() if world.rank == 0 else 0.0
+    wait_for_all(world)
+    return world.bcast(rate)
 
 
-def measure(comm: Any, call: Callable[[int], Any], groups: int, size: int) -> tuple[float, float]:
-    """(microseconds a call, host microseconds a call), slowest rank."""
-    times, hosts = [], []
-    for group in range(groups + 1):
-        torch.cuda.synchronize()
-        comm.Barrier()
-        call(0)  # fills the pipeline; not measured
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        start = time.perf_counter()
-        for i in range(size):
-            call(i)
-        hosts.append((time.perf_counter() - start) / size * 1e6)
-        end.record()
-        torch.cuda.synchronize()
-        if group:
-            times.append(begin.elapsed_time(end) * 1e3 / size)
-    mine = np.array([np.median(times), np.median(hosts)])
-    slowest = comm.allreduce(mine, lambda a, b: np.maximum(a, b))
-    return float(slowest[0]), float(slowest[1])
+class _Run:
+    """The cases, in turn, each on as many of the ranks as it wants. Collective over ``world``."""
+
+    def __init__(self, world: Any, options: Options, gpus: Gpus, out: Table) -> None:
+        self.world = world
+        self.options = options
+        self.gpus = gpus
+        self.out = out
+        self.effort = Effort(options.groups, options.calls)
+        self.failed = 0  # exchanges that could not be measured
+        self._checked: set[Setting] = set()
+        self._comms: dict[int, Any] = {}
+        for ranks in dict.fromkeys(setting.ranks for setting in options.settings):
+            color = 0 if world.rank < ranks else MPI.UNDEFINED
+            self._comms[ranks] = world.Split(color, world.rank)
+        self._locksteps = {
+            ranks: Lockstep(comm) for ranks, comm in self._comms.items() if comm != MPI.COMM_NULL
+        }
+
+    def on(
+        self, setting: Setting, name: str, measure: Measure, timeout: float = 20.0, **changes: Any
+    ) -> None:
+        """Make and check an exchange and measure on it; ``changes`` to the shape."""
+        lockstep = self._locksteps.get(setting.ranks)
+        if lockstep is not None:
+            shape = replace(self.options.shape, ranks=setting.ranks, **changes)
+            action = partial(self._exchange, setting, shape, measure, timeout)
+            done = lockstep.attempt(f"{name} {setting} {shape.tokens} tokens", action)
+            self.failed += not done
+        wait_for_all(self.world)
+
+    def _exchange(self, setting: Setting, shape: Shape, measure: Measure, timeout: float) -> None:
+        comm = self._comms[setting.ranks]
+        if setting not in self._checked:
+            check_small(comm, shape, setting.sms)
+            self._checked.add(setting)
+        with Exchange(comm, shape, setting.sms, timeout) as exchange:
+            check(exchange)
+            measure(exchange, self.out, self.effort)
+
+    def case(self, case: str) -> None:
+        """One of the cases."""
+        settings, tokens = self.options.settings, self.options.shape.tokens
+        if case == "table":
+            for setting in settings:
+                self.on(setting, case, cases.table)
+        elif case == "sizes":
+            for size in (*SMALL_SIZES, tokens):
+                self.on(settings[0], case, partial(cases.every_call, case), tokens=size)
+        elif case == "sms":
+            for setting in self.options.swept(self.gpus):
+                self.on(setting, case, cases.sweep_sms)
+        elif case == "skew":
+            for routing in dict.fromkeys(("uniform", SKEWED)):
+                self.on(settings[0], case, partial(cases.every_call, case), routing=routing)
+        elif case == "host":
+            self.on(settings[0], case, cases.host, tokens=min(64, tokens))
+        elif case == "gemm":
+            for setting in settings:
+                self.on(setting, case, beside_gemm)
+        else:
+            assert case == "graph"
+            for cached in (True, False):
+                self.on(settings[0], case, partial(_graph, cached=cached), _GRAPH_TIMEOUT)
 
 
-def run(comm: Any, options: argparse.Namespace, sms: int, rate: float) -> list[Figure]:
-    """All figures for one number of SMs."""
-    tokens, hidden, num_experts, num_topk = options.tokens, 7168, 256, 8
-    buffer = epcomm.Buffer(
-        comm,
-        hidden=hidden,
-        num_experts=num_experts,
-        num_topk=num_topk,
-        max_tokens=tokens,
-        backend="cuda",
-        num_sms=sms,
-        timeout=20.0,
-    )
-    routing = make_routing(options.routing, tokens, num_experts, num_topk, seed=comm.rank)
-    topk_idx = torch.as_tensor(routing.topk_idx_TK).cuda()
-    weights = torch.as_tensor(routing.topk_weights_TK).cuda()
-    # Two inputs in turn, together larger than the L2.
-    rows = [torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    pairs = [quantize_fp8(x.cpu(), "f32") for x in rows]
-    packed = [(q.cuda(), scales.cuda()) for q, scales in pairs]
-    first = buffer.dispatch(rows[0], topk_idx, weights)
-    handle = first.handle
-    copies = comm.allreduce(first.num_rows)
-    num_rows = first.num_rows
-    del first
-    all_tokens = comm.allreduce(tokens)
-    bf16, fp8 = 2 * hidden, hidden + 4 * (hidden // 128)
-    y = buffer.combine_input(handle)
-    y.copy_(torch.randn(num_rows, hidden, device="cuda"))
-    out = torch.empty_like(rows[0])
-    figures = []
-
-    def add(name: str, call: Callable[[int], Any], read: int, write: int) -> None:
-        call_us, host_us = measure(comm, call, options.groups, options.group_size)
-        floor = (all_tokens * read + copies * write) / rate * 1e6
-        figures.append(Figure(comm.size, sms, tokens, name, call_us, floor, host_us))
-        if comm.rank == 0:
-            print(figures[-1], flush=True)
-
-    add("dispatch BF16", lambda i: buffer.dispatch(rows[i % 2], handle=handle), bf16, bf16)
-    add("dispatch FP8 pair", lambda i: buffer.dispatch(packed[i % 2], handle=handle), fp8, fp8)
-    add(
-        "dispatch BF16 to FP8",
-        lambda i: buffer.dispatch(rows[i % 2], handle=handle, quantize="fp8"),
-        bf16,
-        fp8,
-    )
-    add("combine BF16", lambda i: buffer.combine(y, handle, out=out), bf16, bf16)
-    add("first BF16", lambda i: buffer.dispatch(rows[i % 2], topk_idx, weights), bf16, bf16)
-    add("first FP8 pair", lambda i: buffer.dispatch(packed[i % 2], topk_idx, weights), fp8, fp8)
-    add(
-        "first BF16 to FP8",
-        lambda i: buffer.dispatch(rows[i % 2], topk_idx, weights, quantize="fp8"),
-        bf16,
-        fp8,
-    )
-    torch.cuda.synchronize()
-    comm.Barrier()
-    buffer.close()
-    return figures
+def _graph(exchange: Exchange, out: Table, effort: Effort, *, cached: bool) -> None:
+    out.title("graph", exchange)
+    replay(exchange, out, effort, cached=cached)
 
 
 def main() -> None:
-    """Parse options, measure, print the table and write it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sms", type=int, nargs="+", default=[16])
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a rank")
-    parser.add_argument("--routing", default="uniform")
-    parser.add_argument("--groups", type=int, default=7)
-    parser.add_argument("--group-size", type=int, default=6)
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    options = parser.parse_args()
-    comm = MPI.COMM_WORLD
-    rate = copy_rate(comm)
-    if comm.rank == 0:
-        print(f"copy rate {rate / 1e12:.3f} TB/s, read and written", flush=True)
-    figures = [figure for sms in options.sms for figure in run(comm, options, sms, rate)]
-    if options.json is not None and comm.rank == 0:
-        record = {"copy_rate": rate, "figures": [asdict(f) for f in figures]}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
-    sys.stdout.flush()
+    """Measure on all ranks, report on rank 0."""
+    world = MPI.COMM_WORLD
+    gpus = _find_gpus(world)
+    options = parse(gpus=gpus)
+    if world.size < options.ranks:
+        raise SystemExit(f"{options.ranks} ranks are needed; mpirun made {world.size}")
+    facts = environment() | {"gpu": torch.cuda.get_device_name(), "gpus": gpus.count}
+    out = Table(Machine(_copy_rate(world), gpus.count), world.rank == 0)
+    if world.rank == 0:
+        print_environment(facts)
+    out.say(
+        f"{facts['gpus']} x {facts['gpu']}, {gpus.sms} SMs; copy rate "
+        f"{out.machine.copy_rate / 1e12:.3f} TB/s, read plus written"
+    )
+    run = _Run(world, options, gpus, out)
+    for case in options.cases:
+        run.case(case)
+    out.definitions()
+    out.markdown("table")
+    if options.json and world.rank == 0:
+        record = {
+            "environment": facts,
+            "copy_bytes_per_second": out.machine.copy_rate,
+            "figures": [figure.as_dict() for figure in out.figures],
+        }
+        Path(options.json).write_text(json.dumps(record, indent=1) + "\n")
+    wait_for_all(world)
+    if run.failed and world.rank == 0:
+        raise SystemExit(f"{run.failed} measurements failed")
 
 
 if __name__ == "__main__":

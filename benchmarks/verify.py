@@ -6,13 +6,14 @@ full rows of some tokens of every rank, dispatched and combined, bit for bit wit
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from epcomm import oracle
 from epcomm.formats.wire import WireFormat
+from epcomm.results import CombineResult, DispatchResult
 
 from .epcomm_case import EpcommCase
 from .flat import FlatCase
@@ -27,11 +28,28 @@ SAMPLE = 8
 _TOLERANCE = {"bf16": 0.01, "logfmt10": 0.02, "logfmt8": 0.05}
 
 
+class Done(Protocol):
+    """A dispatch and a combine to check; tensors on any device.
+
+    Attributes:
+        received: of the dispatch.
+        y_MH: what was combined.
+        returned: of the combine.
+
+    """
+
+    received: DispatchResult | None
+    y_MH: torch.Tensor
+    returned: CombineResult | None
+
+
 class VerificationError(AssertionError):
     """The library, or an alternative, gave a wrong result."""
 
 
 def _same(name: str, got: Any, expected: Any) -> None:
+    if isinstance(got, torch.Tensor):
+        got = got.cpu()
     got, expected = np.asarray(got), np.asarray(expected)
     if got.shape != expected.shape or got.dtype != expected.dtype:
         raise VerificationError(
@@ -48,7 +66,7 @@ def sampled_tokens(tokens: int) -> np.ndarray:
     return np.unique(np.linspace(0, tokens - 1, SAMPLE).astype(np.int64))
 
 
-def check_metadata(comm: Any, shape: Shape, inputs: Inputs, case: EpcommCase) -> None:
+def check_metadata(comm: Any, shape: Shape, inputs: Inputs, case: Done) -> None:
     """Compare the metadata of every row this rank received; collective."""
     received = case.received
     assert received is not None
@@ -74,15 +92,14 @@ def check_metadata(comm: Any, shape: Shape, inputs: Inputs, case: EpcommCase) ->
     _same("num_rows", [received.num_rows], [len(rank_M)])
 
 
-def _picked(case: EpcommCase, tokens: np.ndarray) -> np.ndarray:
+def _picked(case: Done, tokens: np.ndarray) -> torch.Tensor:
     """Which received rows belong to sampled tokens."""
     assert case.received is not None
-    return np.isin(case.received.source[:, 1].numpy(), tokens)
+    token_M = case.received.source[:, 1].long()
+    return torch.isin(token_M, torch.from_numpy(tokens).to(token_M.device))
 
 
-def check_rows(
-    comm: Any, shape: Shape, inputs: Inputs, case: EpcommCase, tokens: np.ndarray
-) -> None:
+def check_rows(comm: Any, shape: Shape, inputs: Inputs, case: Done, tokens: np.ndarray) -> None:
     """Compare the rows of ``tokens`` of every rank after dispatch and combine; collective.
 
     The sampled tokens are an exchange of their own, small enough for the oracle. Its rows must be
@@ -102,13 +119,14 @@ def check_rows(
     expected = oracle.dispatch(everyone, world)
     picked = _picked(case, tokens)
     mine = expected[comm.rank]
-    _same("received rows", oracle.to_bytes(received.x[picked]), mine.payload)
+    _same("received rows", oracle.to_bytes(received.x[picked].cpu()), mine.payload)
     if received.scales is not None:
-        _same("received scales", oracle.to_bytes(received.scales[picked]), mine.scales)
-    outputs = [oracle.Outputs(y) for y in comm.allgather(case.y_MH[picked])]
+        _same("received scales", oracle.to_bytes(received.scales[picked].cpu()), mine.scales)
+    outputs = [oracle.Outputs(y) for y in comm.allgather(case.y_MH[picked].cpu())]
     wire = WireFormat[shape.combine_format.upper()]
     sums = oracle.combine(outputs, expected, everyone, world, wire)
-    _same("combined rows", oracle.to_bytes(returned.x[tokens]), oracle.to_bytes(sums[comm.rank][0]))
+    got = returned.x.cpu()[tokens]
+    _same("combined rows", oracle.to_bytes(got), oracle.to_bytes(sums[comm.rank][0]))
 
 
 def check_flat(shape: Shape, case: FlatCase, reference: EpcommCase) -> None:

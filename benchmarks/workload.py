@@ -30,15 +30,15 @@ def _seed(shape: Shape, rank: int, what: int) -> int:
 
 
 #: Rows drawn; more rows than that repeat them, because drawing takes longer than what is timed.
-_DRAWN = 1021
+DRAWN = 1021
 
 
 def normal_rows(shape: Shape, rank: int, rows: int, what: int) -> torch.Tensor:
     """Draw bfloat16 ``[rows, H]``; the same for the same arguments. ``what`` separates uses."""
     generator = torch.Generator().manual_seed(_seed(shape, rank, what))
-    drawn = torch.empty(min(rows, _DRAWN), shape.hidden, dtype=torch.bfloat16)
+    drawn = torch.empty(min(rows, DRAWN), shape.hidden, dtype=torch.bfloat16)
     drawn.normal_(generator=generator)
-    return drawn[torch.arange(rows) % _DRAWN]
+    return drawn[torch.arange(rows) % DRAWN]
 
 
 def make_inputs(shape: Shape, rank: int) -> Inputs:

@@ -203,6 +203,15 @@ def test_known_rates_are_not_measured_again_and_newcomers_are_told():
     assert known[2] == known[0]
 
 
+def test_what_is_known_of_one_gpu_is_not_taken_for_another():
+    places = [Place(gpu, "host", 132) for gpu in "ab"]
+    known: list[dict] = [{}, {}]
+    first = _agree(places, [_Probe(0), _Probe(1)], known)
+    again = _agree(places, [_Probe(5), _Probe(6)], known)
+    assert again == first
+    assert first[0] != first[1]
+
+
 @pytest.mark.parametrize("step", ["memory", "offer", "map", "link"])
 def test_failure_of_one_rank_reaches_all(step):
     places = [Place(gpu, "host", 132) for gpu in "abab"]
