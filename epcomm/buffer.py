@@ -62,7 +62,8 @@ class Buffer:
         backend: "cpu"; "cuda" for tensors on this rank's GPU, inside one node; "auto": "cpu".
         num_threads: threads of this rank; None: this host's cores shared by its ranks.
         num_sms: "cuda": SMs a call of this rank uses; None: as many as keep nine tenths of the
-            GPU's memory or link rate busy, measured once, but no more than its share of the GPU.
+            GPU's memory or link rate busy, measured once, but no more than its share of the
+            GPU, and a quarter of it.
 
     Raises:
         TypeError: an argument of the wrong type, on the rank that passed it.

@@ -43,10 +43,36 @@ activate() {
         || die "$VIRTUAL_ENV has $(python --version 2>&1); Python 3.10 or newer is needed"
 }
 
+# "GPUs SMs CUDA" of what the driver shows; zeros without one. No context is made.
+find_gpus() { python3 "$EPCOMM_ROOT/launch/gpus.py"; }
+
+# Whether the tests and benchmarks of the CUDA back end can run here; says why where a GPU is found
+# and they cannot.
+gpu_job() {
+    local gpus
+    read -r gpus _ _ < <(find_gpus)
+    [[ $gpus -gt 0 ]] || return 1
+    local reason
+    reason=$(cd "$EPCOMM_ROOT" && python - <<'PY'
+try:
+    import cupy, torch  # noqa
+    from epcomm.cuda import abi
+except Exception as error:
+    print(error)
+else:
+    if not abi.available:
+        print("libepcomm was built without CUDA: put nvcc on PATH and install again")
+    elif torch.version.cuda is None:
+        print("torch is a build without CUDA")
+PY
+    ) || true
+    [[ -z $reason ]] || { say "a GPU is here but not used: $reason"; return 1; }
+}
+
 # What an installation depends on. The path is part of it, because the installation is editable.
 install_key() {
     {
-        printf '%s\n' "$EPCOMM_ROOT" "${CXX:-}" "${EPCOMM_CXXFLAGS:-}"
+        printf '%s\n' "$EPCOMM_ROOT" "${CXX:-}" "${EPCOMM_CXXFLAGS:-}" "$1"
         cd "$EPCOMM_ROOT"
         find pyproject.toml setup.py launch/requirements.txt csrc -type f -print0 | LC_ALL=C sort -z \
             | xargs -0 sha256sum
@@ -54,15 +80,17 @@ install_key() {
 }
 
 install() {
-    local stamp=$VIRTUAL_ENV/.epcomm-installed key
-    key=$(install_key)
+    local stamp=$VIRTUAL_ENV/.epcomm-installed key extras=bench,test,lint gpus cuda
+    read -r gpus _ cuda < <(find_gpus)
+    [[ $gpus -eq 0 ]] || extras+=,cuda$((cuda < 13 ? 12 : 13))
+    key=$(install_key "$extras")
     if [[ -f $EPCOMM_ROOT/epcomm/libepcomm.so && $(cat "$stamp" 2>/dev/null) == "$key" ]]; then
         return
     fi
     command -v "${CXX:-g++}" >/dev/null \
         || die "a C++17 compiler is needed: '${CXX:-g++}' is not on PATH (set CXX to name another)"
     say "installing epcomm and its dependencies into $VIRTUAL_ENV"
-    local -a arguments=(-r "$EPCOMM_ROOT/launch/requirements.txt" -e "${EPCOMM_ROOT}[bench,test,lint]")
+    local -a arguments=(-r "$EPCOMM_ROOT/launch/requirements.txt" -e "${EPCOMM_ROOT}[$extras]")
     # An MPI of the machine is preferred: it knows the interconnect and the batch system.
     command -v mpirun >/dev/null || arguments+=(mpich)
     local -a extra
@@ -102,6 +130,8 @@ if [[ -z ${EPCOMM_READY:-} ]]; then
     if [[ ${EPCOMM_INSTALL:-1} != 0 ]]; then
         activate
         install
+    elif ! command -v python >/dev/null; then
+        PATH=$(python3 -c 'import os, sys; print(os.path.dirname(sys.executable))'):$PATH
     fi
     check_mpi
     export EPCOMM_READY=1

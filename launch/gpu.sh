@@ -5,11 +5,12 @@
 #
 # Rank r uses GPU r mod (number of GPUs). Kernels of ranks that share a GPU wait for each other, so
 # all their thread blocks must be resident together: RANKS x SMS per GPU may not exceed its SMs.
+# By default 8 ranks and 16 SMs, or as many as fit.
 # Exit status: the program's; 2 for wrong arguments; 3 where MPS does not start.
 set -euo pipefail
 
-ranks=8 sms=16 limit=0
-usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+ranks=8 sms='' limit=0
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
     -n) ranks=$2; shift 2 ;;
@@ -21,19 +22,12 @@ while [ $# -gt 0 ]; do
 done
 [ $# -gt 0 ] || usage
 
-# "GPUs SMs" of what the driver shows, without a CUDA context.
-read -r gpus device_sms < <(python3 - <<'PY'
-import ctypes
-cuda = ctypes.CDLL("libcuda.so.1")
-count, sms = ctypes.c_int(0), ctypes.c_int(0)
-if cuda.cuInit(0) == 0:
-    cuda.cuDeviceGetCount(ctypes.byref(count))
-    cuda.cuDeviceGetAttribute(ctypes.byref(sms), 16, 0)  # multiprocessor count
-print(count.value, sms.value)
-PY
-) || { echo "gpu.sh: no CUDA driver found" >&2; exit 2; }
+read -r gpus device_sms _ < <(python3 "$(dirname "$0")/gpus.py")
 [ "$gpus" -gt 0 ] || { echo "gpu.sh: no GPU found" >&2; exit 2; }
 per_gpu=$(((ranks + gpus - 1) / gpus))
+if [ -z "$sms" ]; then
+  sms=$((device_sms / per_gpu < 16 ? device_sms / per_gpu : 16))
+fi
 if [ $((per_gpu * sms)) -gt "$device_sms" ]; then
   echo "gpu.sh: $per_gpu ranks on a GPU x $sms SMs exceed its $device_sms SMs; pass --sms" \
        "$((device_sms / per_gpu)) or less, or fewer ranks" >&2
@@ -64,6 +58,9 @@ fi
 
 # A kernel loaded late would wait for the ones that spin; load all at start.
 export CUDA_MODULE_LOADING=EAGER EPCOMM_GPU_SMS=$sms EPCOMM_GPU_COUNT=$gpus
+cores=$(env -u OMP_NUM_THREADS nproc)
+threads=$((cores > ranks ? cores / ranks : 1))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} NUMBA_NUM_THREADS=${NUMBA_NUM_THREADS:-$threads}
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 flags=()
 if mpirun --version 2>/dev/null | grep -q "Open MPI"; then

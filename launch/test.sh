@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# launch/test.sh [--quick] [--gpu] [pytest arguments]: set-up, lint, compilation of the CUDA kernels,
-# unit tests, then the tests that need several ranks, under mpirun, in worlds of several sizes. The
-# last line is the total.
+# launch/test.sh [--quick] [--cpu | --gpu | --only-gpu] [pytest arguments]: set-up, lint, compilation
+# of the CUDA kernels, unit tests, then the tests that need several ranks, under mpirun, in worlds of
+# several sizes; where a GPU is found, those of the CUDA back end as well, several ranks on a GPU under
+# a CUDA MPS of their own. The last line is the total.
 #
-#   --quick   one world instead of all
-#   --gpu     the tests on GPUs as well: as many ranks as fit, several on a GPU under MPS
+#   --quick     one world instead of all (on GPUs two)
+#   --cpu       nothing on GPUs
+#   --gpu       fail where the tests on GPUs cannot run
+#   --only-gpu  nothing but the tests on GPUs, and fail where they cannot run
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -12,11 +15,13 @@ cd "$EPCOMM_ROOT"
 
 # One rank, one node of several, odd counts, several nodes; tests choose the nodes in each.
 worlds=(1 2 3 4 6 8)
-gpu=
-while [[ ${1:-} == --quick || ${1:-} == --gpu ]]; do
+# The largest first: it finds most.
+gpu_worlds=(8 1 2 3 4 6)
+mode=
+while [[ ${1:-} =~ ^--(quick|cpu|gpu|only-gpu)$ ]]; do
     case $1 in
-        --quick) worlds=(4) ;;
-        --gpu) gpu=1 ;;
+        --quick) worlds=(4) gpu_worlds=(8 3) ;;
+        *) mode=${1#--} ;;
     esac
     shift
 done
@@ -59,20 +64,25 @@ test_stage() {
     fi
 }
 
-stage "lint" bash launch/lint.sh
-stage "CUDA kernels" bash launch/compile_cuda.sh
-test_stage "unit tests" python -m pytest --color=no tests/unit
-# Just before the timeout of a test, every rank prints where it is: the rank that is late is seldom
-# the one whose timeout ends the run.
-for size in "${worlds[@]}"; do
-    test_stage "$size ranks" bash launch/mpirun.sh "$size" -m pytest --color=no --with-mpi \
-        -o faulthandler_timeout=115 tests/mpi
-done
-if [[ -n $gpu ]]; then
+if [[ $mode != only-gpu ]]; then
+    stage "lint" bash launch/lint.sh
+    stage "CUDA kernels" bash launch/compile_cuda.sh
+    test_stage "unit tests" python -m pytest --color=no tests/unit
+    # Just before the timeout of a test, every rank prints where it is: the rank that is late is
+    # seldom the one whose timeout ends the run.
     for size in "${worlds[@]}"; do
-        test_stage "$size ranks on GPUs" bash launch/gpu.sh -n "$size" python3 -m mpi4py -m pytest \
-            --color=no --with-mpi tests/gpu
+        test_stage "$size ranks" bash launch/mpirun.sh "$size" -m pytest --color=no --with-mpi \
+            -o faulthandler_timeout=115 tests/mpi
     done
+fi
+if [[ $mode != cpu ]] && gpu_job; then
+    warm_up
+    for size in "${gpu_worlds[@]}"; do
+        test_stage "$size ranks on GPUs" bash launch/gpu.sh -n "$size" python -m mpi4py -m pytest \
+            --color=no --with-mpi -o faulthandler_timeout=115 tests/gpu
+    done
+elif [[ $mode == *gpu ]]; then
+    stage "tests on GPUs: no GPU that can be used" false
 fi
 
 echo

@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--routing", default="uniform", help="as epcomm.routing.make_routing takes it")
     add("--groups", type=_positive, default=7, help="groups of calls to take the median of")
     add("--calls", type=_positive, default=6, help="calls of a group")
+    add("--nodes", type=int, choices=[1], default=1, help="more than one: see --cpu --help")
     add("--seed", type=int, default=0)
     add("--json", metavar="FILE", help="write all numbers")
     return parser
@@ -142,6 +143,7 @@ def parse(arguments: list[str] | None = None, gpus: Gpus | None = None) -> Optio
                 f"--settings {setting}: at most {gpus.most_sms(setting.ranks)} SMs for each of "
                 f"{setting.ranks} ranks fit {gpus.count} GPUs of {gpus.sms} SMs"
             )
+    # Groups of a gate limited as DeepSeek-V3's; uniform routing knows none.
     grouped = given.experts % 8 == 0 and given.experts // 8 * 4 >= given.topk
     shape = Shape(
         ranks=settings[0].ranks,

@@ -14,6 +14,9 @@ _ENOUGH = 0.9
 #: SMs left to other kernels, among them the framework's copies.
 _SPARE_SMS = 2
 _FEWEST_SMS = 2
+#: No rank takes more than one part in so many of a GPU unasked: the model computes there, too, and
+#: other buffers come.
+_MOST_PART = 4
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,11 @@ class Neighbourhood:
 
 
 def share_of_sms(sms: int, on_gpu: int) -> int:
-    """Most SMs each of ``on_gpu`` ranks may hold: their blocks must all be resident together."""
-    return max(1, (sms - _SPARE_SMS) // on_gpu)
+    """Most SMs that each of ``on_gpu`` ranks may hold unasked.
+
+    The blocks of all of them must be resident together.
+    """
+    return max(1, min(sms // _MOST_PART, (sms - _SPARE_SMS) // on_gpu))
 
 
 def limiting_rate(rates: Rates, where: Neighbourhood) -> float:

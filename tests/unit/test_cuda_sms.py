@@ -31,9 +31,10 @@ def test_ranks_of_a_gpu_fit_on_it_together(on_gpu):
     sms = enough_sms(RATES, Neighbourhood(on_gpu, on_gpu, 8), share)
     assert 1 <= sms <= share
     assert sms * on_gpu <= 132
+    assert share <= 132 // 4  # room for the model's kernels and other buffers
 
 
-@pytest.mark.parametrize("on_gpu", [2, 4, 8])
+@pytest.mark.parametrize("on_gpu", [4, 8])
 def test_nine_tenths_of_memory_rate_and_not_one_sm_more(on_gpu):
     sms = enough_sms(RATES, Neighbourhood(on_gpu, on_gpu, 8), share_of_sms(132, on_gpu))
     assert RATES.at(sms * on_gpu) >= 0.9 * 4.2e12
@@ -53,7 +54,7 @@ def test_link_limits_a_rank_of_its_own_gpu():
     assert limiting_rate(linked, where) == pytest.approx(4e11 * (1 + copies) / (copies * 7 / 8))
     sms = enough_sms(linked, where, share_of_sms(132, 1))
     assert RATES.at(sms) >= 0.9 * limiting_rate(linked, where) > RATES.at(sms - 1)
-    assert sms < enough_sms(RATES, Neighbourhood(1, 1, 8), 130)
+    assert sms < enough_sms(RATES, Neighbourhood(1, 1, 8), share_of_sms(132, 1))
 
 
 def test_fast_link_leaves_memory_as_the_limit():
