@@ -144,7 +144,8 @@ def main() -> None:
     for case in options.cases:
         run.case(case)
     out.definitions()
-    out.markdown("table")
+    for case in dict.fromkeys(figure.case for figure in out.figures):
+        out.markdown(case)
     if options.json and world.rank == 0:
         record = {
             "environment": facts,

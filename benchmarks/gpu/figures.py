@@ -63,13 +63,23 @@ class Figure:
         """GB/s: ``num_bytes`` per second."""
         return self.num_bytes / self.seconds / 1e9
 
+    @property
+    def rate_of_sm(self) -> float:
+        """GB/s of each SM that was given."""
+        return self.rate / (self.ranks * self.sms)
+
+    @property
+    def label(self) -> str:
+        """What distinguishes the exchange from others."""
+        return f"{self.ranks} x {self.sms}, {self.tokens} tokens, {self.routing}"
+
     def __str__(self) -> str:
         host = "" if self.host_seconds is None else f"{self.host_seconds * 1e6:.1f}"
         line = (
             f"  {self.name:34}{self.seconds * 1e6:10.1f}{self.floor_seconds * 1e6:10.1f}"
-            f"{self.share:7.0%}{self.rate:8.0f}{self.rate / (self.ranks * self.sms):9.1f}{host:>9}"
+            f"{self.share:7.0%}{self.rate:8.0f}{self.rate_of_sm:9.1f}{host:>9}"
         )
-        more = ", ".join(f"{name} {value:.1f}" for name, value in self.more.items())
+        more = ", ".join(f"{name} {value:.2f}" for name, value in self.more.items())
         return f"{line}  {more}" if more else line
 
     def as_dict(self) -> dict[str, Any]:
@@ -154,20 +164,37 @@ class Table:
         )
 
     def markdown(self, case: str) -> None:
-        """The figures of a case again, a line for each setting and a column for each call."""
+        """The figures of a case again, as a table for a document: us (share of the floor)."""
         figures = [figure for figure in self.figures if figure.case == case]
-        if not figures:
-            return
+        if figures and any(figure.more for figure in figures):
+            self._markdown_lines(figures)
+        elif figures:
+            self._markdown_matrix(figures)
+
+    def _markdown_matrix(self, figures: list[Figure]) -> None:
+        """A line for each exchange, a column for each call."""
         names = list(dict.fromkeys(figure.name for figure in figures))
-        self.say(f"\n| ranks x SMs | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
-        for ranks, sms in dict.fromkeys((figure.ranks, figure.sms) for figure in figures):
-            cells = {f.name: f for f in figures if (f.ranks, f.sms) == (ranks, sms)}
-            texts = [
-                f"{cells[n].seconds * 1e6:.0f} ({cells[n].share:.0%})" if n in cells else ""
-                for n in names
-            ]
-            self.say(f"| {ranks} x {sms} | {' | '.join(texts)} |")
-        self.say("")
+        sweep = figures[0].case == "sms"
+        unit = "us (share, GB/s of an SM)" if sweep else "us (share)"
+        self.say(f"\n| {figures[0].case}, {unit} | {' | '.join(names)} |")
+        self.say(f"|{'---|' * (len(names) + 1)}")
+        for label in dict.fromkeys(figure.label for figure in figures):
+            cells = {f.name: f for f in figures if f.label == label}
+            texts = []
+            for figure in (cells[name] for name in names if name in cells):
+                of_sm = f", {figure.rate_of_sm:.1f}" if sweep else ""
+                texts.append(f"{figure.seconds * 1e6:.0f} ({figure.share:.0%}{of_sm})")
+            self.say(f"| {label} | {' | '.join(texts)} |")
+
+    def _markdown_lines(self, figures: list[Figure]) -> None:
+        """A line for each figure, with what else was measured in columns."""
+        more = list(dict.fromkeys(name for figure in figures for name in figure.more))
+        self.say(f"\n| {figures[0].case} | call | us (share) | {' | '.join(more)} |")
+        self.say(f"|{'---|' * (len(more) + 3)}")
+        for figure in figures:
+            others = [f"{figure.more[n]:.2f}" if n in figure.more else "" for n in more]
+            time = f"{figure.seconds * 1e6:.0f} ({figure.share:.0%})"
+            self.say(f"| {figure.label} | {figure.name} | {time} | {' | '.join(others)} |")
 
 
 def least_bytes(exchange: Exchange, form: Form | None) -> int:

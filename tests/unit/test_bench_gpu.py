@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from benchmarks.gpu.check import check, check_every_row, check_sums
 from benchmarks.gpu.exchange import FORMS, Exchange
-from benchmarks.gpu.figures import Figure, least_bytes
+from benchmarks.gpu.figures import Figure, Machine, Table, least_bytes
 from benchmarks.gpu.options import CASES, Gpus, Setting, default_settings, parse
 from benchmarks.verify import VerificationError
 
@@ -147,3 +147,19 @@ def test_share_and_rate_follow_from_bytes_and_time() -> None:
     assert figure.rate == pytest.approx(4.0)
     assert "50%" in str(figure)
     assert "0.4" in str(figure)  # GB/s of an SM
+
+
+@pytest.mark.parametrize("more", [{}, {"us_more": 12.5}])
+def test_markdown_has_a_cell_for_every_heading(
+    exchange: Exchange, more: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Table(Machine(1e12, 1), prints=True)
+    for name in ("one", "two"):
+        out.add("sms", exchange, name, 1e-6, 1000, **more)
+    capsys.readouterr()
+    out.markdown("sms")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert len(lines) == (4 if more else 3)
+    assert len({line.count("|") for line in lines}) == 1
+    assert "1 (0%" in lines[2]
+    assert ("12.5" in lines[2]) == bool(more)
