@@ -1,5 +1,6 @@
 """Measures, on this GPU, how fast its SMs, its memory and its link to another GPU move rows."""
 
+import cupy
 import numpy as np
 import torch
 
@@ -21,9 +22,15 @@ _REPEATS = 3
 
 
 class GpuProbe:
-    """What :func:`epcomm.cuda.rates.agree_on_rates` asks of the current device."""
+    """What :func:`epcomm.cuda.rates.agree_on_rates` asks of a GPU.
 
-    def __init__(self, sms: int) -> None:
+    Args:
+        index: as torch counts them; becomes the current device of CuPy and the library.
+        sms: of it.
+    """
+
+    def __init__(self, index: int, sms: int) -> None:
+        cupy.cuda.Device(index).use()
         self.sms = sms
         self._blocks: list[DeviceBlock] = []
         self._mapped = 0

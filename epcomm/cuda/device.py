@@ -78,7 +78,7 @@ def check_device(bootstrap: Bootstrap, num_sms: int | None, num_topk: int) -> De
     raise_together(bootstrap, error)
     default = 0
     if any(wanted is None for _, wanted, _ in everyone):
-        rates = agree_on_rates(bootstrap, Place(identity, host, sms), GpuProbe(sms))
+        rates = agree_on_rates(bootstrap, Place(identity, host, sms), GpuProbe(index, sms))
         on_host = sum(where == host for _, _, where in everyone)
         shared = Neighbourhood(len(neighbours), on_host, num_topk)
         default = enough_sms(rates, shared, share_of_sms(sms, len(neighbours)))
