@@ -96,7 +96,7 @@ class CombineCall:
 
 
 class Backend(Protocol):
-    """Moves tokens. Every method but ``close`` and ``combine_input`` is collective."""
+    """Moves tokens. All but ``check``, ``close`` and ``combine_input`` are collective."""
 
     topology: Topology
 
@@ -108,6 +108,9 @@ class Backend(Protocol):
 
     def refuse(self, operation: str, error: Exception) -> None:
         """Take part in a call whose arguments were refused here, so that no peer waits."""
+
+    def check(self) -> None:
+        """As Buffer.check."""
 
     def combine_input(self, handle: Handle, dtype: torch.dtype) -> torch.Tensor:
         """Memory that a combine reads in place, [M, H]."""

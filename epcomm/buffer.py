@@ -365,6 +365,17 @@ class Buffer:
 
         return report_cuda_memory(config, topology, layout, alignment, fmt, fixed_rows)
 
+    def check(self) -> None:
+        """Wait for the calls made so far and raise what went wrong in one that did not wait.
+
+        Such calls are CUDA's with ``fixed_rows``, cached dispatches and combines. Nothing is left
+        to wait for on the CPU. Local.
+
+        Raises:
+            As ``dispatch``, for the first call that went wrong since the last error.
+        """
+        self._open().check()
+
     def close(self) -> None:
         """Let go of the memory. Local: no rank waits, and results in use stay valid."""
         if self._backend is not None:

@@ -102,6 +102,9 @@ class CpuBackend:
         parts = combine_parts(handle.num_rows, row_bytes, num_topk, handle.layout == "expert")
         return self.node.windows.lease("combine").tensor(parts.x, (handle.num_rows, hidden), dtype)
 
+    def check(self) -> None:
+        """Every call has waited for its own end."""
+
     def close(self) -> None:
         self._broken = "the buffer was closed"
         self.node.close()

@@ -515,16 +515,6 @@ class CudaBackend:
         self._end_refused()
 
     def check(self) -> None:
-        """Wait for all calls made so far and raise what went wrong in them.
-
-        A combine returns before its peers have answered, as does a dispatch with ``fixed_rows``,
-        so what these meet is raised here or by the next call.
-
-        Raises:
-            PeerError, MismatchError: a call was refused by another rank.
-            ValueError: a dispatch's ids or ``fixed_rows`` were refused on the GPU.
-            PeerTimeoutError: a rank stayed silent.
-        """
         self._calls.synchronize()
         if self._engine.error() is not None:
             raise timeout(self._engine)

@@ -126,7 +126,7 @@ def test_bad_ids_of_a_call_that_did_not_wait_are_raised_later(comm):
             lambda: results.append(buffer.dispatch(x, topk_idx, fixed_rows=rows)),
             lambda: buffer.dispatch(x, good, fixed_rows=rows),
             lambda: buffer.dispatch(x, good, fixed_rows=rows),
-            buffer._backend.check,
+            buffer.check,
         ]
         errors = [error for error in map(raised_by, calls) if error is not None]
         expected = ValueError if comm.rank == 0 else epcomm.PeerError
@@ -145,7 +145,7 @@ def test_a_handle_of_a_refused_dispatch_moves_nothing(comm):
         torch.cuda.synchronize()
         handle = Spy(buffer).handle_of(x, topk_idx, fixed_rows=3)
         y = torch.zeros(3, CASE.hidden, device="cuda", dtype=torch.bfloat16)
-        errors = [raised_by(lambda: buffer.combine(y, handle)), raised_by(buffer._backend.check)]
+        errors = [raised_by(lambda: buffer.combine(y, handle)), raised_by(buffer.check)]
         assert any(isinstance(error, ValueError | epcomm.EpcommError) for error in errors)
         check(comm, case, buffer)
 
@@ -175,7 +175,7 @@ def test_too_few_fixed_rows_are_raised_later(comm):
         buffer.dispatch(x, topk_idx, fixed_rows=comm.size * TOKENS)
         errors = [
             raised_by(lambda: buffer.dispatch(x, topk_idx, fixed_rows=3)),
-            raised_by(buffer._backend.check),
+            raised_by(buffer.check),
         ]
         [error] = [error for error in errors if error is not None]
         assert isinstance(error, ValueError)
