@@ -1,6 +1,7 @@
 """Checks of what users pass: what came, what was expected, before anything is sent."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -163,6 +164,7 @@ def _check_rows(
     return rows, scales, fmt
 
 
+@lru_cache
 def check_row(fmt: WireFormat, hidden: int) -> None:
     """Check that a row is a whole number of units in a format. Raises ValueError."""
     row_bytes = fmt.payload_bytes(hidden)

@@ -102,6 +102,7 @@ class Labels:
     topk_idx: torch.Tensor | None
     topk_weights: torch.Tensor | None
     source: torch.Tensor
+    tokens_per_expert: torch.Tensor
 
 
 @dataclass
@@ -111,8 +112,6 @@ class DispatchResult(_Call):
     Attributes:
         x: rows, [M, H]; bfloat16, float32 or float8_e4m3fn.
         scales: float32 [M, ceil(H/128)] or int32 [M, ceil(H/512)] (UE8M0) for FP8 rows, else None.
-        tokens_per_expert: tokens received for each local expert, without padding, int32 [E/R]; on
-            the host, or on the GPU where the call did not wait for it (CUDA, ``fixed_rows``).
         handle: for ``combine`` and cached ``dispatch``.
         event: when the tensors may be used.
 
@@ -122,7 +121,6 @@ class DispatchResult(_Call):
 
     x: torch.Tensor
     scales: torch.Tensor | None
-    tokens_per_expert: torch.Tensor
     handle: Handle
     _make_labels: Callable[[], Labels] = field(repr=False)
     _count_rows: Callable[[], int] = field(repr=False)
@@ -145,6 +143,14 @@ class DispatchResult(_Call):
     def source(self) -> torch.Tensor:
         """(source rank, source token) of each row, int32 [M, 2]; -1 in padding rows."""
         return self._labels.source
+
+    @property
+    def tokens_per_expert(self) -> torch.Tensor:
+        """Tokens received for each local expert, without padding, int32 [E/R].
+
+        On the host, or on the GPU where the call did not wait for it (CUDA, ``fixed_rows``).
+        """
+        return self._labels.tokens_per_expert
 
     @property
     def num_rows(self) -> int:

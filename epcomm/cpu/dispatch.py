@@ -379,11 +379,15 @@ class Dispatch:
         if call.topk_weights is not None:
             shape_w = (rows,) if self.by_expert else (rows, config.num_topk)
             weights = lease.tensor(parts.weights, shape_w, torch.float32)
-        labels = Labels(topk_idx, weights, lease.tensor(parts.source, (rows, 2), torch.int32))
+        labels = Labels(
+            topk_idx,
+            weights,
+            lease.tensor(parts.source, (rows, 2), torch.int32),
+            torch.from_numpy(routes.plan.tokens_per_expert.copy()),
+        )
         return DispatchResult(
             x=lease.tensor(parts.x, (rows, config.hidden), _ROW_DTYPE[call.format]),
             scales=scales,
-            tokens_per_expert=torch.from_numpy(routes.plan.tokens_per_expert.copy()),
             handle=handle,
             event=Event(),
             _make_labels=lambda: labels,

@@ -42,7 +42,7 @@ class CudaRoutes:
         routes: device arrays.
         max_rows: rows of the fullest rank, or the fixed number; the same on all ranks.
         stream: the routes were written on.
-        tokens_per_expert: of the results.
+        tokens_per_expert: of the results; None: as the routes have it.
         exposed: where the parts of a combine lie, by dtype.
     """
 
@@ -51,7 +51,7 @@ class CudaRoutes:
     fixed_rows: int
     max_rows: int
     stream: torch.cuda.Stream
-    tokens_per_expert: torch.Tensor
+    tokens_per_expert: torch.Tensor | None
     exposed: dict[torch.dtype, CombineParts] = field(default_factory=dict)
 
 
@@ -219,7 +219,7 @@ class CudaBackend:
             tokens_per_expert = torch.from_numpy(engine.local_expert_rows.copy())
         else:
             held = max_rows = call.fixed_rows
-            tokens_per_expert = routes.tokens_per_expert
+            tokens_per_expert = None
         state = CudaRoutes(
             routes=routes,
             alignment=call.alignment,
@@ -361,18 +361,17 @@ class CudaBackend:
                 shape = (rows,) if by_expert else (rows, config.num_topk)
                 weights = lease.tensor(parts.topk_weights, shape, torch.float32)
             source = lease.tensor(parts.source, (rows, 2), torch.int32)
-            return Labels(topk_idx, weights, source)
+            if tokens_per_expert is None:
+                return Labels(topk_idx, weights, source, state.routes.tokens_per_expert)
+            return Labels(topk_idx, weights, source, tokens_per_expert.clone())
 
         self._calls.keep(call.x, call.scales, call.topk_weights)
         tokens_per_expert = state.tokens_per_expert
-        if state.fixed_rows < 0:
-            tokens_per_expert = tokens_per_expert.clone()
         row_bytes = row.row_bytes + row.scale_bytes
         number = self._engine.number
         return DispatchResult(
             x=lease.tensor(parts.rows, (rows, config.hidden), _ROW_DTYPE[call.format]),
             scales=scales,
-            tokens_per_expert=tokens_per_expert,
             handle=handle,
             event=CudaEvent(self._calls.stream),
             _make_labels=make_labels,
@@ -525,7 +524,7 @@ class CudaBackend:
         return read_phases(self._engine, number, first, combines=combines)
 
     def _count(self, routes: Routes, row_bytes: int) -> Traffic:
-        ranks = routes.dests.view(torch.int16).view(*routes.dests.shape, 4)[..., 0]
+        ranks = routes.dest_ranks
         others = int(((ranks >= 0) & (ranks != self.topology.rank)).sum())
         meta = 8 + (4 if ranks.shape[1] == 0 else 12 * self._config.num_topk)
         return Traffic(scale_up=LinkTraffic(others, others * row_bytes, others * meta))

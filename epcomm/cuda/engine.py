@@ -54,9 +54,9 @@ class Routes:
     """Device arrays a dispatch leaves for the calls that use its routes again.
 
     Attributes:
-        dests: 8 bytes per (token, copy), int64 [T, D].
-        counts: rows at every rank [R], first row of every local expert and the end [E/R + 1],
-            rows of every local expert [E/R], the dispatch's verdict [1]; int32.
+        memory: one allocation, int64: 8 bytes per (token, copy) [T, D]; then, int32, rows at every
+            rank [R], first row of every local expert and the end [E/R + 1], rows of every local
+            expert [E/R], the dispatch's verdict [1].
         topk_idx: global expert ids, int64 [T, K].
         number: of the dispatch.
         layout: as in the protocol's enumerators.
@@ -68,34 +68,50 @@ class Routes:
     ) -> None:
         num_tokens = topk_idx.shape[0]
         R, local = shape.num_ranks, shape.num_experts // shape.num_ranks
-        device = topk_idx.device
-        self.dests = torch.empty((num_tokens, max_dests), dtype=torch.int64, device=device)
-        self.counts = torch.empty(R + 2 * local + 2, dtype=torch.int32, device=device)
+        num_counts = R + 2 * local + 2
+        self.memory = torch.empty(
+            num_tokens * max_dests + (num_counts + 1) // 2,
+            dtype=torch.int64,
+            device=topk_idx.device,
+        )
         self.topk_idx = topk_idx
         self.number = number
         self.layout = layout
         self.num_tokens = num_tokens
-        self._row = shape.rank
+        self.max_dests = max_dests
+        self._rank = shape.rank
         self._groups = slice(R + local + 1, R + 2 * local + 1)
-        self.block = abi.structures["routes"]()
-        counts = self.counts.data_ptr()
-        self.block.topk_idx = topk_idx.data_ptr()
-        self.block.dests = self.dests.data_ptr()
-        self.block.rows = counts
-        self.block.group_start = counts + 4 * R
-        self.block.group_count = counts + 4 * self._groups.start
-        self.block.verdict = counts + 4 * self._groups.stop
-        self.block.num_tokens = num_tokens
-        self.block.max_dests = max_dests
+        dests = self.memory.data_ptr()
+        counts = dests + 8 * num_tokens * max_dests
+        self.block = abi.structures["routes"](
+            topk_idx.data_ptr(),
+            dests,
+            counts,
+            counts + 4 * R,
+            counts + 4 * self._groups.start,
+            counts + 4 * self._groups.stop,
+            num_tokens,
+            max_dests,
+        )
+
+    @property
+    def dest_ranks(self) -> torch.Tensor:
+        """Rank of every copy, or -1, int16 [T, D]."""
+        dests = self.memory[: self.num_tokens * self.max_dests].view(torch.int16)
+        return dests.view(self.num_tokens, self.max_dests, 4)[..., 0]
+
+    @property
+    def _counts(self) -> torch.Tensor:
+        return self.memory[self.num_tokens * self.max_dests :].view(torch.int32)
 
     @property
     def tokens_per_expert(self) -> torch.Tensor:
         """Rows of every local expert without padding, int32 [E/R], on the device."""
-        return self.counts[self._groups]
+        return self._counts[self._groups]
 
     def count_rows(self) -> int:
         """Rows of this rank's output (waits for the device)."""
-        return int(self.counts[self._row])
+        return int(self._counts[self._rank])
 
 
 @dataclass

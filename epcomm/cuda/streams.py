@@ -77,7 +77,7 @@ class Calls:
         """As ``keep`` for a handle, made on another call's stream."""
         if made_on == self.stream:
             return
-        for tensor in (routes.dests, routes.counts, routes.topk_idx):
+        for tensor in (routes.memory, routes.topk_idx):
             if tensor.numel():
                 tensor.record_stream(self.stream)
 

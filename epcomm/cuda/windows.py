@@ -8,14 +8,23 @@ import torch
 from .engine import Engine
 from .streams import Calls
 
+#: Integers as wide as an element: NumPy's names for types know neither BF16 nor FP8.
+_INTEGER = {1: ("|u1", torch.uint8), 2: ("<i2", torch.int16), 4: ("<i4", torch.int32)}
+_INTEGER[8] = ("<i8", torch.int64)
 
-class _Owner:
-    """The memory of a lease as torch may adopt it; dies with the last tensor over it."""
 
-    def __init__(self, pointer: int, nbytes: int) -> None:
+class _Loan:
+    """What every tensor over a lent window keeps alive; the window goes back when it dies."""
+
+
+class _Part:
+    """Part of a lent window as torch may adopt it."""
+
+    def __init__(self, pointer: int, shape: tuple[int, ...], typestr: str, loan: _Loan) -> None:
+        self.loan = loan
         self.__cuda_array_interface__ = {
-            "shape": (nbytes,),
-            "typestr": "|u1",
+            "shape": shape,
+            "typestr": typestr,
             "data": (pointer, False),
             "strides": None,
             "version": 3,
@@ -30,27 +39,23 @@ class Lease:
         nbytes: its size.
     """
 
-    def __init__(
-        self, engine: Engine, serial: int, give_back: Callable[[int], None] | None = None
-    ) -> None:
+    def __init__(self, engine: Engine, serial: int, give_back: Callable[[int], None]) -> None:
         self.serial = serial
         block = engine.windows[serial]
         self.nbytes = block.num_bytes
-        owner = _Owner(block.pointer, block.num_bytes)
-        if give_back is not None:
-            weakref.finalize(owner, give_back, serial).atexit = False
-        # All tensors share this one's storage, whose end lets go of the owner.
-        self._flat = torch.as_tensor(owner, device=engine.device)
+        self._pointer = block.pointer
+        self._device = engine.device
+        self._loan = _Loan()
+        weakref.finalize(self._loan, give_back, serial).atexit = False
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor over part of the window; it keeps the window lent."""
-        count = 1
-        for extent in shape:
-            count *= extent
-        nbytes = count * dtype.itemsize
-        if nbytes == 0:
-            return torch.empty(shape, dtype=dtype, device=self._flat.device)
-        return self._flat[offset : offset + nbytes].view(dtype).view(shape)
+        if 0 in shape:
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        typestr, integer = _INTEGER[dtype.itemsize]
+        part = _Part(self._pointer + offset, shape, typestr, self._loan)
+        tensor = torch.as_tensor(part, device=self._device)
+        return tensor if dtype == integer else tensor.view(dtype)
 
 
 class WindowPool:
