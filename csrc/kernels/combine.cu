@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(kMaxThreads<many>, 1)
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ Offer offers[EPCOMM_CUDA_MAX_RANKS];
     const epcomm_cuda_world& world = call.world;
-    const uint64_t epoch = load_relaxed(&own_control(world)->epoch.value) + 1;
+    const uint64_t epoch = begin_call(world);
+    if (epoch == 0) return;
     const bool timed = blockIdx.x == 0 && threadIdx.x == 0;
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_START);
     if (blockIdx.x == 0) {

@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(512, 1)
     auto* scales = reinterpret_cast<uint32_t*>(areas + warp_id() * plan.scale_bytes);
     for (int i = lane_id(); i < plan.scale_bytes / 4; i += 32) scales[i] = 0;
 
-    const uint64_t epoch = load_relaxed(&own_control(world)->epoch.value) + 1;
+    const uint64_t epoch = begin_call(world);
+    if (epoch == 0) return;
     const bool timed = blockIdx.x == 0 && threadIdx.x == 0;
     if (timed) {
         stamp(world, call.number,

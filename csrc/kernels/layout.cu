@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(256, 1)
     const bool by_expert = call.row.layout == EPCOMM_LAYOUT_EXPERT;
     const LayoutShared shared(shared_ints, R, world.num_experts, int(blockDim.x >> 5),
                               call.row.layout);
-    const uint64_t epoch = load_relaxed(&own_control(world)->epoch.value) + 1;
+    const uint64_t epoch = begin_call(world);
+    if (epoch == 0) return;
     const Waiting what = {call.announcement.op, EPCOMM_PHASE_ANNOUNCE, epoch};
     const bool leads = blockIdx.x == 0, timed = leads && threadIdx.x == 0;
 

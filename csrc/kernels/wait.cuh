@@ -37,6 +37,13 @@ __device__ inline void give_up(const epcomm_cuda_world& world, const epcomm_cuda
     }
 }
 
+/// Tell the host that a rank gave up, which `aborted` says.
+__device__ inline void report_abort(const epcomm_cuda_world& world) {
+    epcomm_cuda_error error = own_control(world)->error;
+    error.verdict = EPCOMM_CUDA_ABORTED;
+    report_error(world, error);
+}
+
 /// Spin until `*counter` is at least `expected` (acquire). False: gave up, or another rank did.
 __device__ inline bool wait_counter(const epcomm_cuda_world& world, const uint64_t* counter,
                                     uint64_t expected, int rank, const Waiting& what) {
@@ -49,9 +56,7 @@ __device__ inline bool wait_counter(const epcomm_cuda_world& world, const uint64
             if (load_acquire(counter) >= expected) return true;
         }
         if (load_acquire(&own->aborted.value) != 0) {
-            epcomm_cuda_error error = own->error;
-            error.verdict = EPCOMM_CUDA_ABORTED;
-            report_error(world, error);
+            report_abort(world);
             return false;
         }
         if (now_ns() - start > uint64_t(world.timeout_ns)) {
@@ -69,6 +74,18 @@ __device__ inline bool wait_counter(const epcomm_cuda_world& world, const uint64
             return false;
         }
     }
+}
+
+/// Where a kernel starts: the number of its call, or 0 where a rank gave up before. A kernel after
+/// one that gave up must do nothing: what the earlier one would have left is not there, and peers
+/// may still read what was announced for that number. The whole block.
+__device__ inline uint64_t begin_call(const epcomm_cuda_world& world) {
+    const epcomm_cuda_control* own = own_control(world);
+    const uint64_t finished = load_relaxed(&own->epoch.value);
+    const bool usable = load_acquire(&own->aborted.value) == 0;
+    if (__syncthreads_and(usable)) return finished + 1;
+    if (!usable) report_abort(world);
+    return 0;
 }
 
 /// The whole block waits until every rank has raised its counter in `counters` to `expected`.
