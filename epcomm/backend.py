@@ -19,7 +19,7 @@ class Config:
         num_experts: E, over all ranks; rank r holds experts r * E/R ... (r+1) * E/R - 1.
         num_topk: K.
         max_tokens: most tokens a rank sends in a call.
-        device: where tensors are: "cpu" or "cuda".
+        device: where tensors are: "cpu" or "cuda"; once a rank knows its GPU, "cuda:0" or so.
     """
 
     hidden: int
@@ -99,6 +99,7 @@ class Backend(Protocol):
     """Moves tokens. All but ``check``, ``close`` and ``combine_input`` are collective."""
 
     topology: Topology
+    device: torch.device  # where tensors of a call are
 
     def dispatch(self, call: DispatchCall) -> DispatchResult:
         """Raises ValueError for bad ids (after telling the peers), else as Buffer.dispatch."""

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -96,7 +97,12 @@ class Buffer:
         error: Exception | None = None
         try:
             check_config(self.config, bootstrap.size)
-            _check_options(timeout, backend, num_threads, ranks_per_node)
+            counts = {
+                "num_threads": num_threads,
+                "ranks_per_node": ranks_per_node,
+                "num_sms": num_sms,
+            }
+            _check_options(timeout, backend, counts)
             topology = make_topology(bootstrap.rank, hosts, ranks_per_node)
             backend_class = _find_backend(backend)
         except (TypeError, ValueError) as caught:
@@ -108,6 +114,7 @@ class Buffer:
             num_threads = max(1, cores // on_host)
         options = Options(float(timeout), num_threads, cores >= on_host, num_sms)
         self._backend = backend_class(bootstrap, topology, self.config, options)
+        self.config = replace(self.config, device=str(self._backend.device))
         self._owner = topology  # tells handles of this buffer from others
 
     # The world ----------------------------------------------------------------------------
@@ -410,12 +417,12 @@ def _find_backend(name: str) -> Callable[[Bootstrap, Topology, Config, Options],
     return CudaBackend
 
 
-def _check_options(timeout: Any, backend: Any, num_threads: Any, ranks_per_node: Any) -> None:
+def _check_options(timeout: Any, backend: Any, counts: dict[str, Any]) -> None:
     if not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
         raise ValueError(f"timeout: expected finite seconds > 0, got {timeout!r}")
     if backend not in ("auto", "cpu", "cuda"):
         raise ValueError(f"backend: expected 'auto', 'cpu' or 'cuda', got {backend!r}")
-    for name, value in (("num_threads", num_threads), ("ranks_per_node", ranks_per_node)):
+    for name, value in counts.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}: expected an int >= 1 or None, got {value!r}")
 

@@ -82,7 +82,7 @@ def check_tensor(
     if not matches:
         expected = ", ".join("*" if want is None else str(want) for want in shape)
         raise ValueError(f"{name}: expected shape [{expected}], got {list(value.shape)}")
-    if value.device.type != device:
+    if value.device != torch.device(device):
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
     if not value.is_contiguous():
         raise ValueError(
@@ -90,6 +90,28 @@ def check_tensor(
             "pass .contiguous()"
         )
     return value.detach() if value.requires_grad else value
+
+
+def check_rows(
+    name: str,
+    value: Any,
+    dtypes: Sequence[torch.dtype],
+    shape: Sequence[int | None],
+    config: Config,
+) -> torch.Tensor:
+    """Check a tensor of whole rows, which GPUs move 16 bytes at a time.
+
+    Raises:
+        TypeError, ValueError: as check_tensor; its memory starts between two units.
+    """
+    rows = check_tensor(name, value, dtypes, shape, device=config.device)
+    unit = constants["limit_row_align"]
+    if config.device != "cpu" and rows.data_ptr() % unit:
+        raise ValueError(
+            f"{name}: expected memory that starts at a multiple of {unit} bytes, got one "
+            f"{rows.data_ptr() % unit} bytes after one; pass {name}.clone()"
+        )
+    return rows
 
 
 def check_handle(handle: Any, owner: object) -> Handle:
@@ -111,9 +133,7 @@ def check_handle(handle: Any, owner: object) -> Handle:
 def _check_packed(x: Any, config: Config) -> tuple[torch.Tensor, torch.Tensor, WireFormat]:
     if len(x) != 2:
         raise TypeError(f"x: expected a tensor or a pair (x, scales), got a tuple of {len(x)}")
-    q = check_tensor(
-        "x[0]", x[0], [torch.float8_e4m3fn], (None, config.hidden), device=config.device
-    )
+    q = check_rows("x[0]", x[0], [torch.float8_e4m3fn], (None, config.hidden), config)
     tiles = -(-config.hidden // constants["limit_tile"])
     scales = x[1]
     # UE8M0: four exponents to an int32.
@@ -152,9 +172,7 @@ def _check_rows(
             raise ValueError(f"quantize: {quantize!r} given, but x is packed already")
         rows, scales, fmt = _check_packed(x, config)
     else:
-        rows = check_tensor(
-            "x", x, [torch.bfloat16, torch.float32], (None, config.hidden), device=config.device
-        )
+        rows = check_rows("x", x, [torch.bfloat16, torch.float32], (None, config.hidden), config)
         fmt = row_format(rows.dtype, quantize)
     if rows.shape[0] > config.max_tokens:
         raise ValueError(
@@ -259,13 +277,8 @@ def check_combine(
         TypeError, ValueError: naming the argument.
     """
     check_handle(handle, owner)
-    rows = check_tensor(
-        "x",
-        x,
-        [torch.bfloat16, torch.float32],
-        (handle.num_rows, config.hidden),
-        device=config.device,
-    )
+    received = (handle.num_rows, config.hidden)
+    rows = check_rows("x", x, [torch.bfloat16, torch.float32], received, config)
     if weights is not None:
         weights = check_tensor(
             "weights", weights, [torch.float32], (handle.num_rows,), device=config.device
@@ -280,11 +293,9 @@ def check_combine(
     biases = () if bias is None else tuple(bias) if isinstance(bias, tuple | list) else (bias,)
     if len(biases) > 2:
         raise ValueError(f"bias: expected at most two tensors, got {len(biases)}")
-    biases = tuple(
-        check_tensor("bias", one, [rows.dtype], result, device=config.device) for one in biases
-    )
+    biases = tuple(check_rows("bias", one, [rows.dtype], result, config) for one in biases)
     if out is not None:
-        out = check_tensor("out", out, [rows.dtype], result, device=config.device)
+        out = check_rows("out", out, [rows.dtype], result, config)
     if wire is None:
         wire = "bf16" if rows.dtype == torch.bfloat16 else "f32"
     if wire not in list(_WIRE):

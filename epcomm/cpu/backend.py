@@ -24,6 +24,8 @@ _Result = TypeVar("_Result")
 class CpuBackend:
     """Dispatch and combine among processes; see epcomm.backend.Backend."""
 
+    device = torch.device("cpu")
+
     def __init__(
         self, bootstrap: Bootstrap, topology: Topology, config: Config, options: Options
     ) -> None:

@@ -1,5 +1,8 @@
 """Argument checks that need no peers; the messages for a whole call are in tests/mpi."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from epcomm.check import (
     check_config,
     check_dispatch,
     check_handle,
+    check_rows,
     check_tensor,
     row_format,
 )
@@ -20,6 +24,16 @@ OWNER = object()
 DEFAULTS = {
     "quantize": None, "layout": "rank", "alignment": 1, "fixed_rows": None, "handle": None
 }  # fmt: skip
+
+
+#: Tensors without memory stand for those of a GPU: they have a device and addresses.
+ON_DEVICE = replace(CONFIG, device="meta")
+
+
+def shifted(*shape, dtype=torch.bfloat16):
+    """A contiguous tensor that starts one element after a multiple of 16 bytes."""
+    flat = torch.empty(math.prod(shape) + 1, dtype=dtype, device="meta")
+    return flat[1:].view(shape)
 
 
 def dispatch(x, topk_idx=None, topk_weights=None, **change):
@@ -85,6 +99,40 @@ def test_check_tensor_accepts_and_detaches():
 def test_check_tensor_refuses(value, kind, words):
     with pytest.raises(kind, match=words):
         check_tensor("y", value, [torch.int32, torch.int64], (2, None))
+
+
+def test_a_gpus_number_counts():
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="x: expected a tensor on cuda:1, got one on cpu"):
+        check_tensor("x", x, [torch.float32], (2, 3), device="cuda:1")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
+def test_rows_between_units_are_refused_on_a_gpu(dtype):
+    aligned = torch.empty(3, 256, dtype=dtype, device="meta")
+    assert check_rows("x", aligned, [dtype], (None, 256), ON_DEVICE).shape == (3, 256)
+    words = rf"x: .* multiple of 16 bytes, got one {dtype.itemsize} bytes after .* x.clone\(\)"
+    with pytest.raises(ValueError, match=words):
+        check_rows("x", shifted(3, 256, dtype=dtype), [dtype], (None, 256), ON_DEVICE)
+    on_cpu = torch.empty(3 * 256 + 1, dtype=dtype)[1:].view(3, 256)
+    check_rows("x", on_cpu, [dtype], (None, 256), CONFIG)
+
+
+def test_every_tensor_of_rows_must_be_aligned():
+    ids = torch.empty(3, 2, dtype=torch.int64, device="meta")
+    rows = torch.empty(3, 256, dtype=torch.bfloat16, device="meta")
+    scales = torch.empty(3, 2, device="meta")
+    for x in (shifted(3, 256), (shifted(3, 256, dtype=torch.float8_e4m3fn), scales)):
+        with pytest.raises(ValueError, match="multiple of 16 bytes"):
+            check_dispatch(ON_DEVICE, OWNER, x, ids, None, **DEFAULTS)
+    handle = Handle(OWNER, object(), 3, 3, "rank")
+    good = {"weights": None, "topk_weights": None, "bias": None, "wire": None, "out": None}
+    check_combine(ON_DEVICE, OWNER, rows, handle, **good)
+    for name in ("x", "bias", "out"):
+        x = shifted(3, 256) if name == "x" else rows
+        given = good if name == "x" else {**good, name: shifted(3, 256)}
+        with pytest.raises(ValueError, match=f"{name}: .* multiple of 16 bytes"):
+            check_combine(ON_DEVICE, OWNER, x, handle, **given)
 
 
 @pytest.mark.parametrize(
