@@ -72,6 +72,7 @@ constexpr epcomm_field kFields[] = {
     FIELD(world, num_experts),
     FIELD(world, num_topk),
     FIELD(world, num_windows),
+    FIELD(world, delay_ns),
     FIELD(world, timeout_ns),
     FIELD(world, controls),
     FIELD(world, windows),

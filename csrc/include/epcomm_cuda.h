@@ -122,7 +122,7 @@ typedef struct {
     int32_t num_experts;
     int32_t num_topk;
     int32_t num_windows;  ///< windows a rank may have
-    int32_t reserved;
+    int32_t delay_ns;     ///< tests: longest delay at a place of the protocol; 0: none
     int64_t timeout_ns;
     epcomm_cuda_control* controls[EPCOMM_CUDA_MAX_RANKS];
     uint8_t* const* windows;  ///< device array [num_ranks][num_windows]
@@ -277,11 +277,16 @@ EPCOMM_API int epcomm_cuda_launch_calibrate(const epcomm_cuda_calibrate* call, v
 /// Let what comes on stream `then` wait for all that is on stream `first` by now.
 EPCOMM_API int epcomm_cuda_order(void* first, void* then);
 
+/// CUDA versions that the driver supports (0: no driver) and that this library was built with, as
+/// 12040 for 12.4.
+EPCOMM_API int epcomm_cuda_versions(int32_t* driver, int32_t* runtime);
+
 /// Text of a cudaError_t.
 EPCOMM_API const char* epcomm_cuda_error_text(int error);
 
 /// Poll `report->prepared` until it is `number`, `report->failed` is raised (returns 1) or
-/// `timeout_ns` passes (returns 2). Returns 0 on success.
+/// `timeout_ns` passes (returns 2). Returns 0 on success, and a negative cudaError_t where the context
+/// is unusable.
 EPCOMM_API int epcomm_cuda_wait_prepared(const epcomm_cuda_report* report, uint64_t number,
                                          int64_t timeout_ns);
 

@@ -40,11 +40,13 @@ __global__ void __launch_bounds__(kMaxThreads<many>, 1)
     const bool timed = blockIdx.x == 0 && threadIdx.x == 0;
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_START);
     if (blockIdx.x == 0) {
+        delay(world, kDelayAnnounce);
         announce(world, call.announcement, call.announcement.status, nullptr, epoch);
     }
     Waiting what = {EPCOMM_OP_COMBINE, EPCOMM_PHASE_ANNOUNCE, epoch};
     if (!wait_all_ranks(world, own_control(world)->announced, epoch, what)) return;
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
+    delay(world, kDelayAnnounced);
     const epcomm_cuda_row no_row = {};
     int verdict = judge_all(world, call.announcement, no_row, nullptr, epoch);
     if (verdict == EPCOMM_CUDA_OK) verdict = judge_routes(call.routes);
@@ -61,6 +63,7 @@ __global__ void __launch_bounds__(kMaxThreads<many>, 1)
         }
         if (call.topk_weights != nullptr) return_weights(call, offers);
     }
+    delay(world, kDelayMoved);
     if (!is_last_block(world)) return;
     if (threadIdx.x == 0) {
         collect_deck(world);
@@ -68,10 +71,12 @@ __global__ void __launch_bounds__(kMaxThreads<many>, 1)
     }
     // All ranks come to the same verdict, so after a refusal nobody waits.
     if (verdict == EPCOMM_CUDA_OK) {
+        delay(world, kDelaySignal);
         signal_all(world, false, epoch);
         what.phase = EPCOMM_PHASE_RELEASE;
         if (!wait_all_ranks(world, own_control(world)->released, epoch, what)) return;
     }
+    delay(world, kDelayFinish);
     if (verdict != EPCOMM_CUDA_OK) report_refusal(world, verdict, epoch, -1);
     if (threadIdx.x == 0) {
         finish_epoch(world, epoch);

@@ -2,7 +2,7 @@
 // more; which warp moves a token changes nothing in the result.
 #pragma once
 
-#include "wait.cuh"
+#include "delay.cuh"
 
 namespace epcomm {
 

@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(512, 1)
               call.announce ? EPCOMM_CUDA_STAMP_START : EPCOMM_CUDA_STAMP_PLACED);
     }
     if (call.announce && blockIdx.x == 0) {
+        delay(world, kDelayAnnounce);
         announce(world, call.announcement, call.announcement.status, nullptr, epoch);
     }
 #if EPCOMM_BULK
@@ -63,6 +64,7 @@ __global__ void __launch_bounds__(512, 1)
     Waiting what = {call.announcement.op, EPCOMM_PHASE_ANNOUNCE, epoch};
     if (!wait_all_ranks(world, own_control(world)->announced, epoch, what)) return;
     if (timed && call.announce) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
+    delay(world, kDelayAnnounced);
     int verdict = judge_all(world, call.announcement, call.row, call.routes.rows, epoch);
     if (call.announce && verdict == EPCOMM_CUDA_OK) verdict = judge_routes(call.routes);
     if (call.announce && timed) report_verdict(world, verdict, epoch, call.number);
@@ -76,6 +78,7 @@ __global__ void __launch_bounds__(512, 1)
         store_rows_plain<packing>(call, targets, scales);
 #endif
     }
+    delay(world, kDelayMoved);
     if (!is_last_block(world)) return;
     if (threadIdx.x == 0) {
         collect_deck(world);
@@ -83,10 +86,12 @@ __global__ void __launch_bounds__(512, 1)
     }
     // All ranks come to the same verdict, so after a refusal nobody waits.
     if (verdict == EPCOMM_CUDA_OK) {
+        delay(world, kDelaySignal);
         signal_all(world, true, epoch);
         what.phase = EPCOMM_PHASE_ARRIVE;
         if (!wait_all_ranks(world, own_control(world)->arrived, epoch, what)) return;
     }
+    delay(world, kDelayFinish);
     if (verdict != EPCOMM_CUDA_OK) {
         report_refusal(world, verdict, epoch, call.announce ? -1 : world.report->bad_choice);
     }

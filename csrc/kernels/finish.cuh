@@ -2,6 +2,7 @@
 #pragma once
 
 #include "announce.cuh"
+#include "delay.cuh"
 
 namespace epcomm {
 

@@ -129,12 +129,17 @@ __global__ void __launch_bounds__(256, 1)
 
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_START);
     count_block(call, shared);
+    delay(world, kDelayCounted);
     bool ok = meet(world, what);
-    if (ok && leads) announce_counts(call, shared, epoch);
+    if (ok && leads) {
+        delay(world, kDelayAnnounce);
+        announce_counts(call, shared, epoch);
+    }
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_COUNTED);
     ok = ok && wait_all_ranks(world, own_control(world)->announced, epoch, what);
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
     if (ok) {
+        delay(world, kDelayAnnounced);
         if (by_expert) {
             bases_by_expert(world, call.announcement.alignment, epoch, shared.rows, shared.base,
                             leads ? call.routes.group_start : nullptr, call.routes.group_count);

@@ -198,6 +198,7 @@ __device__ inline void pull_tokens(const epcomm_cuda_combine& call, const Offer*
         const int token = entry.token, count = entry.count;
         if (token < 0) break;
         const Result result = result_of(call, token);
+        delay_row(call.world, token);
         if (many && count < 0) {
             sum_token_plain<f32, weighted>(
                 call, offers, copies_of(call.routes.dests, call.routes.max_dests, token), token);

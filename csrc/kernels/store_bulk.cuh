@@ -128,6 +128,7 @@ __device__ inline void store_rows(const epcomm_cuda_dispatch& call, const Target
         uint8_t* const bytes = ring.first + slot * ring.stage_bytes;
         const Copies copies = copies_of(call.routes.dests, call.routes.max_dests, item.token);
         if (item.piece == 0) {
+            delay_row(call.world, item.token);
             store_labels(call, targets, copies, item.token);
             if (packing == 0 && call.scales != nullptr) {
                 store_scale_words(call, targets, copies,

@@ -70,6 +70,7 @@ __device__ inline void store_rows_plain(const epcomm_cuda_dispatch& call, const 
         token = __shfl_sync(kWarp, token, 0);
         if (token < 0) break;
         const Copies copies = copies_of(call.routes.dests, call.routes.max_dests, token);
+        delay_row(call.world, token);
         store_labels(call, targets, copies, token);
         const auto* from = static_cast<const uint8_t*>(call.x) + int64_t(token) * call.row_in_bytes;
         if constexpr (packing != 0) {
