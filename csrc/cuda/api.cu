@@ -14,6 +14,20 @@ int load_dispatch();
 int load_combine();
 int leave(epcomm_cuda_sequence* sequence, void* stream);
 int load_calibrate();
+
+namespace {
+
+/// The error that has made this process's context unusable, or 0.
+int gpu_error() {
+    const cudaError_t error = cudaStreamQuery(cudaStreamLegacy);
+    // Another thread may be capturing a graph, which says nothing about the GPU.
+    const bool captures =
+        error >= cudaErrorStreamCaptureUnsupported && error <= cudaErrorStreamCaptureWrongThread;
+    if (error == cudaSuccess || error == cudaErrorNotReady || captures) return cudaSuccess;
+    return error;
+}
+
+}  // namespace
 }  // namespace epcomm
 
 extern "C" {
@@ -82,20 +96,36 @@ int epcomm_cuda_order(void* first, void* then) {
     return error;
 }
 
+int epcomm_cuda_versions(int32_t* driver, int32_t* runtime) {
+    *driver = 0;
+    *runtime = CUDART_VERSION;
+    return cudaDriverGetVersion(driver);
+}
+
 const char* epcomm_cuda_error_text(int error) { return cudaGetErrorString(cudaError_t(error)); }
 
 int epcomm_cuda_wait_prepared(const epcomm_cuda_report* report, uint64_t number,
                               int64_t timeout_ns) {
     timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
-    const int64_t deadline = int64_t(t.tv_sec) * 1000000000 + t.tv_nsec + timeout_ns;
+    const int64_t start = int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
+    const int64_t deadline = start + timeout_ns;
+    constexpr int64_t kLookEvery = 250000000;
+    int64_t look_at = start + kLookEvery;
     while (true) {
         for (int i = 0; i < 1024; ++i) {
             if (__atomic_load_n(&report->prepared, __ATOMIC_ACQUIRE) == number) return 0;
         }
         if (__atomic_load_n(&report->failed, __ATOMIC_ACQUIRE) != 0) return 1;
         clock_gettime(CLOCK_MONOTONIC, &t);
-        if (int64_t(t.tv_sec) * 1000000000 + t.tv_nsec > deadline) return 2;
+        const int64_t now = int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
+        if (now > deadline) return 2;
+        // A GPU that has failed, perhaps by another process's doing, reports nothing any more.
+        if (now > look_at) {
+            const int error = epcomm::gpu_error();
+            if (error != cudaSuccess) return -error;
+            look_at = now + kLookEvery;
+        }
     }
 }
 

@@ -74,6 +74,7 @@ def _declare() -> None:
     ]
     library.epcomm_cuda_launch_calibrate.argtypes = [ctypes.c_void_p] * 2
     library.epcomm_cuda_order.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.epcomm_cuda_versions.argtypes = [ctypes.POINTER(ctypes.c_int32)] * 2
     library.epcomm_cuda_error_text.argtypes = [ctypes.c_int]
     library.epcomm_cuda_error_text.restype = ctypes.c_char_p
     library.epcomm_cuda_wait_prepared.argtypes = [
@@ -93,6 +94,13 @@ if available:
     constants = _read_constants()
     _describe()
     _declare()
+
+
+def versions() -> tuple[int, int]:
+    """CUDA versions of the driver (0: none) and of the library's runtime, as 12040 for 12.4."""
+    driver, runtime = ctypes.c_int32(), ctypes.c_int32()
+    native.library.epcomm_cuda_versions(ctypes.byref(driver), ctypes.byref(runtime))
+    return driver.value, runtime.value
 
 
 def check(code: int, what: str) -> None:

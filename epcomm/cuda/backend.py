@@ -1,5 +1,6 @@
 """The CUDA back end of a Buffer: one node, rows moved by kernels between the ranks' GPUs."""
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +76,7 @@ class CudaBackend:
             error = caught
         raise_together(bootstrap, error)
         device = check_device(bootstrap, options.num_sms, config.num_topk)
+        self._release_sms = weakref.finalize(self, device.release)
         self.tuning = Tuning(num_sms=device.num_sms)
         self.device = torch.device("cuda", device.index)
         cupy.cuda.Device(device.index).use()
@@ -534,6 +536,7 @@ class CudaBackend:
             return
         self._closed = True
         self._calls.synchronize()
+        self._release_sms()
         if self._engine.error() is not None:
             return  # a rank that lives on may still write here: the memory ends with the process
         self._receive.close()

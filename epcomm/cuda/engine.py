@@ -4,7 +4,6 @@ Everything here is asynchronous on the caller's stream but for :meth:`Engine.wai
 """
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,9 +15,8 @@ from cupy.cuda import runtime
 
 from .. import native
 from . import abi
-from .memory import DeviceBlock, PinnedBlock, close_block, open_block
-
-AllGather = Callable[[Any], list[Any]]
+from .memory import AllGather, DeviceBlock, PinnedBlock, SharedBlock
+from .requirements import debug_delay_ns
 
 
 @dataclass(frozen=True)
@@ -155,8 +153,8 @@ class Engine:
         self.number = 0  # of the last call
         abi.check(native.library.epcomm_cuda_load(), "loading the kernels")
         R, E = shape.num_ranks, shape.num_experts
-        self._control = DeviceBlock(native.library.epcomm_cuda_control_bytes(R, E))
-        runtime.memset(self._control.pointer, 0, self._control.num_bytes)
+        self._shared: list[SharedBlock] = []
+        self._control, controls = self._share(native.library.epcomm_cuda_control_bytes(R, E))
         offset = abi.structures["control"].bad_choice.offset
         self._control.array(offset, (1,), np.int32).fill(2**31 - 1)
         local = E // R
@@ -173,25 +171,19 @@ class Engine:
         self.free_windows = 0  # that this rank will announce
         self._table = np.zeros((R, max_windows), np.uint64)
         self._device_table = cupy.zeros((R, max_windows), np.uint64)
-        self._opened: list[int] = []
         runtime.deviceSynchronize()
-        controls = self._exchange(self._control)
         world = self._make_world(controls, timeout)
         # Parameter blocks are filled in anew for every call: a launch copies what it needs.
         self._layout = abi.structures["layout"](world=world)
         self._dispatch = abi.structures["dispatch"](world=world)
         self._combine = abi.structures["combine"](world=world)
 
-    def _exchange(self, block: DeviceBlock) -> list[int]:
-        """Share a block of every rank with all; returns their addresses here. Collective."""
-        addresses = []
-        for rank, handle in enumerate(self._allgather(block.handle())):
-            if rank == self.shape.rank:
-                addresses.append(block.pointer)
-            else:
-                self._opened.append(open_block(handle))
-                addresses.append(self._opened[-1])
-        return addresses
+    def _share(self, num_bytes: int) -> tuple[DeviceBlock, list[int]]:
+        """A block on every rank: this rank's, and the addresses here of all. Collective."""
+        shared = SharedBlock(num_bytes, self.shape.rank, self._allgather)
+        self._shared.append(shared)
+        assert shared.block is not None
+        return shared.block, shared.addresses
 
     def _make_world(self, controls: list[int], timeout: float) -> Any:
         world = abi.structures["world"]()
@@ -201,6 +193,7 @@ class Engine:
         world.num_topk = self.shape.num_topk
         world.num_windows = self.max_windows
         world.timeout_ns = int(timeout * 1e9)
+        world.delay_ns = debug_delay_ns()
         world.controls[: len(controls)] = controls
         world.windows = self._device_table.data.ptr
         world.report = self._report.pointer
@@ -213,7 +206,8 @@ class Engine:
         """Give every rank one more window; returns its serial number. Collective.
 
         Raises:
-            MemoryError: there are ``max_windows`` already.
+            MemoryError: there are ``max_windows`` already, or the GPU has no memory left.
+            OSError, PeerError: as for SharedBlock.
         """
         serial = len(self.windows)
         if serial == self.max_windows:
@@ -221,9 +215,8 @@ class Engine:
                 f"all {serial} windows of this buffer are in use: results of earlier calls keep "
                 "them; drop those results, or copy what is needed of them"
             )
-        block = DeviceBlock(num_bytes)
+        block, self._table[:, serial] = self._share(num_bytes)
         self.windows.append(block)
-        self._table[:, serial] = self._exchange(block)
         self._device_table.set(self._table)
         runtime.deviceSynchronize()
         return serial
@@ -325,12 +318,16 @@ class Engine:
         return routes
 
     def wait_prepared(self, timeout: float) -> int:
-        """Wait for the verdict on the last dispatch. Returns 0, 1 (failed) or 2 (too late)."""
-        return int(
-            native.library.epcomm_cuda_wait_prepared(
-                self._report.pointer, self.number, int(timeout * 1e9)
-            )
+        """Wait for the verdict on the last dispatch. Returns 0, 1 (failed) or 2 (too late).
+
+        Raises:
+            RuntimeError: the GPU failed.
+        """
+        code = native.library.epcomm_cuda_wait_prepared(
+            self._report.pointer, self.number, int(timeout * 1e9)
         )
+        abi.check(max(0, -code), "a call")
+        return int(code)
 
     def dispatch(
         self,
@@ -462,9 +459,9 @@ class Engine:
 
     def close(self) -> None:
         """Unmap and free all but the windows; the ranks must have stopped using the memory."""
-        for pointer in self._opened:
-            close_block(pointer)
-        self._opened.clear()
+        for shared in self._shared:
+            shared.unmap()
+        self._shared.clear()
         native.library.epcomm_cuda_sequence_close(self._sequence_at)
         self._control.close()
         self._report.close()

@@ -1,12 +1,18 @@
 """Device and pinned memory, and the mapping of other ranks' device memory by CUDA IPC."""
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import cupy
 import numpy as np
 from cupy.cuda import runtime
 
+from ..errors import PeerError
+
+AllGather = Callable[[Any], list[Any]]
+
+_MEMORY_ALLOCATION = 2  # cudaErrorMemoryAllocation
 _HOST_ALLOC_MAPPED = 2  # cudaHostAllocMapped
 
 
@@ -61,6 +67,82 @@ class PinnedBlock:
         pointer, self.pointer = self.pointer, 0
         if pointer:
             runtime.freeHost(pointer)
+
+
+class SharedBlock:
+    """A block on every rank, each mapped by all. Making one is collective, also where it fails.
+
+    Attributes:
+        block: this rank's, zeroed.
+        addresses: where every rank's block is here, by rank.
+
+    Raises:
+        MemoryError: this rank's GPU has no memory left.
+        OSError: memory cannot be shared with another rank by CUDA IPC.
+        PeerError: one of these on another rank.
+    """
+
+    def __init__(self, num_bytes: int, rank: int, allgather: AllGather) -> None:
+        self.block: DeviceBlock | None = None
+        self.addresses: list[int] = []
+        self._rank = rank
+        handles = self._attempt(lambda: self._make(num_bytes), allgather)
+        self._attempt(lambda: self._map(handles), allgather)
+
+    def _make(self, num_bytes: int) -> bytes:
+        try:
+            self.block = DeviceBlock(num_bytes)
+        except runtime.CUDARuntimeError as error:
+            if error.status != _MEMORY_ALLOCATION:
+                raise
+            free, total = runtime.memGetInfo()
+            raise MemoryError(
+                f"no {num_bytes >> 20} MiB of GPU memory for a window: {free >> 20} of "
+                f"{total >> 20} MiB are free; torch.cuda.empty_cache() may free some"
+            ) from error
+        runtime.memset(self.block.pointer, 0, self.block.num_bytes)
+        runtime.deviceSynchronize()
+        return self.block.handle()
+
+    def _map(self, handles: list[bytes]) -> None:
+        assert self.block is not None
+        for rank, handle in enumerate(handles):
+            own = rank == self._rank
+            self.addresses.append(self.block.pointer if own else open_block(handle))
+
+    def _attempt(self, step: Callable[[], Any], allgather: AllGather) -> list[Any]:
+        """Take a step on all ranks; returns what it returned on each."""
+        result, failure = None, None  # type: Any, Exception | None
+        try:
+            result = step()
+        except MemoryError as error:
+            failure = error
+        except runtime.CUDARuntimeError as error:
+            failure = OSError(
+                f"rank {len(self.addresses)}'s GPU memory cannot be shared by CUDA IPC: {error}. "
+                "The ranks of a node must be processes of one machine that share an IPC and a "
+                "process namespace (containers: one for all ranks, or --ipc=host --pid=host)"
+            )
+            failure.__cause__ = error
+        answers = allgather((None if failure is None else str(failure), result))
+        failed = {r: why for r, (why, _) in enumerate(answers) if why is not None}
+        if failed:
+            self.unmap()
+            if self.block is not None:
+                self.block.close()
+        if failure is not None:
+            raise failure
+        if failed:
+            reasons = "; ".join(f"rank {r}: {why}" for r, why in failed.items())
+            raise PeerError(f"no window on other ranks: {reasons}", tuple(failed))
+        return [value for _, value in answers]
+
+    def unmap(self) -> None:
+        """Let go of the other ranks' blocks; this rank's stays."""
+        for rank, address in enumerate(self.addresses):
+            if rank != self._rank:
+                close_block(address)
+        self.addresses = []
 
 
 def open_block(handle: bytes) -> int:

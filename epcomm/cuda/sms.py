@@ -4,6 +4,7 @@ Pure arithmetic over measured rates; :mod:`epcomm.cuda.rates` has them measured.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .rates import Rates
@@ -44,12 +45,55 @@ class Neighbourhood:
         return (self.on_host - self.on_gpu) / self.on_host
 
 
+@dataclass(frozen=True)
+class Demand:
+    """SMs of a GPU for one of its ranks.
+
+    Attributes:
+        wanted: by the buffer being made; None: as many as are good.
+        held: by the open buffers of the rank's process.
+    """
+
+    wanted: int | None
+    held: int = 0
+
+
 def share_of_sms(sms: int, on_gpu: int) -> int:
     """Most SMs that each of ``on_gpu`` ranks may hold unasked.
 
     The blocks of all of them must be resident together.
     """
     return max(1, min(sms // _MOST_PART, (sms - _SPARE_SMS) // on_gpu))
+
+
+def free_share(sms: int, demands: Sequence[Demand]) -> int:
+    """Most SMs for each rank of a GPU that wants no number of them; 1 also where none is left."""
+    share = share_of_sms(sms, len(demands))
+    modest = sum(demand.wanted is None for demand in demands)
+    if modest:
+        share = min(share, (sms - _SPARE_SMS - _taken(demands)) // modest)
+    return max(1, share)
+
+
+def check_sms(sms: int, share: int, demands: Sequence[Demand]) -> None:
+    """Check that all blocks can be resident: they wait for each other.
+
+    Raises:
+        ValueError: they need more SMs than the GPU has.
+    """
+    total = _taken(demands) + share * sum(demand.wanted is None for demand in demands)
+    held = sum(demand.held for demand in demands)
+    if total > sms:
+        others = f"; open buffers hold {held} of them" if held else ""
+        raise ValueError(
+            f"num_sms: the {len(demands)} ranks on this GPU need {total} SMs together, and it has "
+            f"{sms}{others}. Their blocks wait for each other and must all be resident: pass a "
+            "smaller num_sms to every Buffer, or close the buffers that are not needed"
+        )
+
+
+def _taken(demands: Sequence[Demand]) -> int:
+    return sum(demand.held + (demand.wanted or 0) for demand in demands)
 
 
 def limiting_rate(rates: Rates, where: Neighbourhood) -> float:

@@ -8,7 +8,15 @@ import pytest
 
 from epcomm.cuda import rates as rates_module
 from epcomm.cuda.rates import Place, Rates, agree_on_rates, block_counts
-from epcomm.cuda.sms import Neighbourhood, enough_sms, limiting_rate, share_of_sms
+from epcomm.cuda.sms import (
+    Demand,
+    Neighbourhood,
+    check_sms,
+    enough_sms,
+    free_share,
+    limiting_rate,
+    share_of_sms,
+)
 from epcomm.errors import PeerError
 
 # Of the kind an H200 has: some 65 GB/s an SM while few are busy, 4.2 TB/s at most.
@@ -222,3 +230,41 @@ def test_failure_of_one_rank_reaches_all(step):
     for rank in (0, 2, 3):
         assert isinstance(got[rank], PeerError)
         assert f"rank 1: no {step} here" in str(got[rank])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "held", "share"),
+    [
+        ([None], 0, 33),
+        ([None] * 8, 0, 16),
+        ([60, None], 0, 33),
+        ([None] * 4, 24, 8),
+        ([None] * 4, 32, 1),  # two are left, which others should have
+        ([None] * 8, 16, 1),
+    ],
+)
+def test_open_buffers_leave_less(wanted, held, share):
+    assert free_share(132, [Demand(one, held) for one in wanted]) == share
+
+
+@pytest.mark.parametrize(
+    ("wanted", "held", "share"),
+    [([16] * 8, 0, 1), ([None] * 8, 0, 16), ([2] * 8, 14, 1), ([130, None], 0, 2), ([132], 0, 9)],
+)
+def test_blocks_that_can_all_be_resident(wanted, held, share):
+    check_sms(132, share, [Demand(one, held) for one in wanted])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "held", "share", "words"),
+    [
+        ([17] * 8, 0, 1, "the 8 ranks on this GPU need 136 SMs together, and it has 132"),
+        ([None] * 8, 16, 1, "need 136 SMs together, and it has 132; open buffers hold 128"),
+        ([4] * 8, 13, 1, "need 136 SMs together, .* open buffers hold 104"),
+        ([130, None], 0, 3, "need 133 SMs .* smaller num_sms to every Buffer"),
+        ([133], 0, 1, "the 1 ranks on this GPU need 133 SMs"),
+    ],
+)
+def test_blocks_that_cannot_all_be_resident_are_refused(wanted, held, share, words):
+    with pytest.raises(ValueError, match=words):
+        check_sms(132, share, [Demand(one, held) for one in wanted])
