@@ -22,7 +22,7 @@ class Case:
 
     Attributes:
         routing: "uniform", "skewed" (low experts are hot), "one rank" (all tokens to rank 0's
-            experts) or "sparse" (most choices dropped).
+            experts), "sparse" (most choices dropped) or "dropped" (all of them).
         tokens: per rank, repeated as needed.
         packed: pass a (FP8, scales) pair with these scales: "f32" or "ue8m0".
     """
@@ -61,7 +61,8 @@ def draw_topk(case: Case, num_ranks: int, rank: int, rng: np.random.Generator) -
     if case.routing == "one rank":
         scores[:, : max(case.experts_per_rank, case.num_topk)] += 1000.0
     topk = np.argsort(-scores, axis=1)[:, : case.num_topk]
-    dropped = rng.random(topk.shape) < (0.8 if case.routing == "sparse" else 0.1)
+    share = {"sparse": 0.8, "dropped": 1.0}.get(case.routing, 0.1)
+    dropped = rng.random(topk.shape) < share
     return torch.from_numpy(np.where(dropped, -1, topk))
 
 

@@ -34,6 +34,8 @@ CASES = {
     "skewed": Case(1, routing="skewed", tokens=(40,)),
     "all to one rank": Case(1, routing="one rank", tokens=(30,)),
     "mostly dropped": Case(1, routing="sparse"),
+    "all dropped": Case(1, routing="dropped", num_bias=1),
+    "all dropped by expert": Case(1, routing="dropped", layout="expert", alignment=4),
     "fixed rows": Case(1, fixed_rows=600, tokens=(11, 3)),
     "fixed rows by expert": Case(1, fixed_rows=900, layout="expert", alignment=4),
 }
