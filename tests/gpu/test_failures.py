@@ -121,7 +121,10 @@ def test_async_calls_follow_their_events(comm):
 def test_buffers_come_and_go(comm):
     case = replace(CASE, ranks_per_node=comm.size)
     for _ in range(20):
-        with make_buffer(comm, case) as first, make_buffer(comm, case) as second:
+        with (
+            make_buffer(comm, case, num_sms=4) as first,
+            make_buffer(comm, case, num_sms=4) as second,
+        ):
             x, topk_idx = inputs(comm)
             a, b = first.dispatch(x, topk_idx), second.dispatch(x, topk_idx)
             assert torch.equal(a.source, b.source)
