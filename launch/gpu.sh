@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
 # Run a program with several ranks on this machine's GPUs, under a CUDA MPS of its own:
 #
-#     bash launch/gpu.sh [-n RANKS] [--sms SMS] [--timeout SECONDS] PROGRAM [ARGUMENTS...]
+#     bash launch/gpu.sh [-n RANKS] [--sms SMS] [--timeout SECONDS] [--once] PROGRAM [ARGUMENTS...]
 #
 # Rank r uses GPU r mod (number of GPUs). Kernels of ranks that share a GPU wait for each other, so
 # all their thread blocks must be resident together: RANKS x SMS per GPU may not exceed its SMs.
-# By default 8 ranks and 16 SMs, or as many as fit.
+# By default 8 ranks and 16 SMs, or as many as fit. --once: PROGRAM is run once and starts the ranks
+# itself, as torchrun does; EPCOMM_GPU_COUNT tells it the number of GPUs.
 # Exit status: the program's; 2 for wrong arguments; 3 where MPS does not start.
 set -euo pipefail
 
-ranks=8 sms='' limit=0
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+ranks=8 sms='' limit=0 once=
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
     -n) ranks=$2; shift 2 ;;
     --sms) sms=$2; shift 2 ;;
     --timeout) limit=$2; shift 2 ;;
+    --once) once=1; shift ;;
     -*) usage ;;
     *) break ;;
   esac
@@ -38,7 +40,17 @@ fi
 work=$(mktemp -d "${TMPDIR:-/tmp}/epcomm-mps.XXXXXX")
 stop() {
   if [ -n "${mps:-}" ]; then
-    echo quit | timeout 20 nvidia-cuda-mps-control >/dev/null 2>&1 || true
+    # After a rank was killed, the server may wait for it for ever: it is given 5 seconds.
+    local pid=none request wait
+    read -r pid 2>/dev/null <"$CUDA_MPS_PIPE_DIRECTORY/nvidia-cuda-mps-control.pid" || true
+    for request in "quit -t 5" quit; do
+      echo "$request" | timeout 20 nvidia-cuda-mps-control >/dev/null 2>&1 || true
+      for wait in 0.1 0.4 1 2; do
+        kill -0 "$pid" 2>/dev/null || break 2
+        sleep "$wait"
+      done
+    done
+    kill -KILL "$pid" 2>/dev/null || true
   fi
   rm -rf "$work"
 }
@@ -68,6 +80,10 @@ if mpirun --version 2>/dev/null | grep -q "Open MPI"; then
 fi
 guard=()
 [ "$limit" -gt 0 ] && guard=(timeout --kill-after=5 "$limit")
+if [ -n "$once" ]; then
+  "${guard[@]}" "$@"
+  exit
+fi
 # shellcheck disable=SC2016  # each rank expands it
 "${guard[@]}" mpirun "${flags[@]}" -n "$ranks" bash -c '
   local_rank=${OMPI_COMM_WORLD_LOCAL_RANK:-${MPI_LOCALRANKID:-${PMI_RANK:-0}}}

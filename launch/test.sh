@@ -81,6 +81,7 @@ if [[ $mode != cpu ]] && gpu_job; then
         test_stage "$size ranks on GPUs" bash launch/gpu.sh -n "$size" python -m mpi4py -m pytest \
             --color=no --with-mpi -o faulthandler_timeout=115 tests/gpu
     done
+    test_stage "jobs on GPUs" python -m pytest --color=no tests/jobs
 elif [[ $mode == *gpu ]]; then
     stage "tests on GPUs: no GPU that can be used" false
 fi
