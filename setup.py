@@ -4,14 +4,18 @@ The library uses neither Python's nor torch's headers, so one wheel serves every
 ``CXX`` names the compiler; ``EPCOMM_CXXFLAGS`` adds flags.
 
 Where nvcc is found (in ``CUDA_HOME``, on PATH, or in NVIDIA's package from PyPI) the CUDA kernels
-are built into the library. ``EPCOMM_CUDA``: ``auto`` (the default), ``1`` (fail without nvcc) or
-``0``. ``EPCOMM_CUDA_ARCH``: architectures, by default ``90a``; for example ``80,90a,100``.
+are built into the library. ``EPCOMM_CUDA``: ``auto`` (the default: without CUDA where there is no
+nvcc that can build the kernels), ``1`` (fail then) or ``0``. ``EPCOMM_CUDA_ARCH``: architectures, by
+default ``90a``; for example ``80,90a,100``.
 """
 
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -21,13 +25,36 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
+DEFAULT_ARCH = "90a"
+#: The first release with all that the kernels use.
+OLDEST_NVCC = (12, 4)
+
+
 def find_nvcc() -> str | None:
-    """Path of nvcc, or None for a library without CUDA."""
+    """Path of an nvcc that can build the kernels, or None for a library without CUDA."""
     wanted = os.environ.get("EPCOMM_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"EPCOMM_CUDA: expected auto, 0 or 1, got {wanted!r}")
     if wanted == "0":
         return None
+    nvcc = look_for_nvcc()
+    if nvcc is None:
+        problem = "nvcc was not found"
+        remedy = "set CUDA_HOME, put nvcc on PATH, or pip install nvidia-cuda-nvcc"
+    else:
+        problem = try_nvcc(nvcc)
+        remedy = "set CUDA_HOME to a newer CUDA, or EPCOMM_CUDA_ARCH to an architecture it knows"
+    if not problem:
+        return nvcc
+    if wanted == "1":
+        raise SystemExit(f"EPCOMM_CUDA=1, but {problem}: {remedy}")
+    if nvcc is not None:
+        print(f"epcomm: building without CUDA, because {problem}; {remedy}", file=sys.stderr)
+    return None
+
+
+def look_for_nvcc() -> str | None:
+    """Path of the first nvcc there is."""
     home = os.environ.get("CUDA_HOME")
     places = [Path(home) / "bin/nvcc"] if home else []
     on_path = shutil.which("nvcc")
@@ -37,12 +64,42 @@ def find_nvcc() -> str | None:
     for place in places:
         if place.is_file():
             return str(place)
-    if wanted == "1":
-        raise SystemExit(
-            "EPCOMM_CUDA=1, but nvcc was not found: set CUDA_HOME, put nvcc on PATH, or "
-            "pip install nvidia-cuda-nvcc"
-        )
     return None
+
+
+def try_nvcc(nvcc: str) -> str:
+    """Why this nvcc cannot build the kernels; empty if it can."""
+    told = run([nvcc, "--version"])
+    version = re.search(r"release (\d+)\.(\d+)", told.stdout)
+    if told.returncode != 0 or version is None:
+        return f"'{nvcc} --version' does not tell a release"
+    if tuple(map(int, version.groups())) < OLDEST_NVCC:
+        oldest = ".".join(map(str, OLDEST_NVCC))
+        return f"{nvcc} is of CUDA {'.'.join(version.groups())}, and {oldest} or newer is needed"
+    # Whether it knows the architectures, and likes the host's compiler and library.
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cu"
+        source.write_text("#include <cuda_runtime.h>\n__global__ void probe() {}\n")
+        compiled = run([nvcc, *gencode(), "-c", str(source), "-o", str(source.with_suffix(".o"))])
+    if compiled.returncode == 0:
+        return ""
+    words = (compiled.stderr + compiled.stdout).strip().splitlines()
+    arches = os.environ.get("EPCOMM_CUDA_ARCH", DEFAULT_ARCH)
+    return f"{nvcc} cannot compile for {arches} ({words[0] if words else 'it says nothing'})"
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command that may fail, or not even start."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        return subprocess.CompletedProcess(command, 127, "", str(error))
+
+
+def gencode() -> list[str]:
+    """Nvcc's options for the architectures to build for."""
+    arches = os.environ.get("EPCOMM_CUDA_ARCH", DEFAULT_ARCH).split(",")
+    return [f"-gencode=arch=compute_{a},code=sm_{a}" for a in arches]
 
 
 class BuildLibrary(build_ext):
@@ -71,11 +128,10 @@ class BuildLibrary(build_ext):
 
     def build_with_cuda(self, nvcc: str, ext: Extension, output: Path) -> None:
         """One object per kernel file, then everything into one library with its own runtime."""
-        arches = os.environ.get("EPCOMM_CUDA_ARCH", "90a").split(",")
         shared = [
             nvcc,
             *("-std=c++17", "-O3", "-cudart", "static"),
-            *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in arches),
+            *gencode(),
             *("--compiler-options", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"),
             f"-I{ROOT / 'csrc/include'}",
         ]

@@ -9,7 +9,7 @@ cd "$EPCOMM_ROOT"
 nvcc=$(python -c 'import runpy, sys; sys.argv = ["setup.py", "--version"]
 print(runpy.run_path("setup.py")["find_nvcc"]() or "")' 2>/dev/null | tail -n 1)
 if [[ -z $nvcc ]]; then
-    say "skipped: nvcc is not installed ('pip install nvidia-cuda-nvcc' provides it)"
+    say "skipped: there is no nvcc that can compile them ('pip install nvidia-cuda-nvcc' provides one)"
     exit 0
 fi
 work=$(mktemp -d)
