@@ -5,8 +5,8 @@ The library uses neither Python's nor torch's headers, so one wheel serves every
 
 Where nvcc is found (in ``CUDA_HOME``, on PATH, or in NVIDIA's package from PyPI) the CUDA kernels
 are built into the library. ``EPCOMM_CUDA``: ``auto`` (the default: without CUDA where there is no
-nvcc that can build the kernels), ``1`` (fail then) or ``0``. ``EPCOMM_CUDA_ARCH``: architectures, by
-default ``90a``; for example ``80,90a,100``.
+nvcc that can build the kernels), ``1`` (fail then) or ``0``. ``EPCOMM_CUDA_ARCH``: architectures,
+by default ``90a``; for example ``80,90a,100``.
 """
 
 import os

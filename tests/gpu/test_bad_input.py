@@ -83,7 +83,7 @@ COMBINE = {
 
 @pytest.mark.parametrize("name", COMBINE)
 def test_a_bad_combine_is_refused_everywhere(comm, name):
-    """The others hear of it by check, or in their next call."""
+    """The others hear of it by check, or at the end of their next call."""
     spoil, words = COMBINE[name]
     case, bad = replace(CASE, ranks_per_node=comm.size), comm.size - 1
     with make_buffer(comm, case) as buffer:
@@ -97,7 +97,7 @@ def test_a_bad_combine_is_refused_everywhere(comm, name):
                 with pytest.raises(ValueError, match=words):
                     buffer.combine(**arguments)
                 if not told_by_check:
-                    got = buffer.dispatch(given.x, given.topk_idx)
+                    buffer.dispatch(given.x, given.topk_idx)
             else:
                 buffer.combine(y, got.handle)
                 if told_by_check:
@@ -108,7 +108,7 @@ def test_a_bad_combine_is_refused_everywhere(comm, name):
                     torch.cuda.synchronize()
                     with pytest.raises(epcomm.PeerError, match=words):
                         buffer.dispatch(given.x, given.topk_idx)
-                    got = buffer.dispatch(given.x, given.topk_idx)
+            got = buffer.dispatch(given.x, given.topk_idx)
             buffer.combine(got.x, got.handle)
             buffer.check()
         check(comm, case, buffer)

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# launch/sanitize.sh [memcheck] [racecheck] [synccheck] [initcheck]: run compute-sanitizer's tools (by
+# default memcheck and racecheck) over a few calls of the CUDA back end, with one rank and with two.
+# Needs a GPU, and compute-sanitizer on PATH or under CUDA_HOME. Status: 0 if no tool found anything.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+
+sanitizer=
+for place in "$(command -v compute-sanitizer || true)" \
+    "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" \
+    "${CUDA_HOME:-/usr/local/cuda}/compute-sanitizer/compute-sanitizer"; do
+    if [[ -x $place ]]; then
+        sanitizer=$place
+        break
+    fi
+done
+if [[ -z $sanitizer ]]; then
+    echo "sanitize.sh: compute-sanitizer is neither on PATH nor under CUDA_HOME" >&2
+    exit 2
+fi
+
+tools=("$@")
+[[ ${#tools[@]} -gt 0 ]] || tools=(memcheck racecheck)
+bad=()
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+for tool in "${tools[@]}"; do
+    for ranks in 1 2; do
+        name="$tool, $ranks rank(s)"
+        printf '\n=== %s\n' "$name"
+        # Instrumented kernels take registers and time: few blocks, and deadlines that suit them.
+        # Only epcomm's kernels are looked at; torch's own cost time and are not ours.
+        bash launch/gpu.sh -n "$ranks" --sms 4 --timeout "${SANITIZE_TIMEOUT:-240}" \
+            "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
+            --kernel-name kernel_substring=epcomm \
+            python3 -m mpi4py tests/gpu/short_run.py || bad+=("$name")
+    done
+done
+echo
+if [[ ${#bad[@]} -gt 0 ]]; then
+    printf 'failed: %s\n' "${bad[@]}"
+    exit 1
+fi
+echo "${tools[*]}: nothing found"
