@@ -3,8 +3,9 @@
 # default memcheck and racecheck) over a few calls of the CUDA back end, with one rank and with two.
 # Needs a GPU, and compute-sanitizer on PATH or under CUDA_HOME. Status: 0 if no tool found anything.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-cd "$root"
+# shellcheck source=launch/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+cd "$EPCOMM_ROOT"
 
 sanitizer=
 for place in "$(command -v compute-sanitizer || true)" \
@@ -23,7 +24,7 @@ fi
 tools=("$@")
 [[ ${#tools[@]} -gt 0 ]] || tools=(memcheck racecheck)
 bad=()
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$EPCOMM_ROOT${PYTHONPATH:+:$PYTHONPATH}
 for tool in "${tools[@]}"; do
     for ranks in 1 2; do
         name="$tool, $ranks rank(s)"
@@ -33,7 +34,7 @@ for tool in "${tools[@]}"; do
         bash launch/gpu.sh -n "$ranks" --sms 4 --timeout "${SANITIZE_TIMEOUT:-240}" \
             "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
             --kernel-name kernel_substring=epcomm \
-            python3 -m mpi4py tests/gpu/short_run.py || bad+=("$name")
+            python -m mpi4py tests/gpu/short_run.py || bad+=("$name")
     done
 done
 echo
