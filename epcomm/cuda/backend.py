@@ -193,14 +193,16 @@ class CudaBackend:
         row = self._row(call, agreed)
         # Rows of a fixed number need not be asked for, once there are windows for them.
         needed = 0 if call.fixed_rows is None else engine.parts(row, call.fixed_rows).bytes
-        waits = call.fixed_rows is None or needed > self._receive.largest
+        waits = call.fixed_rows is None or self._too_few(needed)
         if waits:
             self._calls.refuse_capture(
                 "fixed_rows: a dispatch in a CUDA graph needs it, and one such call before the "
                 "capture that makes its windows"
             )
         while True:
-            lease = self._lease(needed, stream, must=not waits)
+            # All ranks agree on too few windows for rows of a fixed number, and make them all now.
+            grows = call.fixed_rows is not None and self._too_few(needed)
+            lease = None if grows else self._lease(needed, stream, must=not waits)
             window = None if lease is None else lease.serial
             routes = engine.layout(agreed, row, topk_idx, window, self.tuning, stream)
             self._move(call, agreed, row, routes, window, stream)
@@ -264,13 +266,23 @@ class CudaBackend:
 
     def _grow(self, call: DispatchCall, row: Any, max_rows: int) -> None:
         """More windows to receive into, and enough of those to combine from. Collective."""
-        fixed = call.fixed_rows is not None
         held = call.fixed_rows if call.fixed_rows is not None else max_rows
-        for _ in range(RECEIVE_WINDOWS if fixed or self._receive.largest == 0 else 1):
-            self._receive.add(window_bytes(self._engine.parts(row, held).bytes))
+        fixed = call.fixed_rows is not None
+        self._grow_receive(
+            self._engine.parts(row, held).bytes, all_of_them=fixed or self._receive.largest == 0
+        )
         needed = self._exposed(held, torch.bfloat16, call.layout == "expert").nbytes
         if needed > self._expose.largest:
             self._grow_exposed(needed)
+
+    def _too_few(self, needed: int) -> bool:
+        """Whether calls that cannot ask for a window may meet none of ``needed`` bytes."""
+        return self._receive.count(needed) < RECEIVE_WINDOWS
+
+    def _grow_receive(self, needed: int, *, all_of_them: bool) -> None:
+        missing = RECEIVE_WINDOWS - self._receive.count(needed) if all_of_them else 1
+        for _ in range(max(1, missing)):
+            self._receive.add(window_bytes(needed))
 
     def _grow_exposed(self, needed: int) -> None:
         for _ in range(EXPOSED_WINDOWS):
@@ -315,7 +327,7 @@ class CudaBackend:
         while True:
             # All ranks find alike that windows are too small, unless they disagree about the
             # call; so none goes to make larger ones before the verdict says that all will.
-            grows = needed > self._receive.largest
+            grows = self._too_few(needed) if fixed else needed > self._receive.largest
             lease = None if grows else self._lease(needed, stream, must=fixed)
             if grows:
                 self._calls.refuse_capture(
@@ -337,8 +349,7 @@ class CudaBackend:
             if verdict != abi.constants["GROW"]:
                 self._end_refused()
                 raise refusal(self._engine, verdict, self._engine.report.epoch)
-            for _ in range(RECEIVE_WINDOWS if fixed else 1):
-                self._receive.add(window_bytes(needed))
+            self._grow_receive(needed, all_of_them=fixed)
         assert lease is not None
         return self._result(call, row, lease, handle, state)
 

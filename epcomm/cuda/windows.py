@@ -84,6 +84,10 @@ class WindowPool:
         largest = self.largest
         return sum([self._sizes[serial] == largest for serial in self._free])
 
+    def count(self, nbytes: int) -> int:
+        """Windows of at least ``nbytes``, lent or not; the same on all ranks."""
+        return sum([size >= nbytes for size in self._sizes.values()])
+
     def add(self, nbytes: int) -> None:
         """One more window on every rank. Collective."""
         serial = self._engine.add_window(nbytes)
