@@ -16,13 +16,8 @@
 
 #include <stdint.h>
 
+#include "host_device.h"
 #include "limits.h"
-
-#ifdef __CUDACC__
-#define EPCOMM_HD __host__ __device__
-#else
-#define EPCOMM_HD
-#endif
 
 /// What the bytes of a row mean.
 typedef enum {

@@ -1,0 +1,145 @@
+/// What producers of a fabric, its proxy threads and Python share in memory.
+///
+/// A *fabric* moves bytes between the ranks of a rail, from registered *regions* of one to those
+/// of another. A rank's peers on it are the other ranks of its rail; a peer is named by its node
+/// number. A *channel* is a lane with an order of its own: on one (peer, channel) data become
+/// visible before the signal that follows them, and nothing else is promised.
+///
+/// Kernels (or host threads) put *triggers* into *rings*; proxy threads of the same process take
+/// them out and hand them to a transport. All of a channel's triggers go through one ring,
+/// `channel % num_rings`, and a ring is served by one thread.
+#pragma once
+
+#include <stdint.h>
+
+/// X(name, value): what the fields of a trigger (fabric/trigger.h) can say.
+///   MAX_NODES     10 bits of peer
+///   MAX_CHANNELS  6 bits of channel
+///   MAX_SIGNALS   16 bits of signal
+///   MAX_REGIONS   3 bits of region
+///   UNIT          offsets and sizes are multiples of this many bytes
+///   MAX_BYTES     20 bits of units; longer puts become several triggers
+///   MAX_LOCAL     31 bits of units: end of what is addressable in a local region
+///   MAX_REMOTE    32 bits of units: the same in a remote region
+///   MAX_RINGS     rings of a rank; a ring has at most one proxy thread of its own
+#define EPCOMM_FABRIC_LIMITS(X)            \
+    X(MAX_NODES, 1 << 10)                  \
+    X(MAX_CHANNELS, 1 << 6)                \
+    X(MAX_SIGNALS, 1 << 16)                \
+    X(MAX_REGIONS, 1 << 3)                 \
+    X(UNIT, 16)                            \
+    X(MAX_BYTES, ((1 << 20) - 1) * 16)     \
+    X(MAX_LOCAL, ((int64_t)1 << 31) * 16)  \
+    X(MAX_REMOTE, ((int64_t)1 << 32) * 16) \
+    X(MAX_RINGS, 8)
+
+enum {
+#define EPCOMM_FABRIC_LIMIT_ENUM(name, value) EPCOMM_FABRIC_##name = (value),
+    EPCOMM_FABRIC_LIMITS(EPCOMM_FABRIC_LIMIT_ENUM)
+#undef EPCOMM_FABRIC_LIMIT_ENUM
+};
+
+/// Region 0 of every rank holds its signals: an array of 64-bit counters that only ever grow and
+/// are never cleared. Exactly one (source node, channel) raises any one of them.
+enum { EPCOMM_FABRIC_SIGNALS = 0 };
+
+typedef enum {
+    EPCOMM_FABRIC_NOOP = 0,        ///< moves nothing; completes once the proxy has seen it
+    EPCOMM_FABRIC_PUT = 1,         ///< bytes
+    EPCOMM_FABRIC_PUT_SIGNAL = 2,  ///< bytes (may be none), then the signal grows by 1
+    EPCOMM_FABRIC_SIGNAL_ADD = 3,  ///< the signal grows by a value
+} epcomm_fabric_op;
+
+/// Why a fabric stopped. Once it has, nothing more is sent and every wait on it ends.
+typedef enum {
+    EPCOMM_FABRIC_OK = 0,
+    EPCOMM_FABRIC_TRANSPORT = 1,    ///< the transport completed an operation with an error
+    EPCOMM_FABRIC_BAD_TRIGGER = 2,  ///< peer, channel, region, offset or signal out of range
+    EPCOMM_FABRIC_RING_FULL = 3,    ///< a producer waited for a slot until its deadline
+    EPCOMM_FABRIC_STALLED = 4,      ///< a proxy thread ended or gives no sign of life
+    EPCOMM_FABRIC_STOPPED = 5,      ///< the fabric was stopped; no error
+} epcomm_fabric_status;
+
+/// Two 64-bit words; the top bit of each is the parity of the slot's lap.
+typedef struct {
+    uint64_t word[2];
+} epcomm_trigger;
+
+/// The producers' part of a ring: in device memory for a ring that kernels fill, in host memory
+/// for one that host threads fill. Never both kinds of producer: the atomics of a device on memory
+/// of its own are not atomic for the host.
+typedef struct {
+    uint64_t head;       ///< next free position; producers reserve with an atomic addition
+    uint64_t tail_seen;  ///< a value the tail once had; saves reading it over the bus
+    uint64_t reserved[14];
+} epcomm_ring_producer;
+
+/// The consumer's part of a ring, in host memory that producers can read. Written by the ring's
+/// proxy thread alone.
+typedef struct {
+    uint64_t tail;  ///< positions below were taken out of the ring: their slots are free
+    uint64_t reserved_tail[15];
+    uint64_t completed;  ///< all positions below have completed at their peers
+    uint64_t reserved_completed[15];
+} epcomm_ring_consumer;
+
+/// Positions only grow; position p lies in slot p % num_slots, in lap p / num_slots.
+typedef struct {
+    epcomm_trigger* slots;  ///< plain (not write-combined) host memory, pinned for a device
+    epcomm_ring_producer* producer;
+    epcomm_ring_consumer* consumer;
+    uint64_t num_slots;  ///< a power of two
+} epcomm_ring;
+
+/// What failed first.
+typedef struct {
+    int32_t status;       ///< epcomm_fabric_status
+    int32_t vendor;       ///< the transport's own code, such as ibv_wc_status; 0 if it has none
+    int32_t peer;         ///< node number, or -1
+    int32_t channel;      ///< or -1
+    int32_t op;           ///< epcomm_fabric_op
+    uint32_t queue_pair;  ///< its number on this rank's side; 0 if it has none
+    uint64_t bytes;
+    uint64_t position;  ///< of the trigger in its ring
+    char text[256];     ///< in words; terminated
+} epcomm_fabric_error;
+
+/// A proxy thread's signs of life.
+typedef struct {
+    uint64_t heartbeat;  ///< grows with every round of the thread
+    uint64_t triggers;   ///< taken out of rings so far
+    uint64_t busy_ns;    ///< processor time used so far, brought up to date when idle
+    uint32_t asleep;     ///< futex word: 1 while the thread naps
+    int32_t running;     ///< 1 from start to end of the thread
+    uint64_t reserved[12];
+} epcomm_proxy_thread;
+
+/// Host memory that producers can read, pinned for a device.
+typedef struct {
+    uint32_t failed;  ///< epcomm_fabric_status, written (release) after `error`; 0 = going
+    uint32_t reserved[31];
+    uint32_t failing;  ///< taken by the first that reports an error
+    uint32_t reserved_failing[31];
+    epcomm_fabric_error error;
+    epcomm_proxy_thread threads[EPCOMM_FABRIC_MAX_RINGS];
+    epcomm_ring_consumer consumers[EPCOMM_FABRIC_MAX_RINGS];
+} epcomm_fabric_state;
+
+/// What producers need; plain data that a kernel takes by value. Pointers are valid where the
+/// producers run.
+typedef struct {
+    epcomm_ring rings[EPCOMM_FABRIC_MAX_RINGS];
+    epcomm_fabric_state* state;
+    int64_t timeout_ns;  ///< how long a producer waits for a free slot
+    int32_t num_rings;
+    int32_t num_channels;
+    int32_t num_nodes;
+    int32_t node;  ///< this rank's
+} epcomm_fabric;
+
+/// A place in a region: of this rank (local) or of a peer (remote).
+typedef struct {
+    int32_t region;
+    int32_t reserved;
+    uint64_t offset;  ///< bytes, a multiple of EPCOMM_FABRIC_UNIT
+} epcomm_fabric_place;
