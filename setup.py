@@ -117,7 +117,8 @@ class BuildLibrary(build_ext):
             return
         command = [
             *shlex.split(os.environ.get("CXX", "g++")),
-            *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"),
+            *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"),
+            *("-Wall", "-Wextra"),
             *shlex.split(os.environ.get("EPCOMM_CXXFLAGS", "")),
             f"-I{ROOT / 'csrc/include'}",
             *ext.sources,
@@ -132,7 +133,7 @@ class BuildLibrary(build_ext):
             nvcc,
             *("-std=c++17", "-O3", "-cudart", "static"),
             *gencode(),
-            *("--compiler-options", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"),
+            *("--compiler-options", "-fPIC,-pthread,-fvisibility=hidden,-Wall,-Wextra"),
             f"-I{ROOT / 'csrc/include'}",
         ]
         host_flags = shlex.split(os.environ.get("EPCOMM_CXXFLAGS", ""))
@@ -147,7 +148,15 @@ class BuildLibrary(build_ext):
             command = [*shared, "-Xptxas", "-v", "-c", source, "-o", objects[-1]]
             print(shlex.join(command), flush=True)
             self.spawn(command)
-        command = [*shared, "-shared", *ext.sources, *objects, "-o", str(output)]
+        command = [
+            *shared,
+            "-shared",
+            *ext.sources,
+            *sources_with_cuda,
+            *objects,
+            "-o",
+            str(output),
+        ]
         print(shlex.join(command), flush=True)
         self.spawn(command)
 
@@ -162,8 +171,19 @@ class PlatformWheel(bdist_wheel):
 headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h"))
 kernels = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cu*"))
 cuda_sources = [p for p in kernels if p.endswith(".cu")]
-sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/host").glob("*.cc"))
+host_sources = sorted(
+    str(p.relative_to(ROOT))
+    for place in ("host", "fabric")
+    for p in (ROOT / "csrc" / place).glob("*.cc")
+)
+# Host code that calls the CUDA runtime.
+sources_with_cuda = [p for p in host_sources if p.endswith("_cuda.cc")]
+sources = [p for p in host_sources if p not in sources_with_cuda]
 setup(
-    ext_modules=[Extension("epcomm.libepcomm", sources=sources, depends=[*headers, *kernels])],
+    ext_modules=[
+        Extension(
+            "epcomm.libepcomm", sources=sources, depends=[*headers, *kernels, *sources_with_cuda]
+        )
+    ],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
 )

@@ -1,34 +1,12 @@
 // Tells Python the layouts of the CUDA back end's structures, so that it repeats none of them.
-#include <stddef.h>
-
-#include <type_traits>
-
+#include "../host/describe.h"
 #include "epcomm_cuda.h"
 
 namespace {
 
-template <typename Item>
-constexpr char kind_of() {
-    if (std::is_floating_point<Item>::value) return 'f';
-    return std::is_integral<Item>::value && std::is_signed<Item>::value ? 'i' : 'u';
-}
-
-/// Nested structures are described as that many bytes, pointers as unsigned integers.
-template <typename Type>
-constexpr epcomm_field describe(const char* structure, const char* field, size_t offset) {
-    using Item = std::remove_extent_t<Type>;
-    const bool nested = std::is_class<Item>::value;
-    return {structure,
-            field,
-            uint32_t(offset),
-            nested ? 1u : uint32_t(sizeof(Item)),
-            nested ? uint32_t(sizeof(Type)) : uint32_t(sizeof(Type) / sizeof(Item)),
-            kind_of<Item>()};
-}
-
-#define FIELD(structure, field)                                                    \
-    describe<decltype(epcomm_cuda_##structure::field)>("cuda_" #structure, #field, \
-                                                       offsetof(epcomm_cuda_##structure, field))
+#define FIELD(structure, field)                                 \
+    epcomm::describe<decltype(epcomm_cuda_##structure::field)>( \
+        "cuda_" #structure, #field, offsetof(epcomm_cuda_##structure, field))
 /// The size of a structure, as a field of no bytes at its end.
 #define END(structure) \
     epcomm_field{"cuda_" #structure, "", uint32_t(sizeof(epcomm_cuda_##structure)), 0, 0, 'u'}

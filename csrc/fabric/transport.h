@@ -109,6 +109,9 @@ class Transport {
     /// transport that has to act on what it receives does it here. Never waits.
     virtual size_t poll(int32_t lane, Completion* completions, size_t capacity) = 0;
 
+    /// Whether the peer's process is known to be gone; false where only a failing operation tells.
+    virtual bool peer_gone(int32_t /*peer*/) { return false; }
+
     /// How long a lane without operations under way may go without a poll.
     virtual int64_t longest_nap_ns() const { return 20'000'000; }
 
@@ -126,5 +129,11 @@ class Transport {
 /// Make a transport by name, such as "local"; throws for a name that this library lacks, with the
 /// names it has.
 std::unique_ptr<Transport> make_transport(const std::string& name);
+
+/// Makes a transport known under a name; a static object of each transport's file.
+struct RegisterTransport {
+    using Make = std::unique_ptr<Transport> (*)();
+    RegisterTransport(const char* name, Make make);
+};
 
 }  // namespace epcomm::fabric

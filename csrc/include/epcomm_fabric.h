@@ -1,5 +1,12 @@
 /// epcomm's fabric: bytes between the ranks of a rail, through triggers, proxy threads and a
-/// transport. The C ABI; kernels and C++ use fabric/fabric.h.
+/// transport. The C ABI; kernels and C++ call fabric/fabric.h.
+///
+/// Every rank of a rail does, in this order:
+///
+///     epcomm_fabric_create -> add_region for each -> open -> address for each peer
+///         -> exchange the addresses by any means -> connect -> put, ... -> stop -> destroy
+///
+/// Functions that return int return 0, or -1 and leave a text for epcomm_fabric_text.
 #pragma once
 
 #include "../protocol/fabric.h"
@@ -9,9 +16,101 @@
 extern "C" {
 #endif
 
-/// Wake the proxy thread that serves a channel if it naps. Host producers call it after every
-/// trigger; for kernels, which cannot, a nap is short.
+/// One rank's end of a fabric.
+typedef struct epcomm_fabric_end epcomm_fabric_end;
+
+typedef struct {
+    int32_t node;           ///< this rank's node number
+    int32_t num_nodes;      ///< N
+    int32_t num_channels;   ///< 1 to 64
+    int32_t num_rings;      ///< 1 to 8
+    int32_t num_threads;    ///< 1 to num_rings
+    int32_t num_slots;      ///< triggers a ring holds; a power of two
+    int32_t max_in_flight;  ///< operations a thread may have under way
+    int32_t spin;           ///< empty rounds of a thread before it naps; 0 where cores are few
+    int32_t device_fills;   ///< kernels fill the rings, so no producer can wake a thread
+    int32_t reserved;
+    int64_t longest_nap_ns;
+    int64_t timeout_ns;     ///< how long a producer waits for a free slot
+    void* host_memory;      ///< epcomm_fabric_host_bytes zeros; pinned where kernels fill the rings
+    void* producer_memory;  ///< epcomm_fabric_producer_bytes zeros, where the producers run
+} epcomm_fabric_config;
+
+/// Memory that operations may use.
+typedef struct {
+    int32_t id;      ///< 0 to 7, the same meaning on every rank; 0 are the signals
+    int32_t device;  ///< CUDA device, or -1 for host memory
+    int32_t fd;      ///< host memory: the memfd it maps, or -1
+    int32_t reserved;
+    void* pointer;
+    uint64_t bytes;
+    uint64_t fd_offset;
+} epcomm_fabric_region;
+
+EPCOMM_API int64_t epcomm_fabric_host_bytes(int32_t num_slots, int32_t num_rings);
+EPCOMM_API int64_t epcomm_fabric_producer_bytes(int32_t num_rings);
+
+/// Null if the configuration is not possible or there is no such transport; the text is then that
+/// of a null end. `options`: the transport's own, "name=value" separated by spaces.
+EPCOMM_API epcomm_fabric_end* epcomm_fabric_create(const epcomm_fabric_config* config,
+                                                   const char* transport, const char* options);
+EPCOMM_API int epcomm_fabric_add_region(epcomm_fabric_end* end, const epcomm_fabric_region* region);
+EPCOMM_API int epcomm_fabric_open(epcomm_fabric_end* end);
+
+/// Copies what node `peer` needs into `into`; returns its size, which may exceed `capacity` (then
+/// nothing was copied), or -1.
+EPCOMM_API int64_t epcomm_fabric_address(epcomm_fabric_end* end, int32_t peer, void* into,
+                                         int64_t capacity);
+
+/// `addresses[n]`, of `sizes[n]` bytes, is what node n's rank made for this one. Starts the
+/// proxy threads.
+EPCOMM_API int epcomm_fabric_connect(epcomm_fabric_end* end, const void* const* addresses,
+                                     const int64_t* sizes);
+
+/// What the last failure was, or what the transport chose; valid until the next call.
+EPCOMM_API const char* epcomm_fabric_text(const epcomm_fabric_end* end);
+EPCOMM_API const char* epcomm_fabric_describe(epcomm_fabric_end* end);
+
+/// What producers take; a kernel by value.
+EPCOMM_API const epcomm_fabric* epcomm_fabric_of(const epcomm_fabric_end* end);
+
+/// Look after the threads: one that ended, or showed no sign of life for `stall_ns`, fails the
+/// fabric. Returns the epcomm_fabric_status; the error record is in state->error.
+EPCOMM_API int epcomm_fabric_check(epcomm_fabric_end* end, int64_t stall_ns);
+
+/// Whether the process of a peer is known to be gone.
+EPCOMM_API int epcomm_fabric_peer_gone(epcomm_fabric_end* end, int32_t peer);
+
+/// Carry out what is in the rings and under way, for at most `timeout_ns`; then end the threads and
+/// every wait on the fabric, and close the transport. Takes at most 2 s longer. Returns 0, or 1 if
+/// a thread is stuck: then the memory of regions, `host_memory` and `producer_memory` must stay.
+EPCOMM_API int epcomm_fabric_stop(epcomm_fabric_end* end, int64_t timeout_ns);
+
+/// After stop.
+EPCOMM_API void epcomm_fabric_destroy(epcomm_fabric_end* end);
+
+/// The calls of fabric/fabric.h for host producers. Tickets are 0 on failure.
+EPCOMM_API uint64_t epcomm_fabric_put(const epcomm_fabric* fabric, int32_t peer, int32_t channel,
+                                      const epcomm_fabric_place* remote,
+                                      const epcomm_fabric_place* local, uint64_t bytes);
+EPCOMM_API uint64_t epcomm_fabric_put_signal(const epcomm_fabric* fabric, int32_t peer,
+                                             int32_t channel, const epcomm_fabric_place* remote,
+                                             const epcomm_fabric_place* local, uint64_t bytes,
+                                             int32_t signal);
+EPCOMM_API uint64_t epcomm_fabric_signal_add(const epcomm_fabric* fabric, int32_t peer,
+                                             int32_t channel, int32_t signal, uint64_t value);
+EPCOMM_API uint64_t epcomm_fabric_noop(const epcomm_fabric* fabric, int32_t channel);
+EPCOMM_API int epcomm_fabric_done(const epcomm_fabric* fabric, int32_t channel, uint64_t ticket);
+EPCOMM_API int epcomm_fabric_flush(const epcomm_fabric* fabric, int32_t channel,
+                                   int64_t timeout_ns);
+
+/// Wake the proxy thread that serves a channel if it naps. The calls above do it; for kernels,
+/// which cannot, a nap is short.
 EPCOMM_API void epcomm_fabric_wake(const epcomm_fabric* fabric, int32_t channel);
+
+/// Fields and integers of the fabric's structures, as epcomm_fields and epcomm_constants.
+EPCOMM_API const epcomm_field* epcomm_fabric_fields(uint32_t* count);
+EPCOMM_API const epcomm_constant* epcomm_fabric_constants(uint32_t* count);
 
 #ifdef __cplusplus
 }

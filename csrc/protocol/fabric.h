@@ -132,9 +132,11 @@ typedef struct {
     epcomm_fabric_state* state;
     int64_t timeout_ns;  ///< how long a producer waits for a free slot
     int32_t num_rings;
+    int32_t num_threads;  ///< ring r is served by thread r % num_threads
     int32_t num_channels;
     int32_t num_nodes;
     int32_t node;  ///< this rank's
+    int32_t reserved;
 } epcomm_fabric;
 
 /// A place in a region: of this rank (local) or of a peer (remote).

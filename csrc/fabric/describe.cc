@@ -1,0 +1,114 @@
+// Tells Python the layouts of the fabric's structures and its integers.
+
+#include "../host/describe.h"
+
+#include "epcomm_fabric.h"
+
+namespace {
+
+#define FIELD(structure, field)                                   \
+    epcomm::describe<decltype(epcomm_fabric_##structure::field)>( \
+        #structure, #field, offsetof(epcomm_fabric_##structure, field))
+#define RING_FIELD(structure, field)                                          \
+    epcomm::describe<decltype(epcomm_##structure::field)>(#structure, #field, \
+                                                          offsetof(epcomm_##structure, field))
+#define END(name, type) epcomm_field{name, "", uint32_t(sizeof(type)), 0, 0, 'u'}
+
+constexpr epcomm_field kFields[] = {
+    FIELD(config, node),
+    FIELD(config, num_nodes),
+    FIELD(config, num_channels),
+    FIELD(config, num_rings),
+    FIELD(config, num_threads),
+    FIELD(config, num_slots),
+    FIELD(config, max_in_flight),
+    FIELD(config, spin),
+    FIELD(config, device_fills),
+    FIELD(config, longest_nap_ns),
+    FIELD(config, timeout_ns),
+    FIELD(config, host_memory),
+    FIELD(config, producer_memory),
+    END("config", epcomm_fabric_config),
+    FIELD(region, id),
+    FIELD(region, device),
+    FIELD(region, fd),
+    FIELD(region, pointer),
+    FIELD(region, bytes),
+    FIELD(region, fd_offset),
+    END("region", epcomm_fabric_region),
+    FIELD(place, region),
+    FIELD(place, offset),
+    END("place", epcomm_fabric_place),
+    FIELD(error, status),
+    FIELD(error, vendor),
+    FIELD(error, peer),
+    FIELD(error, channel),
+    FIELD(error, op),
+    FIELD(error, queue_pair),
+    FIELD(error, bytes),
+    FIELD(error, position),
+    FIELD(error, text),
+    END("error", epcomm_fabric_error),
+    FIELD(state, failed),
+    FIELD(state, error),
+    FIELD(state, threads),
+    FIELD(state, consumers),
+    END("state", epcomm_fabric_state),
+    RING_FIELD(proxy_thread, heartbeat),
+    RING_FIELD(proxy_thread, triggers),
+    RING_FIELD(proxy_thread, busy_ns),
+    RING_FIELD(proxy_thread, running),
+    END("proxy_thread", epcomm_proxy_thread),
+    RING_FIELD(ring, slots),
+    RING_FIELD(ring, producer),
+    RING_FIELD(ring, consumer),
+    RING_FIELD(ring, num_slots),
+    END("ring", epcomm_ring),
+    RING_FIELD(ring_consumer, tail),
+    RING_FIELD(ring_consumer, completed),
+    END("ring_consumer", epcomm_ring_consumer),
+    RING_FIELD(fabric, rings),
+    RING_FIELD(fabric, state),
+    RING_FIELD(fabric, timeout_ns),
+    RING_FIELD(fabric, num_rings),
+    RING_FIELD(fabric, num_threads),
+    RING_FIELD(fabric, num_channels),
+    RING_FIELD(fabric, num_nodes),
+    RING_FIELD(fabric, node),
+    END("fabric", epcomm_fabric),
+};
+
+constexpr epcomm_constant kConstants[] = {
+#define LIMIT(name, value) {#name, EPCOMM_FABRIC_##name},
+    EPCOMM_FABRIC_LIMITS(LIMIT)
+#undef LIMIT
+#define ENUMERATOR(name) {#name, EPCOMM_FABRIC_##name}
+        ENUMERATOR(SIGNALS),
+    ENUMERATOR(NOOP),
+    ENUMERATOR(PUT),
+    ENUMERATOR(PUT_SIGNAL),
+    ENUMERATOR(SIGNAL_ADD),
+    ENUMERATOR(OK),
+    ENUMERATOR(TRANSPORT),
+    ENUMERATOR(BAD_TRIGGER),
+    ENUMERATOR(RING_FULL),
+    ENUMERATOR(STALLED),
+    ENUMERATOR(STOPPED),
+#undef ENUMERATOR
+};
+
+}  // namespace
+
+extern "C" {
+
+const epcomm_field* epcomm_fabric_fields(uint32_t* count) {
+    *count = sizeof kFields / sizeof kFields[0];
+    return kFields;
+}
+
+const epcomm_constant* epcomm_fabric_constants(uint32_t* count) {
+    *count = sizeof kConstants / sizeof kConstants[0];
+    return kConstants;
+}
+
+}  // extern "C"

@@ -1,0 +1,245 @@
+// One rank's end of a fabric: checks, memory layout, the transport's life; the C ABI over it.
+
+#include <stdio.h>
+#include <string.h>
+
+#include <stdexcept>
+
+#include "proxy.h"
+
+using namespace epcomm::fabric;
+
+struct epcomm_fabric_end {
+    epcomm_fabric_config config;
+    Plan plan;
+    epcomm_fabric fabric;
+    std::vector<Region> regions;
+    std::shared_ptr<Transport> transport;
+    std::unique_ptr<Proxy> proxy;
+    std::string text;
+    bool stopped = false;
+};
+
+namespace {
+
+thread_local std::string creation_text;
+
+int64_t aligned(int64_t bytes) { return (bytes + 127) / 128 * 128; }
+
+void require(bool right, const std::string& text) {
+    if (!right) throw std::runtime_error(text);
+}
+
+void check_range(const char* name, int64_t value, int64_t low, int64_t high) {
+    require(value >= low && value <= high, std::string(name) + ": expected " + std::to_string(low) +
+                                               " to " + std::to_string(high) + ", got " +
+                                               std::to_string(value));
+}
+
+void check_config(const epcomm_fabric_config& config) {
+    check_range("num_nodes", config.num_nodes, 1, EPCOMM_FABRIC_MAX_NODES);
+    check_range("node", config.node, 0, config.num_nodes - 1);
+    check_range("num_channels", config.num_channels, 1, EPCOMM_FABRIC_MAX_CHANNELS);
+    check_range("num_rings", config.num_rings, 1, EPCOMM_FABRIC_MAX_RINGS);
+    check_range("num_threads", config.num_threads, 1, config.num_rings);
+    check_range("num_slots", config.num_slots, 1, 1 << 20);
+    require((config.num_slots & (config.num_slots - 1)) == 0,
+            "num_slots: expected a power of two, got " + std::to_string(config.num_slots));
+    check_range("max_in_flight", config.max_in_flight, 1, 1 << 20);
+    require(config.host_memory != nullptr && config.producer_memory != nullptr,
+            "host_memory, producer_memory: expected memory, got null");
+}
+
+/// The state, then every ring's slots.
+void lay_out(epcomm_fabric_end* end) {
+    const epcomm_fabric_config& config = end->config;
+    epcomm_fabric& fabric = end->fabric;
+    fabric = epcomm_fabric{};
+    auto* memory = static_cast<uint8_t*>(config.host_memory);
+    auto* producers = static_cast<epcomm_ring_producer*>(config.producer_memory);
+    fabric.state = reinterpret_cast<epcomm_fabric_state*>(memory);
+    memory += aligned(sizeof(epcomm_fabric_state));
+    const int64_t ring_bytes = aligned(int64_t(sizeof(epcomm_trigger)) * config.num_slots);
+    for (int32_t r = 0; r < config.num_rings; ++r) {
+        auto* slots = reinterpret_cast<epcomm_trigger*>(memory + r * ring_bytes);
+        fabric.rings[r] = {slots, producers + r, &fabric.state->consumers[r],
+                           uint64_t(config.num_slots)};
+    }
+    fabric.timeout_ns = config.timeout_ns;
+    fabric.num_rings = config.num_rings;
+    fabric.num_threads = config.num_threads;
+    fabric.num_channels = config.num_channels;
+    fabric.num_nodes = config.num_nodes;
+    fabric.node = config.node;
+}
+
+/// Run a step; on failure keep its text.
+template <typename Step>
+int attempt(epcomm_fabric_end* end, Step step) {
+    try {
+        step();
+        return 0;
+    } catch (const std::exception& error) {
+        end->text = error.what();
+        return -1;
+    }
+}
+
+Region checked_region(const epcomm_fabric_end* end, const epcomm_fabric_region& region) {
+    check_range("region id", region.id, 0, EPCOMM_FABRIC_MAX_REGIONS - 1);
+    require(region.pointer != nullptr, "region: expected memory, got null");
+    for (const Region& other : end->regions) {
+        require(other.id != region.id,
+                "region " + std::to_string(region.id) + " is registered already");
+    }
+    require(region.bytes % EPCOMM_FABRIC_UNIT == 0 &&
+                reinterpret_cast<uintptr_t>(region.pointer) % EPCOMM_FABRIC_UNIT == 0,
+            "region " + std::to_string(region.id) + ": address and size must be multiples of 16");
+    // Every region may be local here and remote for a peer.
+    check_range("region bytes", int64_t(region.bytes), 1, EPCOMM_FABRIC_MAX_LOCAL);
+    return {region.id,       region.pointer,
+            region.bytes,    region.device < 0 ? Memory::kHost : Memory::kCuda,
+            region.device,   region.fd,
+            region.fd_offset};
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t epcomm_fabric_host_bytes(int32_t num_slots, int32_t num_rings) {
+    return aligned(sizeof(epcomm_fabric_state)) +
+           num_rings * aligned(int64_t(sizeof(epcomm_trigger)) * num_slots);
+}
+
+int64_t epcomm_fabric_producer_bytes(int32_t num_rings) {
+    return num_rings * int64_t(sizeof(epcomm_ring_producer));
+}
+
+epcomm_fabric_end* epcomm_fabric_create(const epcomm_fabric_config* config, const char* transport,
+                                        const char* options) {
+    try {
+        check_config(*config);
+        auto end = std::make_unique<epcomm_fabric_end>();
+        end->config = *config;
+        end->plan = {config->node,
+                     config->num_nodes,
+                     config->num_channels,
+                     config->num_rings,
+                     config->num_threads,
+                     config->max_in_flight,
+                     options};
+        end->transport = make_transport(transport);
+        lay_out(end.get());
+        return end.release();
+    } catch (const std::exception& error) {
+        creation_text = error.what();
+        return nullptr;
+    }
+}
+
+int epcomm_fabric_add_region(epcomm_fabric_end* end, const epcomm_fabric_region* region) {
+    return attempt(end, [&] {
+        const Region checked = checked_region(end, *region);
+        end->transport->add_region(checked);
+        end->regions.push_back(checked);
+    });
+}
+
+int epcomm_fabric_open(epcomm_fabric_end* end) {
+    return attempt(end, [&] {
+        bool signals = false;
+        for (const Region& region : end->regions) signals |= region.id == EPCOMM_FABRIC_SIGNALS;
+        require(signals, "region 0, the signals, is not registered");
+        end->transport->open(end->plan);
+    });
+}
+
+int64_t epcomm_fabric_address(epcomm_fabric_end* end, int32_t peer, void* into, int64_t capacity) {
+    int64_t size = -1;
+    attempt(end, [&] {
+        const std::string address = end->transport->address(peer);
+        size = int64_t(address.size());
+        if (size <= capacity) memcpy(into, address.data(), address.size());
+    });
+    return size;
+}
+
+int epcomm_fabric_connect(epcomm_fabric_end* end, const void* const* addresses,
+                          const int64_t* sizes) {
+    return attempt(end, [&] {
+        std::vector<std::string> all(size_t(end->plan.num_nodes));
+        for (size_t n = 0; n < all.size(); ++n) {
+            all[n].assign(static_cast<const char*>(addresses[n]), size_t(sizes[n]));
+        }
+        end->transport->connect(all);
+        const Patience patience = {end->config.spin, end->config.device_fills,
+                                   end->config.longest_nap_ns};
+        end->proxy =
+            std::make_unique<Proxy>(end->fabric, end->plan, patience, end->regions, end->transport);
+        end->proxy->start();
+    });
+}
+
+const char* epcomm_fabric_text(const epcomm_fabric_end* end) {
+    return end == nullptr ? creation_text.c_str() : end->text.c_str();
+}
+
+const char* epcomm_fabric_describe(epcomm_fabric_end* end) {
+    end->text = end->transport->describe();
+    return end->text.c_str();
+}
+
+const epcomm_fabric* epcomm_fabric_of(const epcomm_fabric_end* end) { return &end->fabric; }
+
+int epcomm_fabric_check(epcomm_fabric_end* end, int64_t stall_ns) {
+    if (end->proxy != nullptr) end->proxy->check(stall_ns);
+    return int(load_acquire(&end->fabric.state->failed));
+}
+
+int epcomm_fabric_peer_gone(epcomm_fabric_end* end, int32_t peer) {
+    return end->transport->peer_gone(peer) ? 1 : 0;
+}
+
+int epcomm_fabric_stop(epcomm_fabric_end* end, int64_t timeout_ns) {
+    if (end->stopped) return 0;
+    end->stopped = true;
+    // A thread stuck in the transport still uses it.
+    if (end->proxy != nullptr && !end->proxy->stop(timeout_ns)) return 1;
+    attempt(end, [&] { end->transport->close(); });
+    return 0;
+}
+
+void epcomm_fabric_destroy(epcomm_fabric_end* end) { delete end; }
+
+uint64_t epcomm_fabric_put(const epcomm_fabric* fabric, int32_t peer, int32_t channel,
+                           const epcomm_fabric_place* remote, const epcomm_fabric_place* local,
+                           uint64_t bytes) {
+    return put(*fabric, {peer, channel}, *remote, *local, bytes);
+}
+
+uint64_t epcomm_fabric_put_signal(const epcomm_fabric* fabric, int32_t peer, int32_t channel,
+                                  const epcomm_fabric_place* remote,
+                                  const epcomm_fabric_place* local, uint64_t bytes,
+                                  int32_t signal) {
+    return put_signal(*fabric, {peer, channel}, *remote, *local, bytes, signal);
+}
+
+uint64_t epcomm_fabric_signal_add(const epcomm_fabric* fabric, int32_t peer, int32_t channel,
+                                  int32_t signal, uint64_t value) {
+    return signal_add(*fabric, {peer, channel}, signal, value);
+}
+
+uint64_t epcomm_fabric_noop(const epcomm_fabric* fabric, int32_t channel) {
+    return push(*fabric, {EPCOMM_FABRIC_NOOP, 0, channel, 0, {}, {}, 0, 0});
+}
+
+int epcomm_fabric_done(const epcomm_fabric* fabric, int32_t channel, uint64_t ticket) {
+    return done(*fabric, channel, ticket) ? 1 : 0;
+}
+
+int epcomm_fabric_flush(const epcomm_fabric* fabric, int32_t channel, int64_t timeout_ns) {
+    return flush(*fabric, channel, timeout_ns) ? 1 : 0;
+}
+
+}  // extern "C"

@@ -1,0 +1,225 @@
+// The transport `local` for host memory: ranks of virtual nodes on one machine.
+//
+// A region is a mapping of a memfd, which peers open through /proc and map too. A put is a copy by
+// the proxy thread, a signal an addition with release order after it. Nothing has a name in a file
+// system, so nothing can be left behind and no two jobs can meet.
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "atomics.h"
+#include "transport.h"
+
+namespace epcomm::fabric {
+
+namespace {
+
+enum Failure : int32_t { kPeerGone = 1, kOutOfRange = 2 };
+
+/// What a peer is told: who to look for, and one entry per region.
+struct Address {
+    int32_t pid;
+    int32_t node;
+    struct Entry {
+        int32_t registered;
+        int32_t fd;
+        uint64_t fd_offset;
+        uint64_t bytes;
+        uint64_t inode;  ///< tells a reused descriptor from the one that was meant
+    } regions[EPCOMM_FABRIC_MAX_REGIONS];
+};
+
+std::string system_text(const std::string& what) { return what + ": " + strerror(errno); }
+
+class Local : public Transport {
+ public:
+    ~Local() override { close(); }
+
+    void add_region(const Region& region) override {
+        if (region.memory != Memory::kHost || region.fd < 0) {
+            throw std::runtime_error("transport local: region " + std::to_string(region.id) +
+                                     " must be host memory that maps a memfd");
+        }
+        struct stat file;
+        if (fstat(region.fd, &file) != 0)
+            throw std::runtime_error(system_text("fstat of a region"));
+        mine_.regions[region.id] = {1, region.fd, region.fd_offset, region.bytes, file.st_ino};
+        local_[region.id] = static_cast<uint8_t*>(region.pointer);
+    }
+
+    void open(const Plan& plan) override {
+        plan_ = plan;
+        mine_.pid = int32_t(getpid());
+        mine_.node = plan.node;
+        peers_.resize(size_t(plan.num_nodes));
+        lanes_.resize(size_t(plan.num_lanes));
+    }
+
+    std::string address(int32_t) override {
+        return std::string(reinterpret_cast<const char*>(&mine_), sizeof mine_);
+    }
+
+    void connect(const std::vector<std::string>& addresses) override {
+        for (int32_t n = 0; n < plan_.num_nodes; ++n) {
+            if (n != plan_.node) map_peer(n, addresses[size_t(n)]);
+        }
+    }
+
+    size_t post(int32_t lane, const Operation* operations, size_t count) override {
+        std::vector<Completion>& completed = lanes_[size_t(lane)].completed;
+        for (size_t i = 0; i < count; ++i) {
+            const int32_t failure = carry_out(operations[i].command);
+            completed.push_back({operations[i].token, failure == 0, failure, 0});
+        }
+        return count;
+    }
+
+    size_t poll(int32_t lane, Completion* completions, size_t capacity) override {
+        Lane& from = lanes_[size_t(lane)];
+        const size_t count = std::min(capacity, from.completed.size() - from.collected);
+        std::copy_n(from.completed.begin() + ptrdiff_t(from.collected), count, completions);
+        from.collected += count;
+        if (from.collected == from.completed.size()) {
+            from.completed.clear();
+            from.collected = 0;
+        }
+        return count;
+    }
+
+    bool peer_gone(int32_t node) override {
+        const Peer& peer = peers_[size_t(node)];
+        if (peer.pidfd < 0) return false;
+        pollfd ended = {peer.pidfd, POLLIN, 0};
+        return ::poll(&ended, 1, 0) > 0;
+    }
+
+    std::string error_text(const Completion& completion) const override {
+        if (completion.vendor == kPeerGone) return "the peer's process is gone";
+        return "the place at the peer is not in a region it registered";
+    }
+
+    std::string describe() const override {
+        return "local: shared memory, copied by " + std::to_string(plan_.num_lanes) +
+               " proxy thread(s)";
+    }
+
+    void close() override {
+        for (Peer& peer : peers_) {
+            for (Mapping& mapping : peer.regions) {
+                if (mapping.base != nullptr) munmap(mapping.base, mapping.mapped);
+            }
+            if (peer.pidfd >= 0) ::close(peer.pidfd);
+        }
+        peers_.clear();
+    }
+
+ private:
+    struct Mapping {
+        uint8_t* base = nullptr;
+        size_t mapped = 0;
+        uint8_t* start = nullptr;
+        uint64_t bytes = 0;
+    };
+    struct Peer {
+        int pidfd = -1;
+        Mapping regions[EPCOMM_FABRIC_MAX_REGIONS];
+    };
+    struct Lane {
+        std::vector<Completion> completed;
+        size_t collected = 0;
+    };
+
+    void map_peer(int32_t node, const std::string& bytes) {
+        Address address;
+        if (bytes.size() != sizeof address) {
+            throw std::runtime_error("transport local: node " + std::to_string(node) +
+                                     " uses another transport or version");
+        }
+        memcpy(&address, bytes.data(), sizeof address);
+        Peer& peer = peers_[size_t(node)];
+        // Without pidfds a peer's end is met by the deadline of whoever waits for it.
+        peer.pidfd = int(syscall(SYS_pidfd_open, address.pid, 0));
+        for (int id = 0; id < EPCOMM_FABRIC_MAX_REGIONS; ++id) {
+            if (address.regions[id].registered != 0) {
+                peer.regions[id] = map_region(address, id);
+            }
+        }
+    }
+
+    static Mapping map_region(const Address& address, int id) {
+        const Address::Entry& entry = address.regions[id];
+        const std::string path =
+            "/proc/" + std::to_string(address.pid) + "/fd/" + std::to_string(entry.fd);
+        const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
+        if (fd < 0) {
+            throw std::runtime_error(
+                system_text("cannot open " + path + " of node " + std::to_string(address.node)) +
+                "; ranks of transport local must run as one user in one PID "
+                "namespace of one machine");
+        }
+        const auto page = uint64_t(sysconf(_SC_PAGESIZE));
+        const uint64_t skip = entry.fd_offset % page;
+        Mapping mapping;
+        mapping.mapped = size_t(entry.bytes + skip);
+        struct stat file;
+        const bool same = fstat(fd, &file) == 0 && file.st_ino == entry.inode &&
+                          uint64_t(file.st_size) >= entry.fd_offset + entry.bytes;
+        void* base = MAP_FAILED;
+        if (same) {
+            base = mmap(nullptr, mapping.mapped, PROT_READ | PROT_WRITE, MAP_SHARED, fd,
+                        off_t(entry.fd_offset - skip));
+        }
+        const std::string why = same ? system_text("cannot map " + path)
+                                     : path + " is not the memory its rank registered";
+        ::close(fd);
+        if (base == MAP_FAILED) throw std::runtime_error(why);
+        mapping.base = static_cast<uint8_t*>(base);
+        mapping.start = mapping.base + skip;
+        mapping.bytes = entry.bytes;
+        return mapping;
+    }
+
+    int32_t carry_out(const Command& command) {
+        if (peer_gone(command.peer)) return kPeerGone;
+        Peer& peer = peers_[size_t(command.peer)];
+        if (command.bytes != 0 && command.op != EPCOMM_FABRIC_SIGNAL_ADD) {
+            const Mapping& remote = peer.regions[command.remote.region];
+            if (command.remote.offset + command.bytes > remote.bytes) return kOutOfRange;
+            memcpy(remote.start + command.remote.offset,
+                   local_[command.local.region] + command.local.offset, command.bytes);
+        }
+        if (command.op == EPCOMM_FABRIC_PUT) return 0;
+        const Mapping& signals = peer.regions[EPCOMM_FABRIC_SIGNALS];
+        const uint64_t at = uint64_t(command.signal) * sizeof(uint64_t);
+        if (at + sizeof(uint64_t) > signals.bytes) return kOutOfRange;
+        // memcpy may store past the caches, and such stores are not ordered by release alone.
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+        __atomic_fetch_add(reinterpret_cast<uint64_t*>(signals.start + at),
+                           command.op == EPCOMM_FABRIC_PUT_SIGNAL ? 1 : command.value,
+                           __ATOMIC_RELEASE);
+        return 0;
+    }
+
+    Plan plan_{};
+    Address mine_{};
+    uint8_t* local_[EPCOMM_FABRIC_MAX_REGIONS] = {};
+    std::vector<Peer> peers_;
+    std::vector<Lane> lanes_;
+};
+
+const RegisterTransport kRegistered("local", []() -> std::unique_ptr<Transport> {
+    return std::make_unique<Local>();
+});
+
+}  // namespace
+
+}  // namespace epcomm::fabric
