@@ -4,6 +4,7 @@ from .buffer import Buffer
 from .errors import (
     BufferClosedError,
     EpcommError,
+    FabricError,
     MismatchError,
     PeerError,
     PeerTimeoutError,
@@ -27,6 +28,7 @@ __all__ = [
     "DispatchResult",
     "EpcommError",
     "Event",
+    "FabricError",
     "Handle",
     "LinkBytes",
     "LinkTraffic",

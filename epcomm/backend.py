@@ -38,12 +38,14 @@ class Options:
         num_threads: threads of this rank.
         own_core: whether the host has a core for each of its ranks, so that waits may spin.
         num_sms: "cuda": SMs a call uses; None: chosen.
+        fabric: what carries messages between nodes, as Buffer's argument; the same on all ranks.
     """
 
     timeout: float
     num_threads: int
     own_core: bool
     num_sms: int | None = None
+    fabric: str = "auto"
 
 
 @dataclass

@@ -16,6 +16,7 @@ from .check import (
     check_combine,
     check_config,
     check_dispatch,
+    check_fabric,
     check_handle,
     check_int,
     check_layout,
@@ -65,6 +66,8 @@ class Buffer:
         num_sms: "cuda": SMs a call of this rank uses; None: as many as keep nine tenths of the
             GPU's memory or link rate busy, measured once, but no more than its share of the
             GPU, and a quarter of it.
+        fabric: what carries messages between nodes. "auto": the group's own, MPI or gloo; "mpi";
+            "proxy/local": proxy threads and shared memory, for virtual nodes of one machine.
 
     Raises:
         TypeError: an argument of the wrong type, on the rank that passed it.
@@ -87,6 +90,7 @@ class Buffer:
         backend: Literal["auto", "cpu", "cuda"] = "auto",
         num_threads: int | None = None,
         num_sms: int | None = None,
+        fabric: str = "auto",
     ) -> None:
         self._backend: Backend | None = None
         bootstrap = make_bootstrap(group)
@@ -103,16 +107,17 @@ class Buffer:
                 "num_sms": num_sms,
             }
             _check_options(timeout, backend, counts)
+            check_fabric(fabric, backend, bootstrap)
             topology = make_topology(bootstrap.rank, hosts, ranks_per_node)
             backend_class = _find_backend(backend)
         except (TypeError, ValueError) as caught:
             error = caught
-        _agree(bootstrap, (self.config, ranks_per_node, backend), error)
+        _agree(bootstrap, (self.config, ranks_per_node, backend, fabric), error)
         cores = len(os.sched_getaffinity(0))
         on_host = sum(host == hosts[bootstrap.rank] for host in hosts)
         if num_threads is None:
             num_threads = max(1, cores // on_host)
-        options = Options(float(timeout), num_threads, cores >= on_host, num_sms)
+        options = Options(float(timeout), num_threads, cores >= on_host, num_sms, fabric)
         self._backend = backend_class(bootstrap, topology, self.config, options)
         self.config = replace(self.config, device=str(self._backend.device))
         self._owner = topology  # tells handles of this buffer from others
@@ -441,6 +446,6 @@ def _agree(bootstrap: Bootstrap, mine: Any, error: Exception | None) -> None:
         )
 
 
-def _words(values: tuple[Config, int | None, str]) -> str:
-    config, ranks_per_node, backend = values
-    return f"{config}, ranks_per_node={ranks_per_node}, backend={backend!r}"
+def _words(values: tuple[Config, int | None, str, str]) -> str:
+    config, ranks_per_node, backend, fabric = values
+    return f"{config}, ranks_per_node={ranks_per_node}, backend={backend!r}, fabric={fabric!r}"

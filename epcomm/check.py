@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .backend import CombineCall, Config, DispatchCall
+from .bootstrap import Bootstrap, MpiBootstrap
 from .formats.wire import WireFormat
 from .native import constants
 from .results import Handle
@@ -50,6 +51,23 @@ def check_config(config: Config, num_ranks: int) -> None:
             f"max_tokens: {num_ranks} ranks of {config.max_tokens} tokens make up to {rows} rows "
             "on one rank; row numbers are 32 bits wide"
         )
+
+
+_FABRICS = ("auto", "mpi", "proxy/local")
+
+
+def check_fabric(fabric: Any, backend: str, bootstrap: Bootstrap) -> None:
+    """Check the choice of what carries messages between nodes.
+
+    Raises:
+        ValueError: it is unknown, or not for this group or back end.
+    """
+    if fabric not in _FABRICS:
+        raise ValueError(f"fabric: expected one of {', '.join(_FABRICS)}, got {fabric!r}")
+    if backend == "cuda" and fabric != "auto":
+        raise ValueError(f"fabric: backend 'cuda' works inside one node, got {fabric!r}")
+    if fabric == "mpi" and not isinstance(bootstrap, MpiBootstrap):
+        raise ValueError("fabric: 'mpi' needs an mpi4py communicator as group")
 
 
 def check_tensor(

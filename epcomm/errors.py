@@ -37,5 +37,23 @@ class PeerTimeoutError(EpcommError, TimeoutError):
         self.ranks = ranks
 
 
+class FabricError(EpcommError, ConnectionError):
+    """The fabric between nodes failed: a transport, a proxy thread or a full ring.
+
+    Attributes:
+        ranks: the rank at the other end, if the failure concerns one.
+        status: the kind of failure (``epcomm_fabric_status``).
+        vendor: the transport's own code, such as a work completion's status.
+    """
+
+    def __init__(
+        self, message: str, ranks: tuple[int, ...] = (), status: int = 0, vendor: int = 0
+    ) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+        self.status = status
+        self.vendor = vendor
+
+
 class BufferClosedError(EpcommError):
     """The buffer was closed, or an earlier timeout left it unusable."""

@@ -57,8 +57,6 @@ def _load() -> ctypes.CDLL:
         function.restype = ctypes.c_int64
     for name in ("epcomm_dispatch_record", "epcomm_combine_record"):
         getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    library.epcomm_constants.restype = ctypes.POINTER(Constant)
-    library.epcomm_fields.restype = ctypes.POINTER(Field)
     library.epcomm_counter_add.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
     library.epcomm_counter_add.restype = None
     library.epcomm_counter_read.argtypes = [ctypes.c_void_p]
@@ -70,24 +68,23 @@ def _load() -> ctypes.CDLL:
 library = _load()
 
 
-def _read_constants() -> dict[str, int]:
+def read_constants(function: str) -> dict[str, int]:
+    """The integers that a function of the library lists, by name."""
     count = ctypes.c_uint32()
-    table = library.epcomm_constants(ctypes.byref(count))
+    getattr(library, function).restype = ctypes.POINTER(Constant)
+    table = getattr(library, function)(ctypes.byref(count))
     return {table[i].name.decode(): table[i].value for i in range(count.value)}
 
 
-def read_fields(table: Any, count: int) -> dict[str, list[Field]]:
-    """The fields of a table of the library, by structure (without the ``epcomm_`` prefix)."""
+def read_fields(function: str) -> dict[str, list[Field]]:
+    """The fields that a function lists, by structure (without the ``epcomm_`` prefix)."""
+    count = ctypes.c_uint32()
+    getattr(library, function).restype = ctypes.POINTER(Field)
+    table = getattr(library, function)(ctypes.byref(count))
     fields: dict[str, list[Field]] = {}
-    for i in range(count):
+    for i in range(count.value):
         fields.setdefault(table[i].structure.decode(), []).append(table[i])
     return fields
-
-
-def _read_fields() -> dict[str, list[Field]]:
-    count = ctypes.c_uint32()
-    table = library.epcomm_fields(ctypes.byref(count))
-    return read_fields(table, count.value)
 
 
 def make_dtype(fields: list[Field], itemsize: int | None) -> np.dtype:
@@ -152,9 +149,9 @@ _SCALARS: dict[tuple[str, int], Any] = {
 }
 
 #: Limits (``limit_*``), enumerators and sizes by name.
-constants: dict[str, int] = _read_constants()
+constants: dict[str, int] = read_constants("epcomm_constants")
 #: Fields of the protocol's structures.
-fields: dict[str, list[Field]] = _read_fields()
+fields: dict[str, list[Field]] = read_fields("epcomm_fields")
 #: NumPy structured dtypes of the protocol's structures, by name without the ``epcomm_`` prefix.
 dtypes: dict[str, np.dtype] = {
     name: make_dtype(parts, constants.get(f"sizeof_{name}")) for name, parts in fields.items()

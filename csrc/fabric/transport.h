@@ -14,11 +14,13 @@
 //
 // ORDER. Operations of one (peer, channel) are posted in their order and must take effect at the
 // peer in it, in this sense only: when a signal has grown, all bytes put before it on the same
-// (peer, channel) can be read there by whoever reads the signal with an acquire. Bytes before a
-// signal may land in any order and more than once. A signal must be applied exactly once: on RC,
-// the NICs do that (a repeated packet is recognised by its sequence number; atomics are replayed
-// from the responder's record). A transport that cannot promise it must number its signals and
-// drop what it has seen.
+// (peer, channel) can be read there by whoever reads the signal with an acquire. Until then they
+// may land in any order and more than once; bytes put later may land early.
+//
+// ONCE. A signal is applied exactly once, and bytes never land again after a signal behind them was
+// applied: their place may have been used again by then. On RC the NICs see to both: a repeated
+// packet is recognised by its sequence number, an atomic is answered from the responder's record. A
+// transport whose network cannot promise it must number what it sends and drop what it has seen.
 //
 // COMPLETION. An operation is complete when its bytes and its signal have taken effect at the peer
 // (for RC: it has been acknowledged) and its local bytes will not be read again. Every posted

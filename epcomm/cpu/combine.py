@@ -200,10 +200,10 @@ class Combine:
         receives: dict[int, Request] = {}
         for n, count in enumerate(self.routes.layout.node_tokens_N):
             if n != topology.node and count:
-                memory = node.scratch.get(f"in {n}", int(count) * self.record.bytes)
+                peer = topology.rail[n]
+                memory = node.scale_out.inbox(peer, int(count) * self.record.bytes)
                 inbox_N[n] = memory.ctypes.data
                 into = memory.reshape(int(count), self.record.bytes)
-                peer = topology.rail[n]
                 receives[peer] = node.scale_out.receive(peer, Tag.RETURN, into)
         return receives, inbox_N
 
@@ -217,10 +217,10 @@ class Combine:
             if contributions is None:
                 continue
             count = len(contributions.row_CK)
-            memory = node.scratch.get(f"out {n}", count * self.record.bytes)
+            peer = topology.rail[n]
+            memory = node.scale_out.outbox(peer, count * self.record.bytes)
             items = np.arange(count, dtype=np.int32)
             node.for_items(reduce_records, items, contributions, inputs, wire, memory.ctypes.data)
-            peer = topology.rail[n]
             data = memory.reshape(count, self.record.bytes)
             sends[peer] = node.scale_out.send(peer, Tag.RETURN, data)
         return sends

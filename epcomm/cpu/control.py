@@ -141,8 +141,10 @@ class NodeControl:
                 for suspect, request in pending.items():
                     if request.done():
                         completed.append(suspect)
-            except ConnectionError:
-                self.lost(suspect, what)
+            except ConnectionError as error:
+                # A failure of what all requests share says itself whom it concerns.
+                named: tuple[int, ...] = getattr(error, "ranks", ())
+                self.lost(named[0] if named else suspect, what)
             for rank in completed:
                 del pending[rank]
                 if on_done is not None:

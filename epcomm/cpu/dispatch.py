@@ -289,9 +289,9 @@ class Dispatch:
         for n, count in enumerate(routes.plan.records_N):
             if n == node.topology.node or count == 0:
                 continue
-            memory = node.scratch.get(f"in {n}", int(count) * record.bytes)
-            into = memory.reshape(int(count), record.bytes)
             peer = node.topology.rail[n]
+            memory = node.scale_out.inbox(peer, int(count) * record.bytes)
+            into = memory.reshape(int(count), record.bytes)
             receives[peer] = node.scale_out.receive(peer, Tag.DATA, into)
             inboxes[n] = Inbox(
                 memory.ctypes.data, record.scales, record.meta, record.expert, record.row,
@@ -306,7 +306,7 @@ class Dispatch:
         for n, count in enumerate(routes.layout.node_tokens_N):
             if n == node.topology.node or count == 0:
                 continue
-            memory = node.scratch.get(f"out {n}", int(count) * record.bytes)
+            memory = node.scale_out.outbox(node.topology.rail[n], int(count) * record.bytes)
             address_N[n] = memory.ctypes.data
             data[n] = memory.reshape(int(count), record.bytes)
         outbox = Outbox(

@@ -9,26 +9,14 @@ import numpy as np
 
 from ..backend import Config, Options
 from ..bootstrap import Bootstrap, raise_together
-from ..native import constants
+from ..native import combine_record, constants, dispatch_record
 from ..topology import Topology
 from .announce import Announcer, announcement_bytes
 from .control import ControlBlock, NodeControl, Waiting
+from .scaleout import ScaleOut
+from .scaleout_fabric import FabricScaleOut, MessageSizes
 from .segments import PeerWindows, Segment, WindowPool
 from .window import combine_parts, dispatch_parts
-
-
-class Scratch:
-    """Private staging memory, by purpose; grows and is kept, so that it stays warm."""
-
-    def __init__(self) -> None:
-        self._arrays: dict[str, np.ndarray] = {}
-
-    def get(self, purpose: str, nbytes: int) -> np.ndarray:
-        """At least ``nbytes`` of uint8, the same memory every time it suffices."""
-        array = self._arrays.get(purpose)
-        if array is None or array.size < nbytes:
-            array = self._arrays[purpose] = np.empty(nbytes, np.uint8)
-        return array[:nbytes]
 
 
 class Node:
@@ -39,7 +27,7 @@ class Node:
     ) -> None:
         self.topology = topology
         self.config = config
-        self.scale_out = bootstrap.scale_out()
+        self.scale_out = _make_scale_out(bootstrap, topology, config, options)
         self.experts_per_rank = config.num_experts // topology.num_ranks
         slot_bytes = announcement_bytes(topology, config.num_experts)
         control_bytes = ControlBlock.nbytes(topology.num_nodes, slot_bytes)
@@ -48,7 +36,6 @@ class Node:
         self.announcer = Announcer(topology, config.num_experts, self.control, self.scale_out)
         self.windows = WindowPool(window_bytes(config, topology.num_ranks))
         self.peer_windows = PeerWindows()
-        self.scratch = Scratch()
         self.local_of_E = np.full(config.num_experts, -1, np.int64)
         for local, rank in enumerate(topology.node_ranks):
             first = rank * self.experts_per_rank
@@ -101,6 +88,24 @@ class Node:
         """Stop the threads; memory goes with the last reference."""
         if self._threads is not None:
             self._threads.shutdown(wait=False)
+        self.scale_out.close()
+
+
+def _make_scale_out(
+    bootstrap: Bootstrap, topology: Topology, config: Config, options: Options
+) -> ScaleOut:
+    """The messages between nodes that the user chose. Collective."""
+    if not options.fabric.startswith("proxy/"):
+        return bootstrap.scale_out()
+    hidden, num_topk, f32 = config.hidden, config.num_topk, constants["FORMAT_F32"]
+    record = max(
+        dispatch_record(f32, hidden, num_topk).bytes,
+        combine_record(f32, hidden, num_topk, True).bytes,
+    )
+    sizes = MessageSizes(
+        announcement_bytes(topology, config.num_experts), config.max_tokens * record
+    )
+    return FabricScaleOut(bootstrap, topology, sizes, options)
 
 
 def _share_control(bootstrap: Bootstrap, topology: Topology, nbytes: int) -> list[ControlBlock]:

@@ -32,6 +32,12 @@ class Request(Protocol):
 class ScaleOut(Protocol):
     """A transport for bytes between nodes. Buffers stay untouched until a request is done."""
 
+    def inbox(self, rank: int, nbytes: int) -> np.ndarray:
+        """Memory to receive a rank's records in, uint8; warm, and valid until the next call."""
+
+    def outbox(self, rank: int, nbytes: int) -> np.ndarray:
+        """Memory to pack records for a rank in, likewise."""
+
     def send(self, rank: int, tag: Tag, data: np.ndarray) -> Request:
         """Start sending ``data`` (uint8 [units, unit bytes])."""
 
@@ -43,6 +49,31 @@ class ScaleOut(Protocol):
 
     def poll_abort(self, into: np.ndarray) -> bool:
         """Whether a peer gave up; fills ``into`` with its message."""
+
+    def close(self) -> None:
+        """Let go of threads and memory; local, never waits for a peer."""
+
+
+class Staging:
+    """Private memory for records, by direction and rank; grows and is kept, so it stays warm."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[str, int], np.ndarray] = {}
+
+    def inbox(self, rank: int, nbytes: int) -> np.ndarray:
+        return self._get(("in", rank), nbytes)
+
+    def outbox(self, rank: int, nbytes: int) -> np.ndarray:
+        return self._get(("out", rank), nbytes)
+
+    def _get(self, key: tuple[str, int], nbytes: int) -> np.ndarray:
+        array = self._arrays.get(key)
+        if array is None or array.size < nbytes:
+            array = self._arrays[key] = np.empty(nbytes, np.uint8)
+        return array[:nbytes]
+
+    def close(self) -> None:
+        self._arrays.clear()
 
 
 #: Requests of transports that are gone. MPI may still touch their memory, which they keep.
@@ -56,7 +87,7 @@ def _abandon(receives: list[Any], sends: list[Any]) -> None:
     _abandoned[:] = [r for r in (*_abandoned, *receives, *sends) if not r.Test()]
 
 
-class MpiScaleOut:
+class MpiScaleOut(Staging):
     """mpi4py point-to-point messages. ``number`` tells the buffers of a communicator apart."""
 
     #: Requests kept before the completed ones are dropped.
@@ -65,6 +96,7 @@ class MpiScaleOut:
     def __init__(self, comm: Any, number: int) -> None:
         from mpi4py import MPI
 
+        super().__init__()
         self._comm = comm
         self._first_tag = number % (comm.Get_attr(MPI.TAG_UB) // len(Tag) - 1) * len(Tag)
         self._types: dict[int, Any] = {}
@@ -120,7 +152,7 @@ class _MpiRequest:
         return bool(self._request.Test())
 
 
-class TorchScaleOut:
+class TorchScaleOut(Staging):
     """torch.distributed point-to-point messages (gloo).
 
     Gloo's requests can be waited for but not tested, so a thread waits for each; it has no probe
@@ -134,6 +166,7 @@ class TorchScaleOut:
     def __init__(self, group: Any, number: int) -> None:
         import torch.distributed as dist
 
+        super().__init__()
         self._group = group
         self._first_tag = number * len(Tag)
         self._global = dist.get_process_group_ranks(group)

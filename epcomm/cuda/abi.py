@@ -13,21 +13,6 @@ from .. import native
 available: bool = hasattr(native.library, "epcomm_cuda_load")
 
 
-def _read_constants() -> dict[str, int]:
-    count = ctypes.c_uint32()
-    native.library.epcomm_cuda_constants.restype = ctypes.POINTER(native.Constant)
-    table = native.library.epcomm_cuda_constants(ctypes.byref(count))
-    return {table[i].name.decode(): table[i].value for i in range(count.value)}
-
-
-def _read_fields() -> dict[str, list[native.Field]]:
-    count = ctypes.c_uint32()
-    native.library.epcomm_cuda_fields.restype = ctypes.POINTER(native.Field)
-    table = native.library.epcomm_cuda_fields(ctypes.byref(count))
-    fields = native.read_fields(table, count.value)
-    return {name.removeprefix("cuda_"): parts for name, parts in fields.items()}
-
-
 def _describe() -> None:
     """Fill ``dtypes`` and ``structures``. The last field of a structure is its size."""
     nested = {
@@ -38,7 +23,8 @@ def _describe() -> None:
             {},
         )
     }
-    for name, (*fields, end) in _read_fields().items():
+    for structure, (*fields, end) in native.read_fields("epcomm_cuda_fields").items():
+        name = structure.removeprefix("cuda_")
         assert end.field == b"", f"{name} has no end"
         dtypes[name] = native.make_dtype(fields, end.offset)
         structures[name] = native.make_structure(name, fields, end.offset, nested)
@@ -91,7 +77,7 @@ dtypes: dict[str, np.dtype] = {}
 #: ctypes structures, likewise: parameter blocks are filled in through these.
 structures: dict[str, type[ctypes.Structure]] = {}
 if available:
-    constants = _read_constants()
+    constants = native.read_constants("epcomm_cuda_constants")
     _describe()
     _declare()
 

@@ -164,14 +164,17 @@ def wire_of(case: Case) -> WireFormat:
     return WireFormat[(case.wire or default).upper()]
 
 
-def check(comm: Any, case: Case, buffer: epcomm.Buffer | None = None) -> None:
-    """Run a case on ``comm`` and compare every output with the oracle."""
+def check(comm: Any, case: Case, buffer: epcomm.Buffer | None = None, **options: Any) -> None:
+    """Run a case on ``comm`` and compare every output with the oracle.
+
+    Without ``buffer`` one is made with ``options``.
+    """
     inputs = draw_inputs(case, comm.size)
     world = make_world(case, comm.size)
     received = oracle.dispatch(inputs, world)
     outputs = draw_outputs(case, received, inputs)
     combined = oracle.combine(outputs, received, inputs, world, wire_of(case))
-    buffer = buffer or make_buffer(comm, case)
+    buffer = buffer or make_buffer(comm, case, **options)
     mine, out = inputs[comm.rank], outputs[comm.rank]
     got = buffer.dispatch(
         mine.x,

@@ -22,7 +22,7 @@ def kill_in(step: str) -> None:
 
 
 def run_rank(
-    rank: int, size: int, shape: int, step: str, folder: str, results: Any, told: Any
+    rank: int, size: int, shape: int, step: str, fabric: str, folder: str, results: Any, told: Any
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -41,6 +41,7 @@ def run_rank(
         ranks_per_node=shape,
         timeout=TIMEOUT,
         num_threads=1,
+        fabric=fabric,
     )
     x = torch.ones(8, 64, dtype=torch.bfloat16)
     topk_idx = torch.arange(2 * size).repeat(8, 1)
@@ -70,16 +71,24 @@ def run_rank(
 
 
 @pytest.mark.parametrize(
-    ("size", "shape", "step"), [(3, 3, "_announce"), (3, 3, "_arrive"), (4, 2, "_move")]
+    ("size", "shape", "step", "fabric"),
+    [
+        (3, 3, "_announce", "auto"),
+        (3, 3, "_arrive", "auto"),
+        (4, 2, "_move", "auto"),
+        (4, 2, "_move", "proxy/local"),
+        (3, 1, "_announce", "proxy/local"),
+        (3, 1, "_arrive", "proxy/local"),
+    ],
 )
-def test_survivors_name_the_killed_rank(tmp_path, size, shape, step):
+def test_survivors_name_the_killed_rank(tmp_path, size, shape, step, fabric):
     """Soon, with the buffer unusable, no memory left behind, and no process that stays."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["epcomm"])
     results, told = context.Queue(), context.Event()
     processes = [
         context.Process(
-            target=run_rank, args=(rank, size, shape, step, str(tmp_path), results, told)
+            target=run_rank, args=(rank, size, shape, step, fabric, str(tmp_path), results, told)
         )
         for rank in range(size)
     ]

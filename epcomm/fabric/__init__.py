@@ -1,0 +1,1 @@
+"""Bytes between nodes through triggers, proxy threads and a transport."""

@@ -1,0 +1,56 @@
+"""The fabric's part of libepcomm: its structures as NumPy dtypes, and its functions."""
+
+import ctypes
+
+from ..native import library, make_dtype, read_constants, read_fields
+
+#: Enumerators and limits by name without ``EPCOMM_FABRIC_``.
+constants = read_constants("epcomm_fabric_constants")
+#: dtypes by structure name without ``epcomm_fabric_`` or ``epcomm_``; a field without a name ends each.
+dtypes = {
+    name: make_dtype(parts, end.offset)
+    for name, (*parts, end) in read_fields("epcomm_fabric_fields").items()
+}
+
+_POINTER, _I32, _I64, _U64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
+_FUNCTIONS = {
+    "host_bytes": (_I64, [_I32, _I32]),
+    "producer_bytes": (_I64, [_I32]),
+    "create": (_POINTER, [_POINTER, ctypes.c_char_p, ctypes.c_char_p]),
+    "add_region": (_I32, [_POINTER, _POINTER]),
+    "open": (_I32, [_POINTER]),
+    "address": (_I64, [_POINTER, _I32, _POINTER, _I64]),
+    "connect": (_I32, [_POINTER, _POINTER, _POINTER]),
+    "text": (ctypes.c_char_p, [_POINTER]),
+    "describe": (ctypes.c_char_p, [_POINTER]),
+    "of": (_POINTER, [_POINTER]),
+    "check": (_I32, [_POINTER, _I64]),
+    "peer_gone": (_I32, [_POINTER, _I32]),
+    "stop": (_I32, [_POINTER, _I64]),
+    "destroy": (None, [_POINTER]),
+    "put": (_U64, [_POINTER, _I32, _I32, _POINTER, _POINTER, _U64]),
+    "put_signal": (_U64, [_POINTER, _I32, _I32, _POINTER, _POINTER, _U64, _I32]),
+    "signal_add": (_U64, [_POINTER, _I32, _I32, _I32, _U64]),
+    "noop": (_U64, [_POINTER, _I32]),
+    "done": (_I32, [_POINTER, _I32, _U64]),
+    "flush": (_I32, [_POINTER, _I32, _I64]),
+    "wake": (None, [_POINTER, _I32]),
+}
+
+
+def _declare() -> None:
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(library, f"epcomm_fabric_{name}")
+        function.restype, function.argtypes = result, arguments
+
+
+_declare()
+
+
+class Place(ctypes.Structure):
+    """``epcomm_fabric_place``: a byte offset in a region."""
+
+    _fields_ = [("region", _I32), ("reserved", _I32), ("offset", _U64)]
+
+    def __init__(self, region: int, offset: int) -> None:
+        super().__init__(region, 0, offset)
