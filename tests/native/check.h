@@ -1,0 +1,39 @@
+// Named tests in one program: `program NAME` runs one of them.
+#pragma once
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <map>
+#include <string>
+
+inline std::map<std::string, void (*)()>& tests() {
+    static std::map<std::string, void (*)()> all;
+    return all;
+}
+
+struct Test {
+    Test(const char* name, void (*run)()) { tests()[name] = run; }
+};
+
+#define TEST(name)                              \
+    static void name();                         \
+    static const Test name##_test(#name, name); \
+    static void name()
+
+#define CHECK(condition)                                                            \
+    do {                                                                            \
+        if (!(condition)) {                                                         \
+            fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
+            fflush(stderr);                                                         \
+            _Exit(1);                                                               \
+        }                                                                           \
+    } while (0)
+
+int main(int count, char** arguments) {
+    const auto found = tests().find(count > 1 ? arguments[1] : "");
+    if (found == tests().end()) return 2;
+    found->second();
+    return 0;
+}
