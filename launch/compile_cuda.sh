@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# launch/compile_cuda.sh: compile the CUDA kernels for every architecture they must compile for, and
+# launch/compile_cuda.sh: compile the CUDA sources for every architecture they must compile for, and
 # fail where a hot kernel spills registers. Needs nvcc, but no GPU.
 set -euo pipefail
 # shellcheck source=launch/env.sh
@@ -21,7 +21,7 @@ compile() {
 }
 
 for arch in 80 90a 100; do
-    for source in csrc/kernels/*.cu; do
+    for source in csrc/kernels/*.cu csrc/fabric/*.cu csrc/fabric/*_cuda.cc; do
         compile "$arch" "$source" >"$work/report" || { cat "$work/report"; die "$source, sm_$arch"; }
         # The combine for more than 8 rows a token (its second flag) is not one of the hot kernels.
         spills=$(awk '/Compiling entry/ { name = $0 }

@@ -6,17 +6,16 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <stdexcept>
 
 #include "atomics.h"
+#include "peer_process.h"
 #include "transport.h"
 
 namespace epcomm::fabric {
@@ -95,12 +94,7 @@ class Local : public Transport {
         return count;
     }
 
-    bool peer_gone(int32_t node) override {
-        const Peer& peer = peers_[size_t(node)];
-        if (peer.pidfd < 0) return false;
-        pollfd ended = {peer.pidfd, POLLIN, 0};
-        return ::poll(&ended, 1, 0) > 0;
-    }
+    bool peer_gone(int32_t node) override { return peers_[size_t(node)].process.gone(); }
 
     std::string error_text(const Completion& completion) const override {
         if (completion.vendor == kPeerGone) return "the peer's process is gone";
@@ -117,7 +111,6 @@ class Local : public Transport {
             for (Mapping& mapping : peer.regions) {
                 if (mapping.base != nullptr) munmap(mapping.base, mapping.mapped);
             }
-            if (peer.pidfd >= 0) ::close(peer.pidfd);
         }
         peers_.clear();
     }
@@ -130,7 +123,7 @@ class Local : public Transport {
         uint64_t bytes = 0;
     };
     struct Peer {
-        int pidfd = -1;
+        PeerProcess process;
         Mapping regions[EPCOMM_FABRIC_MAX_REGIONS];
     };
     struct Lane {
@@ -146,8 +139,7 @@ class Local : public Transport {
         }
         memcpy(&address, bytes.data(), sizeof address);
         Peer& peer = peers_[size_t(node)];
-        // Without pidfds a peer's end is met by the deadline of whoever waits for it.
-        peer.pidfd = int(syscall(SYS_pidfd_open, address.pid, 0));
+        peer.process.watch(address.pid);
         for (int id = 0; id < EPCOMM_FABRIC_MAX_REGIONS; ++id) {
             if (address.regions[id].registered != 0) {
                 peer.regions[id] = map_region(address, id);

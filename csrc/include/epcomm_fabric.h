@@ -108,6 +108,38 @@ EPCOMM_API int epcomm_fabric_flush(const epcomm_fabric* fabric, int32_t channel,
 /// which cannot, a nap is short.
 EPCOMM_API void epcomm_fabric_wake(const epcomm_fabric* fabric, int32_t channel);
 
+/// A kernel of producers, for tests and measurements; only in a library built with CUDA. Chunk k
+/// goes from `local` + k * bytes to `remote` + k * bytes at `peer`, on channel k % num_channels,
+/// with signal `first_signal` + channel; block b does chunks b, b + num_blocks, ...
+typedef struct {
+    epcomm_fabric fabric;
+    uint64_t* out;            ///< local memory of the chunks
+    const uint64_t* in;       ///< where the peer puts its chunks
+    const uint64_t* signals;  ///< this rank's counters
+    uint64_t* result;         ///< [0] words that differ, [1] calls that failed, [2] nanoseconds
+    epcomm_fabric_place local;
+    epcomm_fabric_place remote;
+    uint64_t bytes;
+    uint64_t epoch;  ///< 1 for the first run; words and counts depend on it
+    int64_t timeout_ns;
+    int32_t peer;
+    int32_t num_chunks;  ///< a multiple of num_channels
+    int32_t num_channels;
+    int32_t first_signal;  ///< where this rank raises; the peer raises `their_signal` here
+    int32_t their_signal;
+    int32_t num_blocks;
+    int32_t num_threads;
+    int32_t triggers;    ///< measure only: every thread puts this many empty triggers in turn
+    int32_t round_trip;  ///< measure only: and waits for each to complete
+    int32_t reserved;
+} epcomm_fabric_probe;
+
+/// Fill the chunks, send them, wait for the peer's and compare. Returns a cudaError_t.
+EPCOMM_API int epcomm_fabric_probe_exchange(const epcomm_fabric_probe* probe, void* stream);
+
+/// Put empty triggers; `result` gets the time. Returns a cudaError_t.
+EPCOMM_API int epcomm_fabric_probe_triggers(const epcomm_fabric_probe* probe, void* stream);
+
 /// Fields and integers of the fabric's structures, as epcomm_fields and epcomm_constants.
 EPCOMM_API const epcomm_field* epcomm_fabric_fields(uint32_t* count);
 EPCOMM_API const epcomm_constant* epcomm_fabric_constants(uint32_t* count);

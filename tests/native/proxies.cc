@@ -282,11 +282,24 @@ TEST(thread_without_a_sign_of_life_is_noticed) {
 }
 
 TEST(stop_drains) {
+    // What is in the ring is posted, and what is under way completes, before the threads end.
     WithScript with;
+    with.mine.complete_at_once = false;
     auto end = std::make_unique<TestEnd>("scripted");
     for (int i = 0; i < 50; ++i) put(*end->fabric, {1, 0}, kStart, kStart, 16);
-    end.reset();
-    CHECK(with.mine.seen.size() == 50);
+    std::atomic<int> completed{0};
+    std::thread network([&] {
+        while (completed < 50) {
+            if (!soon([&] { return with.mine.under_way() != 0; })) return;
+            std::this_thread::sleep_for(milliseconds(2));
+            ++completed;
+            with.mine.finish(0);
+        }
+    });
+    CHECK(epcomm_fabric_stop(end->end, 20 * kSecond) == 0);
+    CHECK(completed == 50);
+    CHECK(load_acquire(&end->fabric->rings[0].consumer->completed) == 50);
+    network.join();
     CHECK(with.mine.closed == 1);
 }
 

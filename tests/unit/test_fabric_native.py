@@ -16,7 +16,7 @@ def source(program: str) -> Path:
     return ROOT / "tests/native" / f"{program}.cc"
 
 
-def tests_of(program: str) -> list[str]:
+def names_in(program: str) -> list[str]:
     return re.findall(r"^TEST\((\w+)\)", source(program).read_text(), re.MULTILINE)
 
 
@@ -49,7 +49,7 @@ def built(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("program", "name"), [(program, name) for program in PROGRAMS for name in tests_of(program)]
+    ("program", "name"), [(program, name) for program in PROGRAMS for name in names_in(program)]
 )
 def test_native(built, program, name):
     done = subprocess.run(
