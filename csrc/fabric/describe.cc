@@ -73,6 +73,7 @@ constexpr epcomm_field kFields[] = {
     FIELD(probe, num_threads),
     FIELD(probe, triggers),
     FIELD(probe, round_trip),
+    FIELD(probe, leads),
     END("probe", epcomm_fabric_probe),
     RING_FIELD(proxy_thread, heartbeat),
     RING_FIELD(proxy_thread, triggers),

@@ -1,7 +1,7 @@
 // Kernels that produce triggers: one that checks what arrives, one that measures.
 #include <cuda_runtime.h>
 
-#include "fabric.h"
+#include "measure.h"
 
 namespace {
 
@@ -14,6 +14,14 @@ __device__ uint64_t word_of(const epcomm_fabric_probe& probe, int32_t node, uint
 
 __device__ void count(uint64_t* result, int which, uint64_t amount) {
     if (amount != 0) atomicAdd(reinterpret_cast<unsigned long long*>(&result[which]), amount);
+}
+
+__device__ void finish(const epcomm_fabric_probe& probe, int64_t ns) {
+    count(probe.result, 1, ns < 0);
+    if (ns >= 0) {
+        atomicMax(reinterpret_cast<unsigned long long*>(&probe.result[2]),
+                  static_cast<unsigned long long>(ns));
+    }
 }
 
 __device__ bool wait_signal(const epcomm_fabric_probe& probe, int32_t channel) {
@@ -65,24 +73,17 @@ __global__ void exchange(const __grid_constant__ epcomm_fabric_probe probe) {
 
 __global__ void triggers(const __grid_constant__ epcomm_fabric_probe probe) {
     const int32_t producer = int32_t(blockIdx.x * blockDim.x + threadIdx.x);
-    const int32_t channel = producer % probe.num_channels;
-    const fabric::Command noop{EPCOMM_FABRIC_NOOP, probe.peer, channel, 0, {}, {}, 0, 0};
-    const int64_t start = fabric::now_ns();
-    for (int32_t i = 0; i < probe.triggers; ++i) {
-        const fabric::Ticket ticket = fabric::push(probe.fabric, noop);
-        bool ok = ticket != 0;
-        while (ok && probe.round_trip != 0 && !fabric::done(probe.fabric, channel, ticket)) {
-            ok = !fabric::failed(probe.fabric) && fabric::now_ns() - start < probe.timeout_ns;
-        }
-        if (!ok) {
-            count(probe.result, 1, 1);
-            return;
-        }
-    }
-    const bool quiet = fabric::flush(probe.fabric, channel, probe.timeout_ns);
-    count(probe.result, 1, !quiet);
-    atomicMax(reinterpret_cast<unsigned long long*>(&probe.result[2]),
-              static_cast<unsigned long long>(fabric::now_ns() - start));
+    const int64_t ns =
+        fabric::measure_triggers(probe.fabric, {probe.peer, producer % probe.num_channels},
+                                 probe.triggers, probe.round_trip != 0, probe.timeout_ns);
+    finish(probe, ns);
+}
+
+__global__ void ping(const __grid_constant__ epcomm_fabric_probe probe) {
+    const int64_t ns = fabric::measure_ping(probe.fabric, {probe.peer, 0}, probe.first_signal,
+                                            &probe.signals[probe.their_signal], probe.epoch,
+                                            probe.triggers, probe.leads != 0, probe.timeout_ns);
+    finish(probe, ns);
 }
 
 }  // namespace
@@ -98,6 +99,11 @@ int epcomm_fabric_probe_exchange(const epcomm_fabric_probe* probe, void* stream)
 int epcomm_fabric_probe_triggers(const epcomm_fabric_probe* probe, void* stream) {
     triggers<<<probe->num_blocks, probe->num_threads, 0, static_cast<cudaStream_t>(stream)>>>(
         *probe);
+    return cudaGetLastError();
+}
+
+int epcomm_fabric_probe_ping(const epcomm_fabric_probe* probe, void* stream) {
+    ping<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(*probe);
     return cudaGetLastError();
 }
 

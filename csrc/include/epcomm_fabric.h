@@ -110,7 +110,8 @@ EPCOMM_API void epcomm_fabric_wake(const epcomm_fabric* fabric, int32_t channel)
 
 /// A kernel of producers, for tests and measurements; only in a library built with CUDA. Chunk k
 /// goes from `local` + k * bytes to `remote` + k * bytes at `peer`, on channel k % num_channels,
-/// with signal `first_signal` + channel; block b does chunks b, b + num_blocks, ...
+/// with signal `first_signal` + channel; block b does chunks b, b + num_blocks, ... All blocks of
+/// both ranks must be resident together.
 typedef struct {
     epcomm_fabric fabric;
     uint64_t* out;            ///< local memory of the chunks
@@ -129,16 +130,27 @@ typedef struct {
     int32_t their_signal;
     int32_t num_blocks;
     int32_t num_threads;
-    int32_t triggers;    ///< measure only: every thread puts this many empty triggers in turn
-    int32_t round_trip;  ///< measure only: and waits for each to complete
-    int32_t reserved;
+    int32_t triggers;    ///< measuring: empty triggers of every thread, or rounds of signals
+    int32_t round_trip;  ///< measuring: wait for each trigger to complete
+    int32_t leads;       ///< measuring signals: sends first; counters stand at `epoch` before
 } epcomm_fabric_probe;
 
 /// Fill the chunks, send them, wait for the peer's and compare. Returns a cudaError_t.
 EPCOMM_API int epcomm_fabric_probe_exchange(const epcomm_fabric_probe* probe, void* stream);
 
-/// Put empty triggers; `result` gets the time. Returns a cudaError_t.
+/// Put empty triggers, or send a signal to and fro; `result` gets the longest thread's time.
+/// Return a cudaError_t.
 EPCOMM_API int epcomm_fabric_probe_triggers(const epcomm_fabric_probe* probe, void* stream);
+EPCOMM_API int epcomm_fabric_probe_ping(const epcomm_fabric_probe* probe, void* stream);
+
+/// The same by the calling host thread. Return nanoseconds, or -1.
+EPCOMM_API int64_t epcomm_fabric_measure_triggers(const epcomm_fabric* fabric, int32_t peer,
+                                                  int32_t channel, int32_t count,
+                                                  int32_t round_trip, int64_t timeout_ns);
+EPCOMM_API int64_t epcomm_fabric_measure_ping(const epcomm_fabric* fabric, int32_t peer,
+                                              int32_t signal, const uint64_t* counter,
+                                              uint64_t base, int32_t rounds, int32_t leads,
+                                              int64_t timeout_ns);
 
 /// Fields and integers of the fabric's structures, as epcomm_fields and epcomm_constants.
 EPCOMM_API const epcomm_field* epcomm_fabric_fields(uint32_t* count);

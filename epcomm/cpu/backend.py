@@ -8,7 +8,7 @@ import torch
 
 from ..backend import CombineCall, Config, DispatchCall, Options
 from ..bootstrap import Bootstrap
-from ..errors import BufferClosedError, EpcommError, PeerTimeoutError
+from ..errors import BufferClosedError, EpcommError, FabricError, PeerTimeoutError
 from ..native import constants
 from ..results import CombineResult, DispatchResult, Handle
 from ..topology import Topology
@@ -43,13 +43,19 @@ class CpuBackend:
         except PeerTimeoutError as error:
             self._broken = str(error)
             raise
-        except (EpcommError, ValueError):
-            raise  # found before data moved, on every rank or told to every rank
-        except BaseException as error:
-            self._broken = f"{type(error).__name__}: {error}"
-            what = Waiting(constants[op], constants["PHASE_DATA"], self._epoch)
-            self.node.control.abort(what)
+        except (EpcommError, ValueError) as error:
+            # All but a fabric's: found before data moved, on every rank or told to every rank.
+            if isinstance(error, FabricError):
+                self._abort(op, error)
             raise
+        except BaseException as error:
+            self._abort(op, error)
+            raise
+
+    def _abort(self, op: str, error: BaseException) -> None:
+        """This rank failed half-way: tell whoever depends on it."""
+        self._broken = f"{type(error).__name__}: {error}"
+        self.node.control.abort(Waiting(constants[op], constants["PHASE_DATA"], self._epoch))
 
     def _next_epoch(self) -> int:
         self._check_usable()

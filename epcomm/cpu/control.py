@@ -130,6 +130,7 @@ class NodeControl:
 
         Raises:
             PeerTimeoutError: as for :meth:`wait`.
+            FabricError: this rank's fabric failed, through no peer.
         """
         pending = dict(requests)
         message = np.zeros(1, dtypes["wait_state"])
@@ -142,9 +143,12 @@ class NodeControl:
                     if request.done():
                         completed.append(suspect)
             except ConnectionError as error:
-                # A failure of what all requests share says itself whom it concerns.
-                named: tuple[int, ...] = getattr(error, "ranks", ())
-                self.lost(named[0] if named else suspect, what)
+                # A failure of what all requests share says itself whom it concerns; nobody else
+                # is to blame for one that concerns this rank alone.
+                named: tuple[int, ...] = getattr(error, "ranks", (suspect,))
+                if not named:
+                    raise
+                self.lost(named[0], what)
             for rank in completed:
                 del pending[rank]
                 if on_done is not None:

@@ -12,6 +12,9 @@ dtypes = {
     for name, (*parts, end) in read_fields("epcomm_fabric_fields").items()
 }
 
+#: Whether this build has kernels that produce triggers.
+has_kernels: bool = hasattr(library, "epcomm_fabric_probe_exchange")
+
 _POINTER, _I32, _I64, _U64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
 _FUNCTIONS = {
     "host_bytes": (_I64, [_I32, _I32]),
@@ -35,11 +38,18 @@ _FUNCTIONS = {
     "done": (_I32, [_POINTER, _I32, _U64]),
     "flush": (_I32, [_POINTER, _I32, _I64]),
     "wake": (None, [_POINTER, _I32]),
+    "measure_triggers": (_I64, [_POINTER, _I32, _I32, _I32, _I32, _I64]),
+    "measure_ping": (_I64, [_POINTER, _I32, _I32, _POINTER, _U64, _I32, _I32, _I64]),
+    "probe_exchange": (_I32, [_POINTER, _POINTER]),
+    "probe_triggers": (_I32, [_POINTER, _POINTER]),
+    "probe_ping": (_I32, [_POINTER, _POINTER]),
 }
 
 
 def _declare() -> None:
     for name, (result, arguments) in _FUNCTIONS.items():
+        if name.startswith("probe_") and not has_kernels:
+            continue
         function = getattr(library, f"epcomm_fabric_{name}")
         function.restype, function.argtypes = result, arguments
 

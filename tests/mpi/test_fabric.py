@@ -77,6 +77,33 @@ def test_silent_rank_is_named_on_every_rank(world):
     check(comm, case, fabric=FABRIC)
 
 
+def test_fabric_that_fails_on_one_rank(world):
+    """That rank says why; all others name it, long before a deadline, whatever their node."""
+    comm = world(4)
+    case, failing = Case(2), 3
+    buffer = make_buffer(comm, case, fabric=FABRIC, timeout=60.0)
+    check(comm, case, buffer)
+    comm.Barrier()
+    mine = draw_inputs(case, comm.size)[comm.rank]
+    if comm.rank == failing:
+        # A signal to itself: the proxy thread refuses it and stops.
+        buffer._backend.node.scale_out._fabric.signal_add((1, 0), 0, 1)
+    started = time.monotonic()
+    expected = epcomm.FabricError if comm.rank == failing else epcomm.PeerTimeoutError
+    with pytest.raises(expected) as caught:
+        [buffer.dispatch(mine.x, mine.topk_idx, mine.topk_weights) for _ in range(2)]
+    assert time.monotonic() - started < 15.0
+    if comm.rank == failing:
+        assert "peer 1 is not another node" in str(caught.value)
+    else:
+        assert caught.value.ranks == (failing,), str(caught.value)
+    with pytest.raises(epcomm.BufferClosedError):
+        buffer.dispatch(mine.x, mine.topk_idx, mine.topk_weights)
+    comm.Barrier()
+    buffer.close()
+    check(comm, case, fabric=FABRIC)
+
+
 def test_unknown_fabric_is_refused_everywhere(world):
     comm = world(2)
     with pytest.raises(ValueError, match="proxy/local"):
