@@ -68,7 +68,7 @@ class HostProducers:
         return elapsed
 
     def ping(self, peer: int, rounds: int, base: int) -> float:
-        """Nanoseconds of ``rounds`` signals to and fro."""
+        """Nanoseconds of ``rounds`` signals back and forth."""
         ns = library.epcomm_fabric_measure_ping(
             self.fabric.pointer, peer, self.topology.node,
             self.segment.address + 8 * peer, base, rounds, self.topology.node < peer, _TIMEOUT_NS,
@@ -144,7 +144,7 @@ class KernelProducers:
         return self._run(library.epcomm_fabric_probe_triggers, probe)
 
     def ping(self, peer: int, rounds: int, base: int) -> float:
-        """Nanoseconds of ``rounds`` signals to and fro."""
+        """Nanoseconds of ``rounds`` signals back and forth."""
         me = self.topology.node
         probe = self._probe(
             triggers=rounds, epoch=base, peer=peer, first_signal=me, their_signal=peer,
@@ -202,7 +202,7 @@ def measure_rings(comm: Any, kind: Any, given: argparse.Namespace, rings: int) -
 
 
 def measure_latency(comm: Any, kind: Any, given: argparse.Namespace) -> str:
-    """From a trigger to the counter at the peer: half of a signal's way to and fro."""
+    """From a trigger to the counter at the peer: half of a signal's round trip."""
     producers_of = kind(make_bootstrap(comm), 1, 1)
     peer, rounds, base = comm.rank ^ 1, max(1, given.count // 10), 0
     values = []

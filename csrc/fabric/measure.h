@@ -26,9 +26,9 @@ EPCOMM_HD inline int64_t measure_triggers(const epcomm_fabric& fabric, Lane lane
     return now_ns() - start;
 }
 
-/// A signal to and fro, `rounds` times: the leader raises the peer's `signal` and waits for its own
-/// counter, the other the reverse. `counter` stands at `base` before. Returns nanoseconds for all
-/// rounds, or -1.
+/// A signal back and forth, `rounds` times: the leader raises the peer's `signal` and waits for its
+/// own counter, the other the reverse. `counter` stands at `base` before. Returns nanoseconds for
+/// all rounds, or -1.
 EPCOMM_HD inline int64_t measure_ping(const epcomm_fabric& fabric, Lane lane, int32_t signal,
                                       const uint64_t* counter, uint64_t base, int32_t rounds,
                                       bool leads, int64_t timeout_ns) {

@@ -138,7 +138,7 @@ typedef struct {
 /// Fill the chunks, send them, wait for the peer's and compare. Returns a cudaError_t.
 EPCOMM_API int epcomm_fabric_probe_exchange(const epcomm_fabric_probe* probe, void* stream);
 
-/// Put empty triggers, or send a signal to and fro; `result` gets the longest thread's time.
+/// Put empty triggers, or send a signal back and forth; `result` gets the longest thread's time.
 /// Return a cudaError_t.
 EPCOMM_API int epcomm_fabric_probe_triggers(const epcomm_fabric_probe* probe, void* stream);
 EPCOMM_API int epcomm_fabric_probe_ping(const epcomm_fabric_probe* probe, void* stream);

@@ -1,6 +1,8 @@
 """The CPU back end over a fabric: the same bytes as the oracle's, and ends in bounded time."""
 
+import gc
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +56,30 @@ def test_two_buffers_do_not_meet(world):
         with make_buffer(comm, case, fabric=FABRIC) as three:
             check(comm, case, three)
             check(comm, case, one)
+
+
+def proxy_threads():
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sum(name.startswith("epcomm-proxy") for name in names)
+
+
+def test_threads_end_with_the_buffer(world):
+    """Closed, with results still in use, or dropped together with them."""
+    comm = world(2)
+    case = Case(1)
+    before = proxy_threads()
+    mine = draw_inputs(case, comm.size)[comm.rank]
+    for close in (True, False):
+        buffer = make_buffer(comm, case, fabric=FABRIC)
+        assert proxy_threads() == before + 1
+        result = buffer.dispatch(mine.x, mine.topk_idx, mine.topk_weights)
+        kept = result.x.clone()
+        if close:
+            buffer.close()
+            assert torch.equal(result.x, kept)
+        del buffer, result
+        gc.collect()
+        assert proxy_threads() == before
 
 
 def test_silent_rank_is_named_on_every_rank(world):
