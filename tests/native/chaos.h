@@ -10,6 +10,7 @@
 
 #include <deque>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <vector>
 
@@ -34,7 +35,7 @@ class Network {
         // Some lanes are much slower than others, so that one is often far behind.
         for (Lane& lane : lanes_) lane.weight = 1u << random() % 10;
         regions_.resize(size_t(nodes));
-        done_.resize(size_t(nodes));
+        done_.resize(size_t(nodes * channels));
     }
 
     void add_region(int node, const Region& region) { regions_[size_t(node)].push_back(region); }
@@ -67,10 +68,9 @@ class Network {
         return false;
     }
 
-    std::vector<uint64_t> collect(int node) {
-        std::vector<uint64_t> tokens;
-        tokens.swap(done_[size_t(node)]);
-        return tokens;
+    /// Tokens of what a node's channel has completed.
+    std::vector<uint64_t>& done(int node, int channel) {
+        return done_[size_t(node * channels_ + channel)];
     }
 
     std::mt19937 random;
@@ -154,7 +154,7 @@ class Network {
         if (signals && !early) raise(peer, command);
         if (fault_ == Fault::kSignalTwice && signals && random() % 16 == 0) raise(peer, command);
         if (fault_ == Fault::kDataAfterSignal && random() % 4 == 0) echo(lane, oldest, peer);
-        done_[size_t(source)].push_back(oldest.operation.token);
+        done(source, command.channel).push_back(oldest.operation.token);
         lane.pending.pop_front();
     }
 
@@ -171,8 +171,9 @@ class Network {
     void raise(int peer, const Command& command) {
         const uint64_t offset = uint64_t(command.signal) * sizeof(uint64_t);
         uint8_t* at = bytes(peer, {EPCOMM_FABRIC_SIGNALS, 0, offset}, sizeof(uint64_t));
-        *reinterpret_cast<uint64_t*>(at) +=
-            command.op == EPCOMM_FABRIC_SIGNAL_ADD ? command.value : 1;
+        __atomic_fetch_add(reinterpret_cast<uint64_t*>(at),
+                           command.op == EPCOMM_FABRIC_SIGNAL_ADD ? command.value : 1,
+                           __ATOMIC_RELEASE);
     }
 
     const Fault fault_;
@@ -181,5 +182,53 @@ class Network {
     std::vector<std::vector<Region>> regions_;
     std::vector<std::vector<uint64_t>> done_;
 };
+
+/// The network as a transport behind proxy threads: ranks of one process, by node.
+class Transport : public epcomm::fabric::Transport {
+ public:
+    /// The network that transports made from now on belong to.
+    static inline Network* network = nullptr;
+    static inline std::mutex lock;
+
+    /// The test tells the network about all regions before any rank may send.
+    void add_region(const Region&) override {}
+    void open(const Plan& plan) override { plan_ = plan; }
+    std::string address(int32_t) override { return ""; }
+    void connect(const std::vector<std::string>&) override {}
+
+    size_t post(int32_t, const Operation* operations, size_t count) override {
+        const std::lock_guard<std::mutex> guard(lock);
+        // Sometimes only a part is accepted.
+        count = network->random() % 4 == 0 ? count / 2 : count;
+        for (size_t i = 0; i < count; ++i) network->post(plan_.node, operations[i]);
+        return count;
+    }
+
+    size_t poll(int32_t lane, Completion* completions, size_t capacity) override {
+        const std::lock_guard<std::mutex> guard(lock);
+        for (uint32_t steps = network->random() % 8; steps > 0; --steps) network->step();
+        size_t count = 0;
+        for (int32_t channel = 0; channel < plan_.num_channels; ++channel) {
+            if (plan_.lane_of(channel) != lane) continue;
+            std::vector<uint64_t>& tokens = network->done(plan_.node, channel);
+            while (count < capacity && !tokens.empty()) {
+                completions[count++] = {tokens.back(), true, 0, 0};
+                tokens.pop_back();
+            }
+        }
+        return count;
+    }
+
+    std::string error_text(const Completion&) const override { return ""; }
+    std::string describe() const override { return "chaos"; }
+    void close() override {}
+
+ private:
+    Plan plan_{};
+};
+
+inline const RegisterTransport kChaos("chaos", []() -> std::unique_ptr<epcomm::fabric::Transport> {
+    return std::make_unique<Transport>();
+});
 
 }  // namespace chaos

@@ -12,11 +12,12 @@
 // compared with what was sent. The protocol broken in one point, or a network that breaks its
 // contract, must be caught; else the test would prove nothing.
 
+#include <thread>
 #include <vector>
 
-#include "../../csrc/fabric/ring.h"
 #include "chaos.h"
 #include "check.h"
+#include "test_end.h"
 
 using namespace chaos;
 
@@ -50,14 +51,20 @@ uint64_t word_of(int source, int target, int epoch, int chunk, int word) {
 
 class Rank {
  public:
-    Rank(int node, Network& network, Break broken)
-        : node_(node), network_(network), break_(broken) {
+    /// With `network` null: over a fabric, see `use`.
+    Rank(int node, Network* network, uint32_t seed, Break broken)
+        : node_(node), network_(network), random_(seed * 97 + uint32_t(node)), break_(broken) {
         add(EPCOMM_FABRIC_SIGNALS, signals_, sizeof signals_);
         add(kOut, out_, sizeof out_);
         add(kIn, in_, sizeof in_);
         add(kInbox, inbox_, sizeof inbox_);
         add(kNote, note_, sizeof note_);
     }
+
+    std::vector<Region> regions;
+
+    /// Send over real proxy threads.
+    void use(const epcomm_fabric* fabric) { fabric_ = fabric; }
 
     bool finished() const { return epoch_ > kEpochs; }
 
@@ -76,7 +83,8 @@ class Rank {
 
  private:
     void add(int id, void* memory, size_t bytes) {
-        network_.add_region(node_, {id, memory, bytes, Memory::kHost, -1, -1, 0});
+        regions.push_back({id, memory, bytes, Memory::kHost, -1, -1, 0});
+        if (network_ != nullptr) network_->add_region(node_, regions.back());
     }
 
     static uint64_t place(const void* base, const void* at) {
@@ -88,29 +96,35 @@ class Rank {
         return source * kChannels + (shared ? 0 : channel);
     }
 
-    uint64_t seen(int source, int channel) const { return signals_[signal(source, channel)]; }
+    uint64_t seen(int source, int channel) const {
+        return load_acquire(&signals_[signal(source, channel)]);
+    }
 
     /// Through a real ring, as a kernel would.
     void push(const Command& command) {
+        if (fabric_ != nullptr) {
+            CHECK(epcomm::fabric::push(*fabric_, command) != 0);
+            return;
+        }
         const uint64_t position = fetch_add(&producer_.head, 1);
         while (!wait_for_slot(ring_, position, &failed_, 0)) pump();
         publish(ring_, position, command);
     }
 
     void pump() {
+        if (fabric_ != nullptr) return;
         Command command;
         while (take(ring_, next_, &command)) {
-            network_.post(node_, {command, next_++});
+            network_->post(node_, {command, next_++});
             store_release(&consumer_.tail, next_);
         }
-        network_.collect(node_);
     }
 
     int parity() const { return break_ == Break::kOneAnnouncement ? 0 : epoch_ & 1; }
 
     void announce() {
         for (int peer = 0; peer < kNodes; ++peer) {
-            chunks_to_[peer] = peer == node_ ? 0 : int(network_.random() % (kMaxChunks + 1));
+            chunks_to_[peer] = peer == node_ ? 0 : int(random_() % (kMaxChunks + 1));
             if (peer == node_) continue;
             Note& note = note_[epoch_ & 1][peer];
             note = {uint64_t(epoch_), uint64_t(chunks_to_[peer])};
@@ -219,7 +233,9 @@ class Rank {
     }
 
     const int node_;
-    Network& network_;
+    Network* const network_;
+    const epcomm_fabric* fabric_ = nullptr;
+    std::mt19937 random_;
     const Break break_;
     int epoch_ = 1, phase_ = 0, source_ = 0, chunk_ = 0;
     int chunks_to_[kNodes] = {}, chunks_from_[kNodes] = {};
@@ -245,7 +261,8 @@ class Rank {
 bool right(uint32_t seed, Fault fault, Break broken) {
     Network network(kNodes, kChannels, seed, fault);
     std::vector<std::unique_ptr<Rank>> ranks;
-    for (int n = 0; n < kNodes; ++n) ranks.push_back(std::make_unique<Rank>(n, network, broken));
+    for (int n = 0; n < kNodes; ++n)
+        ranks.push_back(std::make_unique<Rank>(n, &network, seed, broken));
     const uint32_t eager = 1 + network.random() % 8;  // steps of ranks for one of the network
     int idle = 0;
     while (idle < 1000) {
@@ -267,6 +284,30 @@ bool right(uint32_t seed, Fault fault, Break broken) {
     return false;  // stuck
 }
 
+/// One rank over a fabric of its own, until it has finished.
+void run_over_proxies(Rank& rank, int node, const std::vector<Region>& regions) {
+    EndOptions options;
+    options.node = node;
+    options.nodes = kNodes;
+    options.channels = kChannels;
+    options.rings = 2;
+    options.threads = 2;
+    options.slots = 4;
+    options.max_in_flight = 6;
+    options.timeout_ns = 60'000'000'000;
+    TestEnd end("chaos", options, regions);
+    rank.use(end.fabric);
+    const int64_t start = now_ns();
+    while (!rank.finished() && !rank.wrong && now_ns() - start < 60'000'000'000) {
+        if (!rank.step()) sched_yield();
+    }
+    CHECK(rank.finished() && !rank.wrong);
+    // What this rank sent may still be on its way.
+    for (int channel = 0; channel < kChannels; ++channel) {
+        CHECK(flush(*end.fabric, channel, 60'000'000'000));
+    }
+}
+
 int count_wrong(Fault fault, Break broken, uint32_t schedules = 2000) {
     int wrong = 0;
     for (uint32_t seed = 1; seed <= schedules; ++seed) wrong += right(seed, fault, broken) ? 0 : 1;
@@ -277,6 +318,24 @@ int count_wrong(Fault fault, Break broken, uint32_t schedules = 2000) {
 }  // namespace
 
 TEST(protocol_holds) { CHECK(count_wrong(Fault::kNone, Break::kNone, 4000) == 0); }
+
+TEST(protocol_holds_over_proxy_threads) {
+    for (uint32_t seed = 1; seed <= 60; ++seed) {
+        Network network(kNodes, kChannels, seed, Fault::kNone);
+        chaos::Transport::network = &network;
+        std::vector<std::unique_ptr<Rank>> ranks;
+        std::vector<std::thread> threads;
+        for (int n = 0; n < kNodes; ++n) {
+            ranks.push_back(std::make_unique<Rank>(n, nullptr, seed, Break::kNone));
+            for (const Region& region : ranks.back()->regions) network.add_region(n, region);
+        }
+        for (int n = 0; n < kNodes; ++n) {
+            threads.emplace_back(
+                [&, n] { run_over_proxies(*ranks[size_t(n)], n, ranks[size_t(n)]->regions); });
+        }
+        for (std::thread& thread : threads) thread.join();
+    }
+}
 
 TEST(signal_before_data_is_caught) {
     CHECK(count_wrong(Fault::kSignalBeforeData, Break::kNone) > 0);

@@ -15,6 +15,7 @@ struct EndOptions {
     int slots = 64;
     int channels = 4;
     int nodes = 2;
+    int node = 0;
     int max_in_flight = 32;
     int64_t timeout_ns = 2'000'000'000;
     int64_t nap_ns = 20'000'000;
@@ -24,11 +25,14 @@ struct EndOptions {
 
 class TestEnd {
  public:
-    explicit TestEnd(const char* transport, const EndOptions& options = {}, const char* text = "") {
+    /// `regions`: memory to register; none: some for the signals.
+    explicit TestEnd(const char* transport, const EndOptions& options = {},
+                     const std::vector<epcomm::fabric::Region>& regions = {}) {
         host.resize(size_t(epcomm_fabric_host_bytes(options.slots, options.rings)) / 8 + 16);
         producers.resize(size_t(epcomm_fabric_producer_bytes(options.rings)) / 8 + 16);
         region.resize(1024);
         epcomm_fabric_config config{};
+        config.node = options.node;
         config.num_nodes = options.nodes;
         config.num_channels = options.channels;
         config.num_rings = options.rings;
@@ -40,13 +44,10 @@ class TestEnd {
         config.device_fills = options.device_fills;
         config.host_memory = aligned(host);
         config.producer_memory = aligned(producers);
-        end = epcomm_fabric_create(&config, transport, text);
+        end = epcomm_fabric_create(&config, transport, "");
         if (end == nullptr) return;
-        epcomm_fabric_region memory{};
-        memory.device = memory.fd = -1;
-        memory.pointer = aligned(region);
-        memory.bytes = options.region_bytes;
-        epcomm_fabric_add_region(end, &memory);
+        if (regions.empty()) add_region(0, aligned(region), options.region_bytes);
+        for (const auto& given : regions) add_region(given.id, given.pointer, given.bytes);
         epcomm_fabric_open(end);
         std::vector<const void*> addresses(size_t(options.nodes), "");
         std::vector<int64_t> sizes(size_t(options.nodes), 0);
@@ -65,6 +66,15 @@ class TestEnd {
     const epcomm_fabric* fabric = nullptr;
 
  private:
+    void add_region(int32_t id, void* pointer, uint64_t bytes) {
+        epcomm_fabric_region memory{};
+        memory.id = id;
+        memory.device = memory.fd = -1;
+        memory.pointer = pointer;
+        memory.bytes = bytes;
+        epcomm_fabric_add_region(end, &memory);
+    }
+
     static void* aligned(std::vector<uint64_t>& memory) {
         return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 127) / 128 *
                                        128);
