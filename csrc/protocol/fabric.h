@@ -39,8 +39,8 @@ enum {
 #undef EPCOMM_FABRIC_LIMIT_ENUM
 };
 
-/// Region 0 of every rank holds its signals: an array of 64-bit counters that only ever grow and
-/// are never cleared. Exactly one (source node, channel) raises any one of them.
+/// Region 0 of every rank holds its signals: 64-bit counters, zero at first, that only ever grow
+/// and are never cleared. Exactly one (source node, channel) raises any one of them.
 enum { EPCOMM_FABRIC_SIGNALS = 0 };
 
 typedef enum {

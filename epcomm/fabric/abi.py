@@ -6,7 +6,8 @@ from ..native import library, make_dtype, read_constants, read_fields
 
 #: Enumerators and limits by name without ``EPCOMM_FABRIC_``.
 constants = read_constants("epcomm_fabric_constants")
-#: dtypes by structure name without ``epcomm_fabric_`` or ``epcomm_``; a field without a name ends each.
+#: dtypes by structure name without ``epcomm_fabric_`` or ``epcomm_``. A structure's last field is
+#: its size.
 dtypes = {
     name: make_dtype(parts, end.offset)
     for name, (*parts, end) in read_fields("epcomm_fabric_fields").items()

@@ -112,6 +112,7 @@ def test_host_triggers(comm, make_world):
                 got = world.array(IN, np.uint8)[peer * slot + 16 * turn :][:nbytes].get()
                 want = (np.arange(nbytes) + 32 * turn + peer).astype(np.uint8)
                 np.testing.assert_array_equal(got, want)
+        comm.Barrier()  # the next turn overwrites what this one read
     for channel in range(CHANNELS):
         fabric.flush(channel, 20.0)
     comm.Barrier()
