@@ -113,6 +113,9 @@ class NodeControl:
         result = constants["WAIT_TIMEOUT"]
         while result == constants["WAIT_TIMEOUT"]:
             result = library.epcomm_counter_wait(address, expected, ctypes.byref(how))
+            # A rank of another node may know what nobody here does yet.
+            if result == constants["WAIT_TIMEOUT"] and self._heard_abort():
+                result = constants["WAIT_ABORTED"]
             if time.monotonic() >= deadline:
                 break
         if result != constants["WAIT_OK"]:
@@ -133,7 +136,6 @@ class NodeControl:
             FabricError: this rank's fabric failed, through no peer.
         """
         pending = dict(requests)
-        message = np.zeros(1, dtypes["wait_state"])
         deadline = time.monotonic() + self.timeout
         idle = 0
         while pending:
@@ -162,13 +164,20 @@ class NodeControl:
             self._publish(what, next(iter(pending)), 1, 0)
             if library.epcomm_counter_read(self.own.counter("aborted")):
                 self._give_up(constants["WAIT_ABORTED"], -1)
-            if self._scale_out.poll_abort(message):
-                self.own.error[:] = message
+            if self._heard_abort():
                 self._give_up(constants["WAIT_ABORTED"], -1)
             if time.monotonic() >= deadline:
                 self._give_up(constants["WAIT_TIMEOUT"], next(iter(pending)))
             time.sleep(min(20e-6 * (idle - self._spin // 50), 1e-3))
         self.own.wait["waiting"] = 0
+
+    def _heard_abort(self) -> bool:
+        """Whether a rail peer gave up; keeps what it said."""
+        message = np.zeros(1, dtypes["wait_state"])
+        if not self._scale_out.poll_abort(message):
+            return False
+        self.own.error[:] = message
+        return True
 
     def lost(self, rank: int, what: Waiting) -> NoReturn:
         """A rank's memory or connection is gone: raise PeerTimeoutError for whom that is due to."""

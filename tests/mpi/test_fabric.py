@@ -67,6 +67,7 @@ def test_threads_end_with_the_buffer(world):
     """Closed, with results still in use, or dropped together with them."""
     comm = world(2)
     case = Case(1)
+    gc.collect()  # buffers of earlier tests
     before = proxy_threads()
     mine = draw_inputs(case, comm.size)[comm.rank]
     for close in (True, False):
@@ -112,7 +113,9 @@ def test_fabric_that_fails_on_one_rank(world):
     comm.Barrier()
     mine = draw_inputs(case, comm.size)[comm.rank]
     if comm.rank == failing:
-        # A signal to itself: the proxy thread refuses it and stops.
+        # The others wait already: its rail peer for its message, the rail peer's node peer for the
+        # rail peer's counter. A signal to itself: the proxy thread refuses it and stops.
+        time.sleep(0.5)
         buffer._backend.node.scale_out._fabric.signal_add((1, 0), 0, 1)
     started = time.monotonic()
     expected = epcomm.FabricError if comm.rank == failing else epcomm.PeerTimeoutError
