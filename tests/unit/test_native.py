@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from epcomm import native
+from epcomm.fabric import abi as fabric_abi
 from epcomm.formats import logfmt_row_bytes, reference
 from epcomm.formats.constants import TILE, logfmt_code_bytes, tiles_of
 from epcomm.formats.wire import WireFormat
@@ -115,7 +116,8 @@ def test_fields_do_not_overlap():
 def test_every_field_and_enumerator_is_described():
     """What the headers declare is what Python can name."""
     folder = Path(__file__).parents[2] / "csrc/protocol"
-    text = "".join(path.read_text() for path in sorted(folder.glob("*.h")))
+    headers = [path for path in sorted(folder.glob("*.h")) if path.name != "fabric.h"]
+    text = "".join(path.read_text() for path in headers)
     enumerators = set(re.findall(r"^\s*EPCOMM_([A-Z0-9_]+) = \d+,", text, re.M))
     assert enumerators
     assert enumerators <= set(constants)
@@ -124,6 +126,24 @@ def test_every_field_and_enumerator_is_described():
         if name != "counter":
             assert fields
             assert set(fields) - {"reserved"} == set(dtypes[name].names), name
+
+
+def test_every_field_and_enumerator_of_the_fabric_is_described():
+    """Likewise; triggers and heads, which Python does not touch, have no dtype."""
+    path = Path(__file__).parents[2] / "csrc/protocol/fabric.h"
+    enumerators = set(re.findall(r"^\s*EPCOMM_FABRIC_([A-Z0-9_]+) = \d+,", path.read_text(), re.M))
+    assert enumerators
+    assert enumerators <= set(fabric_abi.constants)
+    checked = set()
+    structures = r"typedef struct \{((?:(?!typedef).)*?)\} epcomm_(?:fabric_)?(\w+);"
+    for body, name in re.findall(structures, path.read_text(), re.S):
+        if name in ("trigger", "ring_producer"):
+            continue
+        fields = set(re.findall(r"^\s*[\w]+\*? (\w+)(?:\[\w+\])?;", body, re.M))
+        fields = {field for field in fields if not field.startswith("reserved")}
+        assert fields == set(fabric_abi.dtypes[name].names), name
+        checked.add(name)
+    assert {"ring", "error", "state", "fabric", "place", "proxy_thread"} <= checked
 
 
 @pytest.mark.parametrize("hidden", [1, 16, 127, 128, 129, 200, 656, 7168])
