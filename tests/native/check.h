@@ -31,6 +31,17 @@ struct Test {
         }                                                                           \
     } while (0)
 
+#define CHECK_EQUAL(a, b)                                                                          \
+    do {                                                                                           \
+        const auto seen_ = (unsigned long long)(a), expected_ = (unsigned long long)(b);           \
+        if (seen_ != expected_) {                                                                  \
+            fprintf(stderr, "%s:%d: %s is %llu (0x%llx), not %llu (0x%llx)\n", __FILE__, __LINE__, \
+                    #a, seen_, seen_, expected_, expected_);                                       \
+            fflush(stderr);                                                                        \
+            _Exit(1);                                                                              \
+        }                                                                                          \
+    } while (0)
+
 int main(int count, char** arguments) {
     const auto found = tests().find(count > 1 ? arguments[1] : "");
     if (found == tests().end()) return 2;

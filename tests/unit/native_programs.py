@@ -1,0 +1,52 @@
+"""The C++ test programs of tests/native: compiled once, each of their tests run by itself."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def source(program: str) -> Path:
+    return ROOT / "tests/native" / f"{program}.cc"
+
+
+def names_in(program: str) -> list[str]:
+    return re.findall(r"^TEST\((\w+)\)", source(program).read_text(), re.MULTILINE)
+
+
+def all_tests(programs: dict[str, list[str]]) -> list[tuple[str, str]]:
+    return [(program, name) for program in programs for name in names_in(program)]
+
+
+def library(*places: str) -> list[str]:
+    """The library's host sources in these folders of csrc."""
+    return [
+        str(path)
+        for place in places
+        for path in sorted((ROOT / "csrc" / place).glob("*.cc"))
+        if not path.stem.endswith("_cuda")
+    ]
+
+
+def build(folder: Path, program: str, linked: list[str]) -> Path:
+    """Compile a program if ``folder`` does not have it; returns its path."""
+    output = folder / program
+    if not output.exists():
+        command = [
+            *shlex.split(os.environ.get("CXX", "g++")),
+            *("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"),
+            f"-I{ROOT / 'csrc/include'}",
+            str(source(program)),
+            *linked,
+            *("-ldl", "-o", str(output)),
+        ]
+        subprocess.run(command, check=True, timeout=110)
+    return output
+
+
+def run(program: Path, name: str) -> None:
+    done = subprocess.run([program, name], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
