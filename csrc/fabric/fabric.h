@@ -56,10 +56,9 @@ EPCOMM_HD inline const epcomm_ring& ring_of(const epcomm_fabric& fabric, int32_t
     return fabric.rings[channel % fabric.num_rings];
 }
 
-/// Report what a producer met; only the first report counts.
-EPCOMM_HD inline void fail(const epcomm_fabric& fabric, epcomm_fabric_status status,
-                           const Command& command, uint64_t position) {
-    epcomm_fabric_state* state = fabric.state;
+/// Report what a producer met; only the first report counts. The text stays empty: the host puts
+/// the fields into words.
+EPCOMM_HD inline void fail(epcomm_fabric_state* state, const epcomm_fabric_error& error) {
 #ifdef __CUDA_ARCH__
     // The host may report at the same moment, and a device's atomics on host memory are not atomic
     // for it: then the record may mix two reports. Both are true, and either ends the fabric.
@@ -67,14 +66,29 @@ EPCOMM_HD inline void fail(const epcomm_fabric& fabric, epcomm_fabric_status sta
 #else
     if (__atomic_exchange_n(&state->failing, 1u, __ATOMIC_ACQ_REL) != 0) return;
 #endif
-    state->error.status = status;
-    state->error.vendor = 0;
-    state->error.peer = command.peer;
-    state->error.channel = command.channel;
-    state->error.op = command.op;
-    state->error.bytes = command.bytes;
-    state->error.position = position;
-    store_release(&state->failed, uint32_t(status));
+    state->error.status = error.status;
+    state->error.vendor = error.vendor;
+    state->error.peer = error.peer;
+    state->error.channel = error.channel;
+    state->error.op = error.op;
+    state->error.queue_pair = error.queue_pair;
+    state->error.bytes = error.bytes;
+    state->error.position = error.position;
+    store_release(&state->failed, uint32_t(error.status));
+}
+
+EPCOMM_HD inline void fail(const epcomm_fabric& fabric, epcomm_fabric_status status,
+                           const Command& command, uint64_t position) {
+    epcomm_fabric_error error;
+    error.status = status;
+    error.vendor = 0;
+    error.peer = command.peer;
+    error.channel = command.channel;
+    error.op = command.op;
+    error.queue_pair = 0;
+    error.bytes = command.bytes;
+    error.position = position;
+    fail(fabric.state, error);
 }
 
 /// Put a command into its channel's ring.

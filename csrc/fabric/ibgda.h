@@ -1,0 +1,263 @@
+// The fabric API of fabric.h over mlx5 send queues that kernels (or host threads) fill themselves.
+//
+// Every (peer, channel) has a queue pair of its own; on a reliable connection its requests take
+// effect at the peer in their order, which is the order the API promises. A signal is an 8-byte
+// fetch and add, the one atomic operation that every NIC and plain verbs have; it is executed by
+// the peer's NIC, so no processor may change that counter.
+//
+// A rank may own several NICs (planes). A channel belongs to one of them, `channel % num_planes`,
+// so planes need no order among themselves: receivers count per (source, channel) anyway.
+#pragma once
+
+#include "../mlx5/post.h"
+#include "fabric.h"
+
+namespace epcomm::fabric {
+
+/// A registered region as one NIC knows it.
+struct RegionKey {
+    uint64_t address;
+    uint64_t bytes;
+    uint32_t key;
+};
+
+/// What producers need; plain data that a kernel takes by value. Pointers are valid where the
+/// producers run.
+struct Ibgda {
+    mlx5::SendQueue* queues;   ///< [num_nodes][num_channels]; the own node's are not used
+    const RegionKey* local;    ///< [num_planes][EPCOMM_FABRIC_MAX_REGIONS]
+    const RegionKey* remote;   ///< [num_nodes][num_planes][EPCOMM_FABRIC_MAX_REGIONS]
+    const RegionKey* landing;  ///< [num_planes]: 8 bytes that old values are returned to
+    epcomm_fabric_state* state;
+    int64_t timeout_ns;  ///< how long a producer waits for a free slot
+    int32_t num_channels;
+    int32_t num_nodes;
+    int32_t num_planes;
+    int32_t node;  ///< this rank's
+
+    EPCOMM_HD mlx5::SendQueue* queue(Lane lane) const {
+        return &queues[lane.peer * num_channels + lane.channel];
+    }
+    EPCOMM_HD int32_t plane(Lane lane) const { return lane.channel % num_planes; }
+};
+
+EPCOMM_HD inline bool failed(const Ibgda& fabric) {
+    return load_acquire(&fabric.state->failed) != 0;
+}
+
+/// A deadline, and the end of the fabric.
+struct FabricWait {
+    const Ibgda& fabric;
+    int64_t until;
+
+    EPCOMM_HD FabricWait(const Ibgda& f, int64_t timeout_ns)
+        : fabric(f), until(now_ns() + timeout_ns) {}
+    EPCOMM_HD bool again() const {
+        relax();
+        return !failed(fabric) && now_ns() < until;
+    }
+};
+
+/// End the use of every queue. Producers look at these flags, which lie in memory of their own, and
+/// at the host's only when they wait: a look at host memory with every call would cost more than
+/// the call.
+EPCOMM_HD inline void stop_all(const Ibgda& fabric) {
+    for (int32_t i = 0; i < fabric.num_nodes * fabric.num_channels; ++i) {
+        if (mlx5::works(fabric.queues[i])) mlx5::give_up(&fabric.queues[i], mlx5::kQueueStopped);
+    }
+}
+
+/// Report why a queue failed. `vendor` is the NIC's syndrome << 8 | its vendor's; what was under
+/// way is known by the request's position only, and `command` is the call that met the failure.
+EPCOMM_HD inline void report(const Ibgda& fabric, Lane lane, const Command& command) {
+    const mlx5::SendQueue* queue = fabric.queue(lane);
+    const uint32_t why = load_acquire(&queue->failed);
+    // A deadline passed, by which nothing is lost; or what failed has been reported.
+    if (why == mlx5::kQueueWorks || why == mlx5::kQueueStopped) return;
+    epcomm_fabric_error error;
+    error.status = EPCOMM_FABRIC_TRANSPORT;
+    error.vendor = 0;
+    error.peer = lane.peer;
+    error.channel = lane.channel;
+    error.op = command.op;
+    error.queue_pair = queue->number;
+    error.bytes = command.bytes;
+    if (why == mlx5::kQueueTimeout) {
+        error.status = EPCOMM_FABRIC_RING_FULL;
+        error.position = load_relaxed(&queue->reserved);
+    } else {
+        error.vendor = queue->error.syndrome << 8 | queue->error.vendor_syndrome;
+        error.position = queue->error_position;
+    }
+    fail(fabric.state, error);
+    stop_all(fabric);
+}
+
+EPCOMM_HD inline void report_bad_command(const Ibgda& fabric, const Command& command) {
+    epcomm_fabric_error error;
+    error.status = EPCOMM_FABRIC_BAD_TRIGGER;
+    error.vendor = 0;
+    error.peer = command.peer;
+    error.channel = command.channel;
+    error.op = command.op;
+    error.queue_pair = 0;
+    error.bytes = command.bytes;
+    error.position = 0;
+    fail(fabric.state, error);
+    stop_all(fabric);
+}
+
+/// Whether the tables have what the command names. Bounds are the NIC's to check.
+EPCOMM_HD inline bool fits(const Ibgda& fabric, const Command& command) {
+    const auto region_fits = [](int32_t region) {
+        return region >= 0 && region < EPCOMM_FABRIC_MAX_REGIONS;
+    };
+    return command.peer >= 0 && command.peer < fabric.num_nodes && command.peer != fabric.node &&
+           command.channel >= 0 && command.channel < fabric.num_channels && command.signal >= 0 &&
+           command.signal < EPCOMM_FABRIC_MAX_SIGNALS && region_fits(command.local.region) &&
+           region_fits(command.remote.region);
+}
+
+/// Bytes of the longest single write; half of what the hardware allows.
+constexpr uint64_t kMaxWrite = mlx5::kMaxMessage / 2;
+
+/// The requests of one command: writes, then the signal.
+struct Requests {
+    const mlx5::SendQueue* queue;
+    RegionKey local;
+    RegionKey remote;
+    RegionKey signals;
+    RegionKey landing;
+    Command command;
+    bool ask;  ///< for a completion of the last write; for that of a signal in any case
+
+    EPCOMM_HD uint32_t num_writes() const {
+        return uint32_t((command.bytes + kMaxWrite - 1) / kMaxWrite);
+    }
+    EPCOMM_HD bool has_signal() const { return command.op != EPCOMM_FABRIC_PUT; }
+    EPCOMM_HD uint32_t count() const { return num_writes() + uint32_t(has_signal()); }
+
+    /// A signal ends a chunk: its completion says that the chunk has arrived.
+    EPCOMM_HD mlx5::Block operator()(uint32_t i, uint64_t position) const {
+        const bool is_signal = i == num_writes();
+        const mlx5::Header header =
+            mlx5::header_of(*queue, position, is_signal || (ask && i + 1 == count()));
+        if (is_signal) {
+            const uint64_t amount =
+                command.op == EPCOMM_FABRIC_SIGNAL_ADD ? command.value : uint64_t(1);
+            return mlx5::fetch_add_request(
+                header, {signals.address + uint64_t(command.signal) * 8, signals.key},
+                {landing.address, landing.key}, amount);
+        }
+        const uint64_t offset = i * kMaxWrite, left = command.bytes - offset;
+        return mlx5::write_request(header,
+                                   {remote.address + command.remote.offset + offset, remote.key},
+                                   {local.address + command.local.offset + offset, local.key},
+                                   uint32_t(left < kMaxWrite ? left : kMaxWrite));
+    }
+};
+
+EPCOMM_HD inline Requests requests_of(const Ibgda& fabric, const Command& command, bool ask) {
+    const Lane lane{command.peer, command.channel};
+    const int32_t plane = fabric.plane(lane);
+    const RegionKey* local = &fabric.local[plane * EPCOMM_FABRIC_MAX_REGIONS];
+    const RegionKey* remote =
+        &fabric.remote[(lane.peer * fabric.num_planes + plane) * EPCOMM_FABRIC_MAX_REGIONS];
+    return {fabric.queue(lane),
+            local[command.local.region],
+            remote[command.remote.region],
+            remote[EPCOMM_FABRIC_SIGNALS],
+            fabric.landing[plane],
+            command,
+            ask};
+}
+
+/// A ticket names the peer too, because every (peer, channel) counts on its own.
+constexpr int kTicketPeerShift = 64 - 10;
+static_assert(EPCOMM_FABRIC_MAX_NODES <= 1 << 10, "the peer's bits of a ticket");
+
+/// 0 says that the call failed, so the first of all tickets, of nothing for peer 0, is 1.
+EPCOMM_HD inline Ticket ticket_of(int32_t peer, uint64_t end) {
+    return (uint64_t(peer) << kTicketPeerShift | end) + 1;
+}
+
+/// Post a command's requests with one reservation and, if it signals, ring.
+EPCOMM_HD inline Ticket push(const Ibgda& fabric, const Command& command) {
+    if (!fits(fabric, command)) {
+        report_bad_command(fabric, command);
+        return 0;
+    }
+    const Lane lane{command.peer, command.channel};
+    mlx5::SendQueue* queue = fabric.queue(lane);
+    const Requests requests = requests_of(fabric, command, false);
+    const uint32_t count = requests.count();
+    FabricWait wait(fabric, fabric.timeout_ns);
+    if (count == 0) {  // nothing to move: done when all before it is
+        const uint64_t end = load_relaxed(&queue->reserved);
+        return mlx5::works(*queue) ? ticket_of(lane.peer, end) : 0;
+    }
+    if (count > mlx5::max_at_once(*queue)) {
+        report_bad_command(fabric, command);
+        return 0;
+    }
+    const mlx5::Ring when = requests.has_signal() ? mlx5::Ring::kNow : mlx5::Ring::kWhenDue;
+    const uint64_t end = mlx5::post(mlx5::OneThread(), queue, count, when, requests, wait);
+    if (end == 0) {
+        report(fabric, lane, command);
+        return 0;
+    }
+    if (requests.has_signal()) mlx5::raise_to(&queue->asked, end);
+    return ticket_of(lane.peer, end);
+}
+
+EPCOMM_HD inline Ticket put(const Ibgda& fabric, Lane lane, epcomm_fabric_place remote,
+                            epcomm_fabric_place local, uint64_t bytes) {
+    return push(fabric, {EPCOMM_FABRIC_PUT, lane.peer, lane.channel, 0, local, remote, bytes, 0});
+}
+
+EPCOMM_HD inline Ticket put_signal(const Ibgda& fabric, Lane lane, epcomm_fabric_place remote,
+                                   epcomm_fabric_place local, uint64_t bytes, int32_t signal) {
+    return push(fabric, {EPCOMM_FABRIC_PUT_SIGNAL, lane.peer, lane.channel, signal, local, remote,
+                         bytes, 0});
+}
+
+EPCOMM_HD inline Ticket signal_add(const Ibgda& fabric, Lane lane, int32_t signal, uint64_t value) {
+    const epcomm_fabric_place none{0, 0, 0};
+    return push(fabric,
+                {EPCOMM_FABRIC_SIGNAL_ADD, lane.peer, lane.channel, signal, none, none, 0, value});
+}
+
+/// Never waits for the peer, but may post a request that asks for a completion.
+EPCOMM_HD inline bool done(const Ibgda& fabric, int32_t channel, Ticket ticket) {
+    const Lane lane{int32_t((ticket - 1) >> kTicketPeerShift), channel};
+    const uint64_t end = (ticket - 1) & ((uint64_t(1) << kTicketPeerShift) - 1);
+    mlx5::SendQueue* queue = fabric.queue(lane);
+    FabricWait wait(fabric, fabric.timeout_ns);
+    if (load_acquire(&queue->done) >= end) return true;
+    if (!mlx5::poll(queue) || !mlx5::ask(queue, end, wait)) {
+        report(fabric, lane, {EPCOMM_FABRIC_NOOP, lane.peer, channel, 0, {}, {}, 0, 0});
+        return false;
+    }
+    return load_acquire(&queue->done) >= end;
+}
+
+/// On every peer's queue pair of the channel.
+EPCOMM_HD inline bool flush(const Ibgda& fabric, int32_t channel, int64_t timeout_ns) {
+    FabricWait wait(fabric, timeout_ns);
+    // First ask everywhere, so that the peers' completions come at the same time.
+    for (int pass = 0; pass < 2; ++pass) {
+        for (int32_t peer = 0; peer < fabric.num_nodes; ++peer) {
+            if (peer == fabric.node) continue;
+            const Lane lane{peer, channel};
+            mlx5::SendQueue* queue = fabric.queue(lane);
+            const uint64_t end = load_relaxed(&queue->reserved);
+            if (load_acquire(&queue->done) >= end) continue;
+            if (pass == 0 ? mlx5::ask(queue, end, wait) : mlx5::flush(queue, wait)) continue;
+            report(fabric, lane, {EPCOMM_FABRIC_NOOP, peer, channel, 0, {}, {}, 0, 0});
+            return false;
+        }
+    }
+    return !failed(fabric);
+}
+
+}  // namespace epcomm::fabric

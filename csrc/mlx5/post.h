@@ -1,0 +1,125 @@
+// Posting and waiting: what puts the steps of queue.h and completion.h together.
+//
+// Every wait takes a `Wait` with `bool again()`: pause, and say whether to go on. Deadlines, abort
+// flags and, in tests, the next step of the emulated NIC are its business.
+#pragma once
+
+#include "completion.h"
+
+namespace epcomm::mlx5 {
+
+/// A thread on its own posts.
+struct OneThread {
+    EPCOMM_HD static uint32_t lane() { return 0; }
+    EPCOMM_HD static uint32_t size() { return 1; }
+    EPCOMM_HD static void sync() {}
+    template <typename T>
+    EPCOMM_HD static T from_first(T value) {
+        return value;
+    }
+};
+
+#ifdef __CUDACC__
+/// The 32 threads of a converged warp post together: lane i writes every 32nd request from i.
+struct WarpLanes {
+    __device__ static uint32_t lane() { return threadIdx.x & 31; }
+    __device__ static uint32_t size() { return 32; }
+    __device__ static void sync() { __syncwarp(); }
+    template <typename T>
+    __device__ static T from_first(T value) {
+        return __shfl_sync(0xffffffffu, value, 0);
+    }
+};
+#endif
+
+/// Look for completions and see that what is ready has been rung for; then pause. False: the queue
+/// failed or the wait is over.
+template <class Wait>
+EPCOMM_HD inline bool wait_on(SendQueue* queue, Wait& wait) {
+    ring(queue);
+    return poll(queue) && wait.again();
+}
+
+/// Reserve `count` positions, at most max_at_once, and wait until their slots are free. False: the
+/// queue can't be used any more, or `count` is too much for it.
+template <class Wait>
+EPCOMM_HD inline bool reserve(SendQueue* queue, uint32_t count, Wait& wait, uint64_t* first) {
+    if (!works(*queue) || count > max_at_once(*queue)) return false;
+    *first = fabric::fetch_add(&queue->reserved, count);
+    while (!has_room(*queue, *first + count)) {
+        if (wait_on(queue, wait)) continue;
+        // The reserved positions will never be published.
+        if (works(*queue)) give_up(queue, kQueueTimeout);
+        return false;
+    }
+    return true;
+}
+
+/// Publish what this thread, or the other threads of its group before a sync, have stored.
+template <class Wait>
+EPCOMM_HD inline bool publish(SendQueue* queue, uint64_t first, uint32_t count, Wait& wait) {
+    while (!try_publish(queue, first, first + count)) {
+        if (works(*queue) && wait.again()) continue;
+        if (works(*queue)) give_up(queue, kQueueTimeout);
+        return false;
+    }
+    return true;
+}
+
+/// When to ring.
+enum class Ring { kWhenDue, kNow };
+
+/// Post `count` requests: `make(i, position)` returns the i-th block, with
+/// `header_of(queue, position, ...)` in it. Returns the position behind the last one; 0: failed.
+/// Called by all threads of the group.
+template <class Group, class Make, class Wait>
+EPCOMM_HD inline uint64_t post(Group group, SendQueue* queue, uint32_t count, Ring when,
+                               const Make& make, Wait& wait) {
+    uint64_t first = 0;
+    bool ok = group.lane() != 0 || reserve(queue, count, wait, &first);
+    ok = group.from_first(int(ok)) != 0;
+    if (!ok) return 0;
+    first = group.from_first(first);
+    for (uint32_t i = group.lane(); i < count; i += group.size()) {
+        store_request(queue, first + i, make(i, first + i));
+    }
+    group.sync();
+    ok = group.lane() != 0 || publish(queue, first, count, wait);
+    if (group.lane() == 0 && ok) {
+        if (when == Ring::kNow) {
+            ring(queue);
+        } else {
+            ring_if_due(queue);
+        }
+    }
+    ok = group.from_first(int(ok)) != 0;
+    return ok ? first + count : 0;
+}
+
+/// See to it that a completion will come that covers every position below `end`, which the caller
+/// knows to be reserved.
+template <class Wait>
+EPCOMM_HD inline bool ask(SendQueue* queue, uint64_t end, Wait& wait) {
+    if (fabric::load_acquire(&queue->asked) >= end) return true;
+    const auto make = [queue](uint32_t, uint64_t position) {
+        return nop_request(header_of(*queue, position, true));
+    };
+    const uint64_t covered = post(OneThread(), queue, 1, Ring::kNow, make, wait);
+    if (covered == 0) return false;
+    raise_to(&queue->asked, covered);
+    return true;
+}
+
+/// Wait until every request posted before (in this thread's order) has completed: written at the
+/// peer and acknowledged. False: an error, or the wait is over; then nothing is known about them.
+template <class Wait>
+EPCOMM_HD inline bool flush(SendQueue* queue, Wait& wait) {
+    const uint64_t end = fabric::load_relaxed(&queue->reserved);
+    if (fabric::load_acquire(&queue->done) < end && !ask(queue, end, wait)) return false;
+    while (fabric::load_acquire(&queue->done) < end) {
+        if (!wait_on(queue, wait)) return false;
+    }
+    return works(*queue);
+}
+
+}  // namespace epcomm::mlx5

@@ -1,0 +1,141 @@
+// A send queue as its writers see it: several threads of one process fill it and ring its doorbell.
+//
+//     reserve   take positions; wait until the NIC is done with what lies in their slots
+//     store     write the requests, any thread any of them
+//     publish   in order: positions become `ready` once all before them are
+//     ring      doorbell record, then doorbell, for everything ready; one thread at a time
+//     poll      (completion.h) read completions; raise `done`
+//
+// Positions are 64-bit and never wrap; the hardware sees their low 16 bits. A request takes one
+// block, so positions count requests and a completion's index + 1 is the next position.
+//
+// WHY RESERVING CAN WAIT WITHOUT A DEADLOCK. Who waits for a slot waits for older positions only.
+// Those are published without waiting for him; every `completion_interval`-th of them asks for a
+// completion; and whoever waits rings for what is ready. Hence a reservation may have at most
+// num_blocks - completion_interval positions.
+#pragma once
+
+#include "order.h"
+#include "request.h"
+
+namespace epcomm::mlx5 {
+
+/// Why a queue can't be used any more. Once set, every call fails.
+enum QueueFailure : uint32_t {
+    kQueueWorks = 0,
+    kQueueError = 1,     ///< an error completion, kept in `error`
+    kQueueTimeout = 2,   ///< a writer gave up with positions reserved: nothing behind them can go
+    kQueueConfused = 3,  ///< a completion of a request that was not under way, kept in `error`
+    kQueueStopped = 4,   ///< something else failed; nothing is wrong with this queue
+};
+
+/// In memory that all its writers can change; the pointers are valid for them.
+struct SendQueue {
+    // Set up by the host, then only read.
+    Block* ring;
+    Completion* completions;  ///< its own completion ring
+    Be32* record;             ///< doorbell record, kRecordWords
+    uint64_t* doorbell;
+    uint32_t num_blocks;       ///< a power of two, at most kMaxBlocks
+    uint32_t num_completions;  ///< a power of two, at least num_blocks: it cannot overrun
+    uint32_t number;           ///< queue pair number
+    uint32_t completion_interval;
+    uint32_t doorbell_interval;  ///< ring at the latest with so many requests ready
+
+    // Positions. Each is changed by other operations than its neighbours.
+    alignas(64) uint64_t reserved;    ///< next free
+    alignas(64) uint64_t ready;       ///< below: written, may be rung for
+    alignas(64) uint64_t rung;        ///< below: the doorbell rang
+    uint64_t ringing;                 ///< 1: a thread is between record and doorbell
+    alignas(64) uint64_t done;        ///< below: completed
+    uint64_t polled;                  ///< completions read, counted from the start
+    alignas(64) uint64_t asked;       ///< below: a completion was asked for
+    alignas(64) uint64_t error_kept;  ///< 1: a thread keeps, or has kept, the first error
+    ErrorCompletion error;
+    uint64_t error_position;  ///< of its request
+    uint32_t failed;          ///< QueueFailure
+};
+
+/// Start all counters at `position`, the hardware's at its low 16 bits (0 for a real one).
+EPCOMM_HD inline void start_at(SendQueue* queue, uint64_t position) {
+    queue->reserved = queue->ready = queue->rung = queue->done = queue->asked = position;
+    queue->polled = queue->ringing = queue->error_kept = queue->failed = 0;
+    queue->completion_interval = queue->num_blocks < 4 ? 1 : queue->num_blocks / 4;
+    queue->doorbell_interval = queue->completion_interval;
+}
+
+EPCOMM_HD inline bool works(const SendQueue& queue) {
+    return fabric::load_acquire(&queue.failed) == kQueueWorks;
+}
+
+EPCOMM_HD inline void give_up(SendQueue* queue, QueueFailure why) {
+    fabric::store_release(&queue->failed, uint32_t(why));
+}
+
+EPCOMM_HD inline bool has_room(const SendQueue& queue, uint64_t end) {
+    return end - fabric::load_acquire(&queue.done) <= queue.num_blocks;
+}
+
+/// The most positions that may be reserved at once; see above.
+EPCOMM_HD inline uint32_t max_at_once(const SendQueue& queue) {
+    return queue.num_blocks - queue.completion_interval;
+}
+
+/// Whether the request at `position` asks for a completion even if its writer needs none.
+EPCOMM_HD inline bool completion_due(const SendQueue& queue, uint64_t position) {
+    return (position + 1) % queue.completion_interval == 0;
+}
+
+EPCOMM_HD inline Header header_of(const SendQueue& queue, uint64_t position, bool completion) {
+    const bool ask = completion || completion_due(queue, position);
+    return {queue.number, uint16_t(position), uint8_t(ask ? kCompletion : 0)};
+}
+
+/// Plain stores: `publish` releases them.
+EPCOMM_HD inline void store_request(SendQueue* queue, uint64_t position, const Block& request) {
+    Block* slot = &queue->ring[position & (queue->num_blocks - 1)];
+    for (uint32_t i = 0; i < kUnitsPerBlock; ++i) {
+#ifdef __CUDA_ARCH__
+        reinterpret_cast<uint4*>(slot)[i] = reinterpret_cast<const uint4*>(&request)[i];
+#else
+        slot->unit[i] = request.unit[i];
+#endif
+    }
+}
+
+/// False: an earlier position is not published yet.
+EPCOMM_HD inline bool try_publish(SendQueue* queue, uint64_t first, uint64_t end) {
+    // Only one thread can see its `first` here, so a store is enough.
+    if (fabric::load_acquire(&queue->ready) != first) return false;
+    fabric::store_release(&queue->ready, end);
+    return true;
+}
+
+/// Ring for everything ready. If another thread is ringing, that one sees to it.
+EPCOMM_HD inline void ring(SendQueue* queue) {
+    while (true) {
+        fence_store_load();  // a caller's publication, or the release below, before these loads
+        const uint64_t target = fabric::load_acquire(&queue->ready);
+        if (fabric::load_acquire(&queue->rung) >= target) return;
+        if (!exchange_if(&queue->ringing, 0, 1)) return;
+        const uint64_t next = fabric::load_acquire(&queue->ready);
+        if (fabric::load_relaxed(&queue->rung) < next) {
+            fence<Scope::kSystem>();  // requests, and the bytes they speak of, before the record
+            store_record(&queue->record[kSendRecord], uint16_t(next));
+            fence<Scope::kSystem>();  // the record before the doorbell
+            const Doorbell value = next_index_doorbell(queue->number, uint16_t(next));
+            store_doorbell(queue->doorbell, value);
+            fabric::store_release(&queue->rung, next);
+        }
+        fabric::store_release(&queue->ringing, uint64_t(0));
+        // Who published meanwhile and found the lock taken has left: look again.
+    }
+}
+
+/// Ring if so many requests are ready that the NIC should start on them.
+EPCOMM_HD inline void ring_if_due(SendQueue* queue) {
+    const uint64_t rung = fabric::load_acquire(&queue->rung);
+    if (fabric::load_acquire(&queue->ready) - rung >= queue->doorbell_interval) ring(queue);
+}
+
+}  // namespace epcomm::mlx5
