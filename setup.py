@@ -173,7 +173,7 @@ kernels = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cu*"
 cuda_sources = [p for p in kernels if p.endswith(".cu")]
 host_sources = sorted(
     str(p.relative_to(ROOT))
-    for place in ("host", "fabric")
+    for place in ("host", "fabric", "emulated")
     for p in (ROOT / "csrc" / place).glob("*.cc")
 )
 # Host code that calls the CUDA runtime.
