@@ -1,0 +1,77 @@
+// Compiled, not run, by launch/compile_cuda.sh: the writers' and the NIC's headers are device code.
+
+#include "../../csrc/emulated/land.h"
+#include "../../csrc/fabric/ibgda.h"
+
+namespace {
+
+using namespace epcomm;
+using fabric::Ibgda;
+
+struct Chunk {
+    fabric::Lane lane;
+    epcomm_fabric_place remote;
+    epcomm_fabric_place local;
+    uint64_t bytes;
+    int32_t signal;
+};
+
+/// A block fills a chunk with bulk stores or plain ones; then one thread puts it.
+__global__ void put_chunk(Ibgda fabric, Chunk chunk, int* ok) {
+    if (threadIdx.x == 0) mlx5::finish_bulk_stores();
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    const fabric::Ticket ticket = fabric::put_signal(fabric, chunk.lane, chunk.remote, chunk.local,
+                                                     chunk.bytes, chunk.signal);
+    fabric::signal_add(fabric, chunk.lane, chunk.signal, 2);
+    *ok = ticket != 0 && (fabric::done(fabric, chunk.lane.channel, ticket) ||
+                          fabric::flush(fabric, chunk.lane.channel, fabric.timeout_ns));
+}
+
+/// The lanes of a warp write a request each, with one reservation and one doorbell for all.
+__global__ void put_rows(Ibgda fabric, fabric::Lane lane, uint32_t count, uint32_t bytes,
+                         uint64_t* end) {
+    mlx5::SendQueue* queue = fabric.queue(lane);
+    const fabric::RegionKey from = fabric.local[1];
+    const fabric::RegionKey to = fabric.remote[lane.peer * EPCOMM_FABRIC_MAX_REGIONS + 1];
+    fabric::FabricWait wait(fabric, fabric.timeout_ns);
+    const auto make = [&](uint32_t i, uint64_t position) {
+        const uint64_t offset = uint64_t(i) * bytes;
+        return mlx5::write_request(mlx5::header_of(*queue, position, i + 1 == count),
+                                   {to.address + offset, to.key}, {from.address + offset, from.key},
+                                   bytes);
+    };
+    const uint64_t posted =
+        mlx5::post(mlx5::WarpLanes(), queue, count, mlx5::Ring::kNow, make, wait);
+    if (threadIdx.x == 0) *end = posted;
+}
+
+/// The plainest copier there is.
+struct ThreadCopier {
+    __device__ static void copy(void* to, const void* from, uint64_t bytes) {
+        for (uint64_t i = 0; i < bytes; ++i) {
+            static_cast<uint8_t*>(to)[i] = static_cast<const uint8_t*>(from)[i];
+        }
+    }
+    __device__ static emulated::Picoseconds finish(emulated::Context* context, uint64_t) {
+        return context->now;
+    }
+    __device__ static void landed(const emulated::Context&, const emulated::Flight&) {}
+};
+
+/// One look at a queue pair by an NIC on the device.
+__global__ void serve(emulated::Context context, emulated::QueuePair* queue) {
+    ThreadCopier copier;
+    emulated::look_at_doorbell(&context, queue);
+    emulated::fetch(&context, queue);
+    emulated::land(&context, queue, copier);
+    emulated::complete(&context, queue);
+}
+
+}  // namespace
+
+void launch_all(Ibgda fabric, Chunk chunk, emulated::Context context, emulated::QueuePair* queue) {
+    put_chunk<<<1, 128>>>(fabric, chunk, nullptr);
+    put_rows<<<1, 32>>>(fabric, chunk.lane, 8, 16, nullptr);
+    serve<<<1, 1>>>(context, queue);
+}

@@ -1,0 +1,300 @@
+// The fabric API (csrc/fabric/ibgda.h) over emulated NICs: the threads of several nodes, as kernels
+// would do it.
+
+#include <thread>
+
+#include "../../csrc/fabric/ibgda.h"
+#include "rig.h"
+
+using namespace rig;
+using fabric::Ibgda;
+using fabric::Lane;
+using fabric::RegionKey;
+using fabric::Ticket;
+
+namespace {
+
+constexpr int64_t kSeconds = 1'000'000'000;
+
+/// What one node's producers have.
+struct Node {
+    std::vector<SendQueue> queues;
+    std::vector<RegionKey> local, remote, landing;
+    std::vector<std::vector<uint64_t>> regions;  ///< 0: signals, 1: send, 2: receive
+    std::vector<uint64_t> landing_words;
+    epcomm_fabric_state state = {};
+    Ibgda fabric = {};
+
+    uint64_t signal(int32_t index) const { return fabric::load_acquire(&regions[0][index]); }
+};
+
+/// Nodes with some NICs (planes) each, and a queue pair per (peer, channel).
+struct World {
+    int32_t num_nodes, num_channels, num_planes;
+    Rig rig;
+    std::vector<Node> nodes;
+
+    World(int32_t n, int32_t channels, int32_t planes, Options options)
+        : num_nodes(n),
+          num_channels(channels),
+          num_planes(planes),
+          rig(with_nics(options, uint32_t(n * planes))),
+          nodes(size_t(n)) {
+        for (int32_t i = 0; i < n; ++i) register_memory(i);
+        for (int32_t i = 0; i < n; ++i) fill(i);
+        connect();
+        rig.engine.start();
+    }
+    ~World() { rig.engine.stop(); }
+
+    static Options with_nics(Options options, uint32_t count) {
+        options.num_nics = count;
+        return options;
+    }
+    uint32_t nic(int32_t node, int32_t plane) const { return uint32_t(node * num_planes + plane); }
+
+    void register_memory(int32_t i) {
+        Node& node = nodes[size_t(i)];
+        node.regions = {std::vector<uint64_t>(64), std::vector<uint64_t>(8192),
+                        std::vector<uint64_t>(8192)};
+        node.landing_words.resize(size_t(num_planes));
+        for (int32_t plane = 0; plane < num_planes; ++plane) {
+            for (int32_t id = 0; id < EPCOMM_FABRIC_MAX_REGIONS; ++id) {
+                if (id >= 3) {
+                    node.local.push_back({});
+                    continue;
+                }
+                auto& region = node.regions[size_t(id)];
+                const uint32_t key =
+                    rig.network.add_memory(nic(i, plane), region.data(), region.size() * 8,
+                                           id == 0   ? kRemoteAtomic
+                                           : id == 2 ? uint32_t(kRemoteWrite)
+                                                     : 0);
+                node.local.push_back({uint64_t(region.data()), region.size() * 8, key});
+            }
+            uint64_t* word = &node.landing_words[size_t(plane)];
+            node.landing.push_back(
+                {uint64_t(word), 8, rig.network.add_memory(nic(i, plane), word, 8, kLocalWrite)});
+        }
+    }
+
+    void fill(int32_t i) {
+        Node& node = nodes[size_t(i)];
+        for (const Node& other : nodes) {
+            node.remote.insert(node.remote.end(), other.local.begin(), other.local.end());
+        }
+        node.queues.resize(size_t(num_nodes * num_channels));
+        node.fabric = {node.queues.data(), node.local.data(),
+                       node.remote.data(), node.landing.data(),
+                       &node.state,        20 * kSeconds,
+                       num_channels,       num_nodes,
+                       num_planes,         i};
+    }
+
+    void connect() {
+        const auto slot = [&](int32_t from, int32_t to, int32_t channel) -> SendQueue& {
+            return nodes[size_t(from)].queues[size_t(to * num_channels + channel)];
+        };
+        for (int32_t channel = 0; channel < num_channels; ++channel) {
+            const int32_t plane = channel % num_planes;
+            for (int32_t a = 0; a < num_nodes; ++a) {
+                for (int32_t b = a + 1; b < num_nodes; ++b) {
+                    Writer *one = rig.add(nic(a, plane)), *other = rig.add(nic(b, plane));
+                    rig.engine.connect(one->nic, one->queue.number, other->nic,
+                                       other->queue.number);
+                    rig.engine.connect(other->nic, other->queue.number, one->nic,
+                                       one->queue.number);
+                    slot(a, b, channel) = one->queue;
+                    slot(b, a, channel) = other->queue;
+                }
+            }
+        }
+    }
+};
+
+Options quick(uint64_t start) {
+    Options options;
+    options.start = start;
+    options.num_blocks = options.num_completions = 16;
+    options.engine.virtual_clock = false;
+    options.line = {0, 4096, 30, 0, 0, 1, 5'000'000, 0};
+    options.memory_bytes = 64;
+    return options;
+}
+
+/// Every node sends chunks to every other on every channel; receivers check what a signal promises.
+void exchange(World& world, int chunks) {
+    const int32_t nodes = world.num_nodes, channels = world.num_channels;
+    std::vector<std::thread> threads;
+    std::vector<char> good(size_t(nodes), 1);
+    constexpr uint64_t kChunk = 512;  // bytes
+    for (int32_t me = 0; me < nodes; ++me) {
+        threads.emplace_back([&, me] {
+            Node& node = world.nodes[size_t(me)];
+            char& ok = good[size_t(me)];
+            const int64_t until = fabric::now_ns() + 20 * kSeconds;
+            // A place of its own for each (peer, channel) at the receiver and here.
+            const auto place = [&](int32_t node_number, int32_t channel) {
+                return uint64_t(node_number * channels + channel) * kChunk;
+            };
+            for (int i = 1; i <= chunks && ok != 0; ++i) {
+                for (int32_t peer = 0; peer < nodes; ++peer) {
+                    for (int32_t channel = 0; peer != me && channel < channels; ++channel) {
+                        const uint64_t at = place(peer, channel);
+                        for (uint64_t k = 0; k < kChunk / 8; ++k) {
+                            node.regions[1][at / 8 + k] =
+                                uint64_t(i) << 32 | uint64_t(me) << 16 | k;
+                        }
+                        const Ticket ticket = fabric::put_signal(
+                            node.fabric, {peer, channel}, {2, 0, place(me, channel)}, {1, 0, at},
+                            kChunk, me * channels + channel);
+                        ok = ok && ticket != 0;
+                    }
+                }
+                for (int32_t peer = 0; peer < nodes; ++peer) {
+                    for (int32_t channel = 0; peer != me && channel < channels; ++channel) {
+                        // The chunk of this round from `peer`.
+                        while (ok && node.signal(peer * channels + channel) < uint64_t(i)) {
+                            fabric::relax();
+                            ok = fabric::now_ns() < until && !fabric::failed(node.fabric);
+                        }
+                        const uint64_t* bytes = &node.regions[2][place(peer, channel) / 8];
+                        for (uint64_t k = 0; k < kChunk / 8; ++k) {
+                            ok = ok && bytes[k] == (uint64_t(i) << 32 | uint64_t(peer) << 16 | k);
+                        }
+                        // Its sender may go on: signals 32.. say so.
+                        ok = ok && fabric::signal_add(node.fabric, {peer, channel},
+                                                      32 + me * channels + channel, 1) != 0;
+                    }
+                }
+                for (int32_t peer = 0; peer < nodes; ++peer) {
+                    for (int32_t channel = 0; peer != me && channel < channels; ++channel) {
+                        while (ok && node.signal(32 + peer * channels + channel) < uint64_t(i)) {
+                            fabric::relax();
+                            ok = fabric::now_ns() < until && !fabric::failed(node.fabric);
+                        }
+                    }
+                }
+            }
+            for (int32_t channel = 0; channel < channels; ++channel) {
+                ok = ok && fabric::flush(node.fabric, channel, 20 * kSeconds);
+            }
+        });
+    }
+    for (auto& thread : threads) thread.join();
+    for (const char ok : good) CHECK(ok);
+    CHECK_EQUAL(world.rig.engine.violations(), 0);
+}
+
+}  // namespace
+
+TEST(nodes_exchange_chunks) {
+    World world(3, 2, 1, quick(65500));
+    exchange(world, 300);
+}
+
+TEST(planes_need_no_order_among_themselves) {
+    Options options = quick(0);
+    options.engine.rules = {everywhere(kDelay, 20'000 * kNanosecond, 16384)};
+    for (int32_t planes : {2, 4}) {
+        World world(2, 4, planes, options);
+        // One plane is slow.
+        world.rig.network.wire()->nic(world.nic(0, 1)).line.latency_ns = 50'000;
+        exchange(world, 50);
+    }
+}
+
+TEST(tickets_say_when_an_operation_is_done) {
+    World world(3, 2, 1, quick(0));
+    Node& node = world.nodes[0];
+    node.regions[1][0] = 11;
+    for (int32_t peer : {1, 2}) {
+        const Ticket ticket = fabric::put(node.fabric, {peer, 1}, {2, 0, 64}, {1, 0, 0}, 16);
+        CHECK(ticket != 0);
+        const int64_t until = fabric::now_ns() + 20 * kSeconds;
+        while (!fabric::done(node.fabric, 1, ticket)) CHECK(fabric::now_ns() < until);
+        CHECK_EQUAL(world.nodes[size_t(peer)].regions[2][8], 11);
+    }
+    CHECK_EQUAL(world.rig.engine.violations(), 0);
+}
+
+TEST(empty_operations) {
+    World world(2, 1, 1, quick(0));
+    Node& node = world.nodes[0];
+    CHECK(fabric::flush(node.fabric, 0, kSeconds));  // nothing was ever sent
+    const Ticket nothing = fabric::put(node.fabric, {1, 0}, {2, 0, 0}, {1, 0, 0}, 0);
+    CHECK(nothing != 0 && fabric::done(node.fabric, 0, nothing));
+    const Ticket none = fabric::put_signal(node.fabric, {1, 0}, {2, 0, 0}, {1, 0, 0}, 0, 5);
+    CHECK(none != 0);
+    CHECK(fabric::flush(node.fabric, 0, 20 * kSeconds));
+    CHECK_EQUAL(world.nodes[1].signal(5), 1);
+    CHECK(fabric::signal_add(node.fabric, {1, 0}, 5, uint64_t(1) << 62) != 0);
+    CHECK(fabric::flush(node.fabric, 0, 20 * kSeconds));
+    CHECK_EQUAL(world.nodes[1].signal(5), (uint64_t(1) << 62) + 1);
+}
+
+TEST(an_error_is_reported_with_its_queue_pair) {
+    World world(2, 2, 1, quick(0));
+    Node& node = world.nodes[0];
+    CHECK(fabric::signal_add(node.fabric, {1, 1}, 3, 1) != 0);
+    // Beyond the peer's region.
+    CHECK(fabric::put_signal(node.fabric, {1, 1}, {2, 0, 65536 - 8 + 16}, {1, 0, 0}, 16, 4) != 0);
+    CHECK(!fabric::flush(node.fabric, 1, 20 * kSeconds));
+    CHECK_EQUAL(node.state.failed, EPCOMM_FABRIC_TRANSPORT);
+    const epcomm_fabric_error& error = node.state.error;
+    CHECK_EQUAL(error.vendor, mlx5::kRemoteAccess << 8 | kVendorRemoteAccess);
+    CHECK_EQUAL(error.peer, 1);
+    CHECK_EQUAL(error.channel, 1);
+    CHECK_EQUAL(error.queue_pair, node.fabric.queue({1, 1})->number);
+    CHECK_EQUAL(error.position, 1);
+    CHECK_EQUAL(world.nodes[1].signal(3), 1);
+    CHECK_EQUAL(world.nodes[1].signal(4), 0);
+    // Everything ends at once after that, on other channels too.
+    CHECK(fabric::put(node.fabric, {1, 0}, {2, 0, 0}, {1, 0, 0}, 16) == 0);
+    CHECK(!fabric::flush(node.fabric, 0, 20 * kSeconds));
+}
+
+TEST(a_dead_peer_is_an_error) {
+    World world(2, 1, 1, quick(0));
+    Node& node = world.nodes[0];
+    world.rig.network.kill_nic(1);
+    CHECK(fabric::put_signal(node.fabric, {1, 0}, {2, 0, 0}, {1, 0, 0}, 16, 0) != 0);
+    CHECK(!fabric::flush(node.fabric, 0, 20 * kSeconds));
+    CHECK_EQUAL(node.state.error.vendor, mlx5::kRetryExceeded << 8 | kVendorRetry);
+}
+
+TEST(an_own_dead_nic_ends_in_the_deadline) {
+    World world(2, 1, 1, quick(0));
+    Node& node = world.nodes[0];
+    world.rig.network.kill_nic(0);
+    node.fabric.timeout_ns = 50'000'000;
+    // A flush whose time is over has lost nothing, so the fabric goes on.
+    CHECK(fabric::put_signal(node.fabric, {1, 0}, {2, 0, 0}, {1, 0, 0}, 16, 0) != 0);
+    CHECK(!fabric::flush(node.fabric, 0, 20'000'000));
+    CHECK_EQUAL(node.state.failed, 0);
+    // A producer that finds no room within its time ends the fabric.
+    Ticket ticket = 1;
+    for (int i = 0; i < 20 && ticket != 0; ++i) {
+        ticket = fabric::signal_add(node.fabric, {1, 0}, 1, 1);
+    }
+    CHECK_EQUAL(ticket, 0);
+    CHECK_EQUAL(node.state.failed, EPCOMM_FABRIC_RING_FULL);
+}
+
+TEST(bad_commands_are_refused_before_they_are_posted) {
+    const struct {
+        Lane lane;
+        epcomm_fabric_place remote;
+        int32_t signal;
+    } all[] = {{{2, 0}, {2, 0, 0}, 0},  {{-1, 0}, {2, 0, 0}, 0}, {{0, 0}, {2, 0, 0}, 0},
+               {{1, 1}, {2, 0, 0}, 0},  {{1, -1}, {2, 0, 0}, 0}, {{1, 0}, {8, 0, 0}, 0},
+               {{1, 0}, {-1, 0, 0}, 0}, {{1, 0}, {2, 0, 0}, -1}};
+    for (const auto& one : all) {
+        World world(2, 1, 1, quick(0));
+        Node& node = world.nodes[0];
+        CHECK(fabric::put_signal(node.fabric, one.lane, one.remote, {1, 0, 0}, 16, one.signal) ==
+              0);
+        CHECK_EQUAL(node.state.failed, EPCOMM_FABRIC_BAD_TRIGGER);
+        CHECK_EQUAL(node.fabric.queues[1].reserved, 0);
+    }
+}
