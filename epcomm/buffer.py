@@ -67,7 +67,8 @@ class Buffer:
             GPU's memory or link rate busy, measured once, but no more than its share of the
             GPU, and a quarter of it.
         fabric: what carries messages between nodes. "auto": the group's own, MPI or gloo; "mpi";
-            "proxy/local": proxy threads and shared memory, for virtual nodes of one machine.
+            "proxy/local": proxy threads and shared memory, for virtual nodes of one machine;
+            "proxy/emulated": the same over emulated mlx5 NICs of a modelled network, for tests.
 
     Raises:
         TypeError: an argument of the wrong type, on the rank that passed it.

@@ -53,7 +53,7 @@ def check_config(config: Config, num_ranks: int) -> None:
         )
 
 
-_FABRICS = ("auto", "mpi", "proxy/local")
+_FABRICS = ("auto", "mpi", "proxy/local", "proxy/emulated")
 
 
 def check_fabric(fabric: Any, backend: str, bootstrap: Bootstrap) -> None:

@@ -1,20 +1,15 @@
 // The transport `local` for host memory: ranks of virtual nodes on one machine.
 //
 // A region is a mapping of a memfd, which peers open through /proc and map too. A put is a copy by
-// the proxy thread, a signal an addition with release order after it. Nothing has a name in a file
-// system, so nothing can be left behind and no two jobs can meet.
+// the proxy thread, a signal an addition with release order after it.
 
-#include <errno.h>
-#include <fcntl.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <stdexcept>
 
 #include "atomics.h"
+#include "peer_memory.h"
 #include "peer_process.h"
 #include "transport.h"
 
@@ -30,14 +25,9 @@ struct Address {
     int32_t node;
     struct Entry {
         int32_t registered;
-        int32_t fd;
-        uint64_t fd_offset;
-        uint64_t bytes;
-        uint64_t inode;  ///< tells a reused descriptor from the one that was meant
+        MemoryFile file;
     } regions[EPCOMM_FABRIC_MAX_REGIONS];
 };
-
-std::string system_text(const std::string& what) { return what + ": " + strerror(errno); }
 
 class Local : public Transport {
  public:
@@ -48,10 +38,7 @@ class Local : public Transport {
             throw std::runtime_error("transport local: region " + std::to_string(region.id) +
                                      " must be host memory that maps a memfd");
         }
-        struct stat file;
-        if (fstat(region.fd, &file) != 0)
-            throw std::runtime_error(system_text("fstat of a region"));
-        mine_.regions[region.id] = {1, region.fd, region.fd_offset, region.bytes, file.st_ino};
+        mine_.regions[region.id] = {1, memory_file(region.fd, region.fd_offset, region.bytes)};
         local_[region.id] = static_cast<uint8_t*>(region.pointer);
     }
 
@@ -106,25 +93,12 @@ class Local : public Transport {
                " proxy thread(s)";
     }
 
-    void close() override {
-        for (Peer& peer : peers_) {
-            for (Mapping& mapping : peer.regions) {
-                if (mapping.base != nullptr) munmap(mapping.base, mapping.mapped);
-            }
-        }
-        peers_.clear();
-    }
+    void close() override { peers_.clear(); }
 
  private:
-    struct Mapping {
-        uint8_t* base = nullptr;
-        size_t mapped = 0;
-        uint8_t* start = nullptr;
-        uint64_t bytes = 0;
-    };
     struct Peer {
         PeerProcess process;
-        Mapping regions[EPCOMM_FABRIC_MAX_REGIONS];
+        PeerMemory regions[EPCOMM_FABRIC_MAX_REGIONS];
     };
     struct Lane {
         std::vector<Completion> completed;
@@ -142,60 +116,27 @@ class Local : public Transport {
         peer.process.watch(address.pid);
         for (int id = 0; id < EPCOMM_FABRIC_MAX_REGIONS; ++id) {
             if (address.regions[id].registered != 0) {
-                peer.regions[id] = map_region(address, id);
+                peer.regions[id].map(address.regions[id].file, "node " + std::to_string(node));
             }
         }
-    }
-
-    static Mapping map_region(const Address& address, int id) {
-        const Address::Entry& entry = address.regions[id];
-        const std::string path =
-            "/proc/" + std::to_string(address.pid) + "/fd/" + std::to_string(entry.fd);
-        const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
-        if (fd < 0) {
-            throw std::runtime_error(
-                system_text("cannot open " + path + " of node " + std::to_string(address.node)) +
-                "; ranks of transport local must run as one user in one PID "
-                "namespace of one machine");
-        }
-        const auto page = uint64_t(sysconf(_SC_PAGESIZE));
-        const uint64_t skip = entry.fd_offset % page;
-        Mapping mapping;
-        mapping.mapped = size_t(entry.bytes + skip);
-        struct stat file;
-        const bool same = fstat(fd, &file) == 0 && file.st_ino == entry.inode &&
-                          uint64_t(file.st_size) >= entry.fd_offset + entry.bytes;
-        void* base = MAP_FAILED;
-        if (same) {
-            base = mmap(nullptr, mapping.mapped, PROT_READ | PROT_WRITE, MAP_SHARED, fd,
-                        off_t(entry.fd_offset - skip));
-        }
-        const std::string why = same ? system_text("cannot map " + path)
-                                     : path + " is not the memory its rank registered";
-        ::close(fd);
-        if (base == MAP_FAILED) throw std::runtime_error(why);
-        mapping.base = static_cast<uint8_t*>(base);
-        mapping.start = mapping.base + skip;
-        mapping.bytes = entry.bytes;
-        return mapping;
     }
 
     int32_t carry_out(const Command& command) {
         if (peer_gone(command.peer)) return kPeerGone;
         Peer& peer = peers_[size_t(command.peer)];
         if (command.bytes != 0 && command.op != EPCOMM_FABRIC_SIGNAL_ADD) {
-            const Mapping& remote = peer.regions[command.remote.region];
-            if (command.remote.offset + command.bytes > remote.bytes) return kOutOfRange;
-            memcpy(remote.start + command.remote.offset,
+            const PeerMemory& remote = peer.regions[command.remote.region];
+            if (command.remote.offset + command.bytes > remote.bytes()) return kOutOfRange;
+            memcpy(remote.start() + command.remote.offset,
                    local_[command.local.region] + command.local.offset, command.bytes);
         }
         if (command.op == EPCOMM_FABRIC_PUT) return 0;
-        const Mapping& signals = peer.regions[EPCOMM_FABRIC_SIGNALS];
+        const PeerMemory& signals = peer.regions[EPCOMM_FABRIC_SIGNALS];
         const uint64_t at = uint64_t(command.signal) * sizeof(uint64_t);
-        if (at + sizeof(uint64_t) > signals.bytes) return kOutOfRange;
+        if (at + sizeof(uint64_t) > signals.bytes()) return kOutOfRange;
         // memcpy may store past the caches, and such stores are not ordered by release alone.
         __atomic_thread_fence(__ATOMIC_SEQ_CST);
-        __atomic_fetch_add(reinterpret_cast<uint64_t*>(signals.start + at),
+        __atomic_fetch_add(reinterpret_cast<uint64_t*>(signals.start() + at),
                            command.op == EPCOMM_FABRIC_PUT_SIGNAL ? 1 : command.value,
                            __ATOMIC_RELEASE);
         return 0;

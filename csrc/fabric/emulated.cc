@@ -1,0 +1,381 @@
+// The transport `emulated`: proxy threads write mlx5 requests, an emulated NIC carries them out.
+//
+// For host memory, on one machine. A rank has one NIC, in shared memory, which its peers' NICs see;
+// all work on its queue pairs is done by its own proxy threads when they poll: what a rank sends
+// needs nobody else. Requests, signals and errors are those of fabric/ibgda.h.
+//
+// Options: rate (GB/s on the wire, 0 = without limit), latency_ns, seed, and for each harmless
+// fault the most it makes a request late, in microseconds: delay, late_fetch, lost_doorbell,
+// pieces, late_completion. A quarter of the requests meet each fault that is named.
+
+#include <algorithm>
+#include <deque>
+#include <mutex>
+#include <sstream>
+
+#include "../emulated/engine.h"
+#include "ibgda.h"
+#include "peer_memory.h"
+#include "peer_process.h"
+#include "transport.h"
+
+namespace epcomm::fabric {
+
+namespace {
+
+using emulated::Engine;
+using emulated::kNanosecond;
+
+constexpr uint32_t kDepth = 256;  ///< blocks of a send queue
+
+/// What a peer is told.
+struct Address {
+    int64_t epoch_ns;
+    MemoryFile nic;
+    struct Entry {
+        MemoryFile file;
+        RegionKey key;
+    } regions[EPCOMM_FABRIC_MAX_REGIONS];
+    uint32_t queue_pairs[EPCOMM_FABRIC_MAX_CHANNELS];  ///< for this peer, by channel
+};
+
+/// Memory of this rank that peers can map.
+class SharedNic {
+ public:
+    SharedNic() {
+        fd_ = memfd_create("epcomm-nic", MFD_CLOEXEC);
+        if (fd_ < 0 || ftruncate(fd_, sizeof(emulated::Nic)) != 0) fail();
+        void* base =
+            mmap(nullptr, sizeof(emulated::Nic), PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
+        if (base == MAP_FAILED) fail();
+        nic_ = new (base) emulated::Nic();
+    }
+    SharedNic(const SharedNic&) = delete;
+    SharedNic& operator=(const SharedNic&) = delete;
+    ~SharedNic() {
+        munmap(nic_, sizeof *nic_);
+        close(fd_);
+    }
+    emulated::Nic* nic() { return nic_; }
+    MemoryFile file() const { return memory_file(fd_, 0, sizeof(emulated::Nic)); }
+
+ private:
+    void fail() {
+        const std::string why = system_text("transport emulated: memory of the NIC");
+        if (fd_ >= 0) close(fd_);
+        throw std::runtime_error(why);
+    }
+
+    int fd_ = -1;
+    emulated::Nic* nic_ = nullptr;
+};
+
+/// The memory of one send queue, and what is under way on it.
+struct Endpoint {
+    std::vector<mlx5::Block> ring{kDepth};
+    std::vector<mlx5::Completion> completions{kDepth};
+    mlx5::Be32 record[mlx5::kRecordWords] = {};
+    uint64_t doorbell = 0;
+    struct UnderWay {
+        uint64_t token;
+        uint64_t end;
+    };
+    std::deque<UnderWay> under_way;
+};
+
+struct Settings {
+    emulated::LineModel line = {50, 4096, 80, 5, 300, 2000, 2'000'000'000, 0};
+    emulated::EngineOptions engine;
+};
+
+Settings parse_options(const std::string& text) {
+    const std::pair<const char*, emulated::Fault> faults[] = {
+        {"delay", emulated::kDelay},
+        {"late_fetch", emulated::kLateFetch},
+        {"lost_doorbell", emulated::kLostDoorbell},
+        {"pieces", emulated::kPieces},
+        {"late_completion", emulated::kLateCompletion},
+    };
+    Settings settings;
+    settings.engine.virtual_clock = false;
+    std::istringstream words(text);
+    for (std::string word; words >> word;) {
+        const size_t equals = word.find('=');
+        const std::string name = word.substr(0, equals);
+        char* end = nullptr;
+        const char* digits = equals == std::string::npos ? "" : word.c_str() + equals + 1;
+        const uint64_t value = strtoull(digits, &end, 10);
+        bool known = *digits != 0 && *end == 0;
+        if (name == "rate") {
+            settings.line.bytes_per_ns = uint32_t(value);
+        } else if (name == "latency_ns") {
+            settings.line.latency_ns = uint32_t(value);
+        } else if (name == "seed") {
+            settings.engine.seed = value;
+        } else {
+            const auto* found = std::find_if(std::begin(faults), std::end(faults),
+                                             [&](const auto& f) { return name == f.first; });
+            known = known && found != std::end(faults);
+            if (known) {
+                settings.engine.rules.push_back({found->second, emulated::kAny, emulated::kAny, 0,
+                                                 ~uint64_t(0), emulated::kAlways / 4, 0,
+                                                 value * 1000 * kNanosecond});
+            }
+        }
+        if (!known) {
+            throw std::runtime_error("transport emulated: \"" + word +
+                                     "\" is not one of rate=, latency_ns=, seed=, delay=, "
+                                     "late_fetch=, lost_doorbell=, pieces=, late_completion= "
+                                     "with a whole number");
+        }
+    }
+    return settings;
+}
+
+/// Never waits: room has been seen before.
+struct NoWait {
+    static bool again() { return false; }
+};
+
+class Emulated : public Transport {
+ public:
+    void add_region(const Region& region) override {
+        if (region.memory != Memory::kHost || region.fd < 0) {
+            throw std::runtime_error("transport emulated: region " + std::to_string(region.id) +
+                                     " must be host memory that maps a memfd");
+        }
+        const uint32_t access =
+            region.id == EPCOMM_FABRIC_SIGNALS ? emulated::kRemoteAtomic : emulated::kRemoteWrite;
+        mine_.regions[region.id] = {memory_file(region.fd, region.fd_offset, region.bytes),
+                                    register_memory(region.pointer, region.bytes, access)};
+        local_[size_t(region.id)] = mine_.regions[region.id].key;
+    }
+
+    void open(const Plan& plan) override {
+        plan_ = plan;
+        Settings settings = parse_options(plan.options);
+        nic_.nic()->line = settings.line;
+        mine_.nic = nic_.file();
+        mine_.epoch_ns = now_ns();
+        landing_ = register_memory(&landing_word_, 8, emulated::kLocalWrite);
+        peers_.resize(size_t(plan.num_nodes));
+        nics_.resize(size_t(plan.num_nodes), nic_.nic());
+        shifts_.resize(size_t(plan.num_nodes) * emulated::kMaxKeys);
+        remote_.resize(size_t(plan.num_nodes) * EPCOMM_FABRIC_MAX_REGIONS);
+        wire_ = {mine_.epoch_ns, uint32_t(plan.num_nodes), nics_.data(), shifts_.data()};
+        engine_ = std::make_unique<Engine>(&wire_, std::move(settings.engine));
+        endpoints_.resize(size_t(plan.num_nodes * plan.num_channels));
+        queues_.resize(endpoints_.size());
+        for (int32_t peer = 0; peer < plan.num_nodes; ++peer) {
+            for (int32_t channel = 0; peer != plan.node && channel < plan.num_channels; ++channel) {
+                open_queue(peer, channel);
+            }
+        }
+        fabric_.queues = queues_.data();
+        fabric_.local = local_;
+        fabric_.remote = remote_.data();
+        fabric_.landing = &landing_;
+        fabric_.num_channels = plan.num_channels;
+        fabric_.num_nodes = plan.num_nodes;
+        fabric_.num_planes = 1;
+        fabric_.node = plan.node;
+    }
+
+    std::string address(int32_t peer) override {
+        for (int32_t channel = 0; peer != plan_.node && channel < plan_.num_channels; ++channel) {
+            mine_.queue_pairs[channel] = fabric_.queue({peer, channel})->number;
+        }
+        return std::string(reinterpret_cast<const char*>(&mine_), sizeof mine_);
+    }
+
+    void connect(const std::vector<std::string>& addresses) override {
+        epoch_ = mine_.epoch_ns;
+        for (int32_t n = 0; n < plan_.num_nodes; ++n) {
+            if (n != plan_.node) connect_peer(n, addresses[size_t(n)]);
+        }
+        // The machine's clock, from the same moment for all.
+        wire_.epoch_ns = epoch_;
+    }
+
+    size_t post(int32_t lane, const Operation* operations, size_t count) override {
+        size_t accepted = 0;
+        while (accepted < count && post_one(operations[accepted])) ++accepted;
+        for (int32_t index : queues_of(lane)) mlx5::ring(&queues_[size_t(index)]);
+        return accepted;
+    }
+
+    size_t poll(int32_t lane, Completion* completions, size_t capacity) override {
+        {
+            // Whoever is not the one that works the NIC finds what the other has done.
+            const std::unique_lock<std::mutex> lock(working_, std::try_to_lock);
+            if (lock.owns_lock()) {
+                if (++steps_ % 1024 == 0) look_for_dead_peers();
+                engine_->step();
+            }
+        }
+        size_t count = 0;
+        for (int32_t index : queues_of(lane)) {
+            mlx5::SendQueue& queue = queues_[size_t(index)];
+            std::deque<Endpoint::UnderWay>& under_way = endpoints_[size_t(index)]->under_way;
+            if (under_way.empty()) continue;
+            const bool works = mlx5::poll(&queue);
+            while (count < capacity && !under_way.empty() &&
+                   (!works || under_way.front().end <= load_acquire(&queue.done))) {
+                const bool ok = under_way.front().end <= load_acquire(&queue.done);
+                const int32_t vendor =
+                    ok ? 0 : queue.error.syndrome << 8 | queue.error.vendor_syndrome;
+                completions[count++] = {under_way.front().token, ok, vendor, queue.number};
+                under_way.pop_front();
+            }
+        }
+        return count;
+    }
+
+    bool peer_gone(int32_t peer) override { return peers_[size_t(peer)].process.gone(); }
+
+    /// Retries and lost doorbells are found by looking.
+    int64_t longest_nap_ns() const override { return 1'000'000; }
+
+    std::string error_text(const Completion& completion) const override {
+        return mlx5::describe(uint8_t(completion.vendor >> 8));
+    }
+
+    std::string describe() const override {
+        return "emulated: mlx5 requests, modelled network of " +
+               std::to_string(wire_.nic(uint32_t(plan_.node)).line.bytes_per_ns) + " GB/s and " +
+               std::to_string(wire_.nic(uint32_t(plan_.node)).line.latency_ns) + " ns";
+    }
+
+    void close() override {
+        engine_.reset();
+        peers_.clear();
+    }
+
+ private:
+    struct Peer {
+        PeerProcess process;
+        PeerMemory nic;
+        PeerMemory regions[EPCOMM_FABRIC_MAX_REGIONS];
+    };
+
+    RegionKey register_memory(const void* start, uint64_t bytes, uint32_t access) {
+        const auto address = reinterpret_cast<uint64_t>(start);
+        return {address, bytes, emulated::add_key(nic_.nic(), {address, bytes, 1, access})};
+    }
+
+    void open_queue(int32_t peer, int32_t channel) {
+        const auto index = size_t(peer * plan_.num_channels + channel);
+        endpoints_[index] = std::make_unique<Endpoint>();
+        Endpoint& memory = *endpoints_[index];
+        for (auto& entry : memory.completions) entry.opcode_owner = mlx5::kInvalid << 4;
+        mlx5::SendQueue& queue = queues_[index];
+        queue.ring = memory.ring.data();
+        queue.completions = memory.completions.data();
+        queue.record = memory.record;
+        queue.doorbell = &memory.doorbell;
+        queue.num_blocks = queue.num_completions = kDepth;
+        queue.number = engine_->add_queue(
+            uint32_t(plan_.node),
+            {queue.ring, queue.record, queue.doorbell, queue.completions, kDepth, kDepth});
+        if (queue.number == 0) {
+            throw std::runtime_error("transport emulated: an NIC has at most " +
+                                     std::to_string(emulated::kMaxQueues) +
+                                     " queue pairs, one for each peer and channel");
+        }
+        mlx5::start_at(&queue, 0);
+    }
+
+    void connect_peer(int32_t node, const std::string& bytes) {
+        Address theirs;
+        if (bytes.size() != sizeof theirs) {
+            throw std::runtime_error("transport emulated: node " + std::to_string(node) +
+                                     " uses another transport or version");
+        }
+        memcpy(&theirs, bytes.data(), sizeof theirs);
+        Peer& peer = peers_[size_t(node)];
+        const std::string owner = "node " + std::to_string(node);
+        peer.process.watch(theirs.nic.pid);
+        peer.nic.map(theirs.nic, owner);
+        nics_[size_t(node)] = reinterpret_cast<emulated::Nic*>(peer.nic.start());
+        for (int id = 0; id < EPCOMM_FABRIC_MAX_REGIONS; ++id) {
+            const RegionKey& key = theirs.regions[id].key;
+            if (key.key == 0) continue;
+            peer.regions[id].map(theirs.regions[id].file, owner);
+            remote_[size_t(node * EPCOMM_FABRIC_MAX_REGIONS + id)] = key;
+            shifts_[size_t(node) * emulated::kMaxKeys + key.key - emulated::kFirstKey] =
+                int64_t(reinterpret_cast<uint64_t>(peer.regions[id].start()) - key.address);
+        }
+        if (node == 0) epoch_ = theirs.epoch_ns;
+        for (int32_t channel = 0; channel < plan_.num_channels; ++channel) {
+            engine_->connect(uint32_t(plan_.node), fabric_.queue({node, channel})->number,
+                             uint32_t(node), theirs.queue_pairs[channel]);
+        }
+    }
+
+    /// A process that has ended does not answer; its memory would.
+    void look_for_dead_peers() {
+        for (size_t n = 0; n < peers_.size(); ++n) {
+            if (peers_[n].process.gone()) store_release(&nics_[n]->dead, 1u);
+        }
+    }
+
+    /// Queues of a lane's channels, to all peers.
+    std::vector<int32_t> queues_of(int32_t lane) const {
+        std::vector<int32_t> all;
+        for (int32_t channel = 0; channel < plan_.num_channels; ++channel) {
+            for (int32_t n = 0; plan_.lane_of(channel) == lane && n < plan_.num_nodes; ++n) {
+                if (n != plan_.node) all.push_back(n * plan_.num_channels + channel);
+            }
+        }
+        return all;
+    }
+
+    /// False: there is no room now.
+    bool post_one(const Operation& operation) {
+        const Command& command = operation.command;
+        const auto index = size_t(command.peer * plan_.num_channels + command.channel);
+        mlx5::SendQueue* queue = &queues_[index];
+        std::deque<Endpoint::UnderWay>& under_way = endpoints_[index]->under_way;
+        const bool empty = command.op == EPCOMM_FABRIC_NOOP ||
+                           (command.op == EPCOMM_FABRIC_PUT && command.bytes == 0);
+        uint64_t end = queue->reserved;
+        if (!empty && mlx5::works(*queue)) {
+            const Requests requests = requests_of(fabric_, command, true);
+            if (!mlx5::has_room(*queue, end + requests.count())) return false;
+            NoWait wait;
+            end = mlx5::post(mlx5::OneThread(), queue, requests.count(), mlx5::Ring::kWhenDue,
+                             requests, wait);
+        } else if (!empty) {
+            end = ~uint64_t(0);  // reported with the queue's error
+        }
+        under_way.push_back({operation.token, end});
+        return true;
+    }
+
+    Plan plan_{};
+    Address mine_{};
+    SharedNic nic_;
+    int64_t epoch_ = 0;
+    emulated::Wire wire_{};
+    std::vector<emulated::Nic*> nics_;
+    std::vector<int64_t> shifts_;
+    std::vector<Peer> peers_;
+    std::unique_ptr<Engine> engine_;
+    std::mutex working_;
+    uint64_t steps_ = 0;
+    std::vector<std::unique_ptr<Endpoint>> endpoints_;
+    std::vector<mlx5::SendQueue> queues_;
+    RegionKey local_[EPCOMM_FABRIC_MAX_REGIONS] = {};
+    std::vector<RegionKey> remote_;
+    uint64_t landing_word_ = 0;
+    RegionKey landing_{};
+    Ibgda fabric_{};
+};
+
+const RegisterTransport kRegistered("emulated", []() -> std::unique_ptr<Transport> {
+    return std::make_unique<Emulated>();
+});
+
+}  // namespace
+
+}  // namespace epcomm::fabric
