@@ -319,6 +319,38 @@ TEST(a_record_that_runs_ahead_is_found_when_idle) {
     CHECK_EQUAL(r.count(EventKind::kViolation, kRecordWrong), 1);
 }
 
+TEST(a_request_changed_before_its_completion) {
+    for (bool late : {false, true}) {
+        Rig r;
+        Writer* w = r.pair();
+        CHECK(r.write(w, 0, 0, 8, false) != 0 && r.write(w, 1, 1, 8) != 0);
+        r.engine.step();  // the doorbell is seen and both are fetched
+        if (late) {
+            r.engine.settle();
+            CHECK(mlx5::poll(&w->queue));
+        }
+        // The first one, which asked for no completion: its slot is free once the second's is
+        // there.
+        w->ring[0].unit[2].word[3] ^= 1;
+        r.engine.settle();
+        CHECK_EQUAL(r.count(EventKind::kViolation, kSlotReused), !late);
+        CHECK_EQUAL(mlx5::poll(&w->queue), late);
+    }
+}
+
+TEST(an_atomic_cut_off_by_an_error_lets_others_go_on) {
+    Rig r;
+    Writer *w = r.pair(), *other = r.pair();
+    CHECK(r.add_to(w, 5, 1) != 0);
+    while (r.network.wire()->nic(1).atomics == 0) CHECK(r.engine.advance());
+    mlx5::store_doorbell(&w->doorbell, mlx5::next_index_doorbell(w->queue.number ^ 1, 2));
+    CHECK(r.add_to(other, 6, 1) != 0);
+    CHECK(r.flush(other));
+    CHECK_EQUAL(r.memory[1][6], 1);
+    CHECK_EQUAL(r.memory[1][5], 0);
+    CHECK(!mlx5::poll(&w->queue));
+}
+
 TEST(without_strictness_a_violation_is_only_recorded) {
     Options options;
     options.engine.strict = false;

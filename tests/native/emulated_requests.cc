@@ -82,6 +82,23 @@ TEST(nothing_is_fetched_before_the_doorbell) {
     r.expect_clean();
 }
 
+TEST(one_thread_rings_at_a_time) {
+    Rig r;
+    Writer* w = r.pair();
+    r.memory[0][0] = 5;
+    w->queue.ringing = 1;  // another thread is between record and doorbell
+    CHECK(r.write(w, 0, 9, 8) != 0);
+    r.engine.settle();
+    CHECK_EQUAL(w->record_word(mlx5::kSendRecord), 0);
+    CHECK_EQUAL(r.memory[1][9], 0);
+    w->queue.ringing = 0;  // which then looks again
+    mlx5::ring(&w->queue);
+    r.engine.settle();
+    CHECK_EQUAL(r.memory[1][9], 5);
+    CHECK_EQUAL(w->queue.ringing, 0);
+    r.expect_clean();
+}
+
 TEST(only_asked_for_completions_are_written) {
     Rig r;
     Writer* w = r.pair();

@@ -9,7 +9,7 @@ using namespace rig;
 namespace {
 
 struct Deadline {
-    int64_t until = fabric::now_ns() + 20'000'000'000;
+    int64_t until = fabric::now_ns() + 80'000'000'000;
     bool again() const {
         fabric::relax();
         return fabric::now_ns() < until;
@@ -22,6 +22,8 @@ Options timed(uint64_t start) {
     options.engine.virtual_clock = false;
     options.line = {50, 4096, 30, 0, 0, 2, 20'000'000, 0};
     options.memory_bytes = 1 << 20;
+    // So that threads change seldom enough for a machine with other work.
+    options.num_blocks = options.num_completions = 128;
     return options;
 }
 
@@ -29,7 +31,7 @@ Options timed(uint64_t start) {
 
 TEST(several_threads_share_a_queue_pair) {
     constexpr int kThreads = 4;
-    constexpr uint64_t kChunks = 4000;
+    constexpr uint64_t kChunks = 2000;
     Rig r(timed(65000));
     Writer* w = r.pair();
     r.engine.start();
@@ -71,7 +73,7 @@ TEST(several_threads_share_a_queue_pair) {
 TEST(a_reader_sees_the_bytes_behind_the_signal) {
     Rig r(timed(0));
     Writer* w = r.pair();
-    constexpr uint64_t kWords = 512, kRounds = 3000;
+    constexpr uint64_t kWords = 512, kRounds = 1000;
     r.engine.start();
     bool good = true;
     std::thread reader([&] {
@@ -140,7 +142,7 @@ TEST(every_thread_hears_of_an_error) {
                 const auto make = [&](uint32_t, uint64_t position) {
                     // One request in the middle of all has a bad key.
                     auto to = r.remote(1, 0);
-                    if (position == 5000) to.key = 1;
+                    if (position == 2000) to.key = 1;
                     return mlx5::write_request(mlx5::header_of(w->queue, position, false), to,
                                                r.local(0, 0), 8);
                 };
@@ -153,6 +155,6 @@ TEST(every_thread_hears_of_an_error) {
     r.engine.stop();
     CHECK_EQUAL(w->queue.failed, mlx5::kQueueError);
     CHECK_EQUAL(w->queue.error.syndrome, mlx5::kRemoteAccess);
-    CHECK_EQUAL(w->queue.error_position, 5000);
-    CHECK(posted[0] + posted[1] + posted[2] + posted[3] >= 5000);
+    CHECK_EQUAL(w->queue.error_position, 2000);
+    CHECK(posted[0] + posted[1] + posted[2] + posted[3] >= 2000);
 }
