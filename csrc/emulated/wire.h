@@ -101,12 +101,12 @@ EPCOMM_HD inline QueueEntry* find_queue(Nic& nic, uint32_t number) {
     return slot < nic.num_queues ? &nic.queues[slot] : nullptr;
 }
 
-/// Whether a key covers a range for what is to be done there.
+/// Whether a key covers a range for what is to be done there. An address before the memory gives a
+/// difference that is larger than any memory.
 EPCOMM_HD inline bool allows(const Key* key, uint32_t domain, uint32_t access, uint64_t address,
                              uint64_t bytes) {
     return key != nullptr && key->domain == domain && (key->access & access) == access &&
-           address >= key->address && bytes <= key->bytes &&
-           address - key->address <= key->bytes - bytes;
+           bytes <= key->bytes && address - key->address <= key->bytes - bytes;
 }
 
 }  // namespace epcomm::emulated

@@ -187,6 +187,22 @@ TEST(malformed_requests) {
     }
 }
 
+TEST(behind_a_failed_request_nothing_is_read) {
+    Rig r;
+    Writer* w = r.pair();
+    for (int i = 0; i < 3; ++i) {
+        CHECK(r.post(
+                  w,
+                  [&](Header header) {
+                      header.index += 1;
+                      return mlx5::write_request(header, r.remote(1, 5), r.local(0, 0), 8);
+                  },
+                  true, i == 2 ? Ring::kNow : Ring::kWhenDue) != 0);
+    }
+    CHECK(!r.flush(w));
+    CHECK_EQUAL(r.engine.violations(), 1);
+}
+
 TEST(an_error_needs_no_request_for_a_completion) {
     Rig r;
     Writer* w = r.pair();
@@ -235,6 +251,29 @@ TEST(a_peer_that_does_not_answer) {
     }) != 0);
     CHECK(r.flush(other));
     CHECK_EQUAL(r.memory[2][5], 1);
+}
+
+TEST(a_peer_that_connects_late_is_reached) {
+    Rig r;
+    Writer *w = r.add(0), *other = r.add(1);
+    r.engine.connect(0, w->queue.number, 1, other->queue.number);
+    r.memory[0][0] = 5;
+    CHECK(r.write(w, 0, 9, 8) != 0);
+    for (int i = 0; i < 3; ++i) CHECK(r.engine.advance());
+    CHECK_EQUAL(r.memory[1][9], 0);
+    r.engine.connect(1, other->queue.number, 0, w->queue.number);
+    CHECK(r.flush(w));
+    CHECK_EQUAL(r.memory[1][9], 5);
+}
+
+TEST(a_queue_pair_answers_its_own_peer_only) {
+    Rig r;
+    Writer *w = r.pair(), *intruder = r.add(0);
+    r.engine.connect(0, intruder->queue.number, 1, r.writers[1].queue.number);
+    CHECK(r.write(intruder, 0, 1, 8) != 0);
+    CHECK(!r.flush(intruder));
+    CHECK_EQUAL(intruder->queue.error.syndrome, mlx5::kRetryExceeded);
+    CHECK(r.write(w, 0, 1, 8) != 0 && r.flush(w));
 }
 
 TEST(a_dead_nic_does_nothing_more) {

@@ -180,6 +180,18 @@ TEST(a_fast_copier_leaves_the_model_in_charge) {
     CHECK(strstr(r.engine.describe(0).c_str(), "modelled network") != nullptr);
 }
 
+TEST(nothing_is_visible_before_it_is_copied) {
+    Options options = plain();
+    options.engine.copy_bytes_per_ns = 5;
+    Rig r(options);
+    Writer* w = r.pair();
+    r.memory[0][9999] = 7;
+    const Picoseconds start = r.engine.now();
+    CHECK(r.write(w, 0, 2000, 80'000) != 0);
+    while (r.memory[1][2000 + 9999] == 0) CHECK(r.engine.advance());
+    CHECK(r.engine.now() - start >= 16'000 * kNanosecond);  // the line alone: 9000
+}
+
 TEST(a_slow_copier_is_admitted) {
     Options options = plain();
     options.engine.copy_bytes_per_ns = 5;  // half the line

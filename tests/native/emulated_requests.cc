@@ -197,6 +197,23 @@ TEST(a_full_ring_waits_for_its_slots) {
     CHECK(!r.flush(w));
 }
 
+TEST(too_many_requests_at_once_are_refused) {
+    Rig r;
+    Writer* w = r.pair();
+    const auto make = [&](uint32_t, uint64_t position) {
+        return mlx5::nop_request(mlx5::header_of(w->queue, position, false));
+    };
+    const uint32_t most = mlx5::max_at_once(w->queue);
+    CHECK_EQUAL(most, 12);
+    CHECK(mlx5::post(OneThread(), &w->queue, most + 1, Ring::kNow, make, r.wait) == 0);
+    CHECK(mlx5::works(w->queue));
+    for (int i = 0; i < 20; ++i) {
+        CHECK(mlx5::post(OneThread(), &w->queue, most, Ring::kNow, make, r.wait) != 0);
+    }
+    CHECK(r.flush(w));
+    r.expect_clean();
+}
+
 TEST(flush_returns_after_the_bytes_have_arrived) {
     for (uint64_t latency : {0u, 2000u, 50'000u}) {
         Options options;
