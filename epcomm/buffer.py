@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .backend import Backend, Config, Options
-from .bootstrap import Bootstrap, make_bootstrap, raise_together
+from .bootstrap import DEFAULT_TIMEOUT, Bootstrap, make_bootstrap, raise_together
 from .check import (
     check_combine,
     check_config,
@@ -60,7 +60,8 @@ class Buffer:
         num_topk: K.
         max_tokens: most tokens a rank will send in one call.
         ranks_per_node: make virtual nodes of this many consecutive ranks; None: a node is a host.
-        timeout: seconds a rank may stay silent before the others give up on it.
+        timeout: seconds a rank may stay silent before the others give up on it, also while the
+            Buffer is made ("cuda": at least 60 there).
         backend: "cpu"; "cuda" for tensors on this rank's GPU, inside one node; "auto": "cpu".
         num_threads: threads of this rank; None: this host's cores shared by its ranks.
         num_sms: "cuda": SMs a call of this rank uses; None: as many as keep nine tenths of the
@@ -75,6 +76,7 @@ class Buffer:
         ValueError: an argument out of range, likewise.
         PeerError: another rank's arguments were refused, or it cannot share memory.
         MismatchError: the ranks passed different values.
+        PeerTimeoutError: a rank does not take part in time; another Buffer may be tried.
         OSError: memory cannot be shared with a rank of the node.
     """
 
@@ -87,14 +89,19 @@ class Buffer:
         num_topk: int,
         max_tokens: int,
         ranks_per_node: int | None = None,
-        timeout: float = 60.0,
+        timeout: float = DEFAULT_TIMEOUT,
         backend: Literal["auto", "cpu", "cuda"] = "auto",
         num_threads: int | None = None,
         num_sms: int | None = None,
         fabric: str = "auto",
     ) -> None:
         self._backend: Backend | None = None
-        bootstrap = make_bootstrap(group)
+        # A rank whose timeout is refused takes part until all know that. One that starts a GPU, or
+        # measures it for all, is busy for seconds and not silent.
+        patience = timeout if _is_timeout(timeout) else DEFAULT_TIMEOUT
+        if backend == "cuda":
+            patience = max(patience, DEFAULT_TIMEOUT)
+        bootstrap = make_bootstrap(group, patience)
         self._bootstrap = bootstrap
         device = "cuda" if backend == "cuda" else "cpu"
         self.config = Config(hidden, num_experts, num_topk, max_tokens, device)
@@ -423,8 +430,12 @@ def _find_backend(name: str) -> Callable[[Bootstrap, Topology, Config, Options],
     return CudaBackend
 
 
+def _is_timeout(timeout: Any) -> bool:
+    return isinstance(timeout, int | float) and 0 < timeout < math.inf
+
+
 def _check_options(timeout: Any, backend: Any, counts: dict[str, Any]) -> None:
-    if not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+    if not _is_timeout(timeout):
         raise ValueError(f"timeout: expected finite seconds > 0, got {timeout!r}")
     if backend not in ("auto", "cpu", "cuda"):
         raise ValueError(f"backend: expected 'auto', 'cpu' or 'cuda', got {backend!r}")

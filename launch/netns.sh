@@ -145,10 +145,11 @@ shift
 exec nsenter --target \$host --net --uts --ipc --mount --pid --wd="\$PWD" -- bash -c "\$*"
 ENTER
 chmod +x /dev/shm/enter
-arguments=(-launcher ssh -launcher-exec /dev/shm/enter -localhost 10.77.0.254
-    -hosts 10.77.0.1,10.77.0.2 -ppn "$(($1 / 2))" -genv GLOO_SOCKET_IFNAME e0
-    -genv UCX_TLS tcp,self -genv UCX_NET_DEVICES e0 -genv FI_PROVIDER tcp -genv FI_TCP_IFACE e0)
-export EPCOMM_MPIRUN_ARGS="${arguments[*]} ${EPCOMM_MPIRUN_ARGS:-}"
+start="-launcher ssh -launcher-exec /dev/shm/enter -localhost 10.77.0.254"
+where="-hosts 10.77.0.1,10.77.0.2 -ppn $(($1 / 2))"
+use_e0="-genv UCX_TLS tcp,self -genv UCX_NET_DEVICES e0 -genv FI_PROVIDER tcp -genv FI_TCP_IFACE e0
+ -genv GLOO_SOCKET_IFNAME e0"
+export EPCOMM_MPIRUN_ARGS="$start $where ${use_e0/$'\n'/} ${EPCOMM_MPIRUN_ARGS:-}"
 # Not exec: the first process of a namespace has to outlive what it waits for.
 status=0
 bash "$EPCOMM_ROOT/launch/mpirun.sh" "$@" || status=$?

@@ -1,9 +1,10 @@
 """A network link in user space: frames between two interfaces, late and sometimes lost.
 
-``netns_link.py INTERFACE INTERFACE DELAY_MS LOSS_PERCENT SEED`` carries frames both ways until it is
-ended; launch/netns.sh uses it where the kernel has no netem. It prints "up" once frames travel.
+``netns_link.py INTERFACE INTERFACE DELAY_MS LOSS_PERCENT SEED`` carries frames both ways until it
+is ended; launch/netns.sh uses it where the kernel has no netem. Once frames travel it prints "up".
 """
 
+import contextlib
 import random
 import selectors
 import socket
@@ -62,10 +63,9 @@ class Direction:
             left = self._under_way[0][0] - time.monotonic()
             if left > 0:
                 return left
-            try:
+            # If its queue is full or it is down, the frame is lost, as on a real link.
+            with contextlib.suppress(OSError):
                 self.target.send(self._under_way.popleft()[1])
-            except OSError:
-                pass  # its queue is full or it is down: the frame is lost, as on a real link
         return 60.0
 
 

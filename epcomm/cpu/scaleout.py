@@ -20,6 +20,7 @@ class Tag(enum.IntEnum):
     DATA = 2
     RETURN = 3
     ABORT = 4
+    START = 5
 
 
 class Request(Protocol):
