@@ -37,30 +37,30 @@ number='^[0-9]+(\.[0-9]+)?$'
 [[ $link == auto || $link == netem || $link == forwarder ]] || usage
 [[ $# -ge 2 && $1 =~ ^[1-9][0-9]*$ && $(($1 % 2)) -eq 0 ]] || usage
 
-# --kill-child: when unshare ends, the kernel kills the first process inside, and with it all others.
-own=(--net --uts --ipc --mount --pid --fork --mount-proc --kill-child)
+own=(--net --uts --ipc --mount --pid)
+first=(--fork --mount-proc --kill-child)
 
-# The script starts itself again as the first process of namespaces of its own.
+# The script becomes a shell that starts the script again, as the first process of namespaces of its
+# own, and waits for it. When that shell ends, even by SIGKILL, the kernel kills the first process,
+# and with it all others.
 enter() {
-    local tool reason
-    for tool in unshare nsenter ip tc; do
+    local tool reason wait_for
+    for tool in unshare nsenter setpriv ip tc; do
         command -v "$tool" >/dev/null || cannot "'$tool' is missing (packages util-linux, iproute2)"
     done
-    mpirun --version 2>&1 | grep -qE 'HYDRA|MPICH|Intel' \
+    [[ $(mpirun --version 2>&1) =~ HYDRA|MPICH|Intel ]] \
         || cannot "it takes MPICH's mpirun to start ranks on them, not $(command -v mpirun)"
-    if ! unshare "${own[@]}" true 2>/dev/null; then
+    if ! unshare "${own[@]}" "${first[@]}" true 2>/dev/null; then
         own+=(--user --map-root-user)
-        reason=$(unshare "${own[@]}" true 2>&1) \
+        reason=$(unshare "${own[@]}" "${first[@]}" true 2>&1) \
             || cannot "not root, and user namespaces do not help: ${reason:-unshare failed}"
     fi
     warm_up
-    exec unshare "${own[@]}" bash "${BASH_SOURCE[0]}" --inside \
+    wait_for='trap "exit 143" TERM; trap "exit 130" INT; setpriv --pdeathsig KILL "$@" <&0 & wait $!'
+    exec unshare "${own[@]}" bash -c "$wait_for" wait_for bash "${BASH_SOURCE[0]}" --inside \
         --delay "$delay" --loss "$loss" --seed "$seed" --link "$link" "$@"
 }
 
-# As the first process, this one gets only the signals that it handles.
-trap 'exit 143' TERM
-trap 'exit 130' INT
 [[ -n $inside ]] || enter "$@"
 
 on() {
@@ -73,9 +73,10 @@ on() {
 make_host() {
     local name
     name=epcomm-$1-$(od -An -N4 -tx4 /dev/urandom | tr -d ' ')
-    # UCX looks for network devices in /sys, and each mount of it shows those of one namespace.
-    unshare "${own[@]}" sh -ec "hostname $name; mount -t tmpfs tmpfs /dev/shm
-        mount -t sysfs sysfs /sys; exec sleep infinity" &
+    # The name tells that the rest is done. UCX looks for network devices in /sys; each mount of it
+    # shows those of one namespace.
+    unshare "${own[@]}" "${first[@]}" sh -ec "mount -t tmpfs tmpfs /dev/shm
+        mount -t sysfs sysfs /sys; hostname $name; exec sleep infinity" &
     local keeper=$!
     until [[ -n ${host:-} && $(nsenter --target "$host" --uts hostname 2>/dev/null) == "$name" ]]; do
         kill -0 "$keeper" 2>/dev/null || cannot "unshare failed, see above"
@@ -117,6 +118,7 @@ join_by_forwarder() {
     carrier="netns_link.py, seed $seed"
 }
 
+mount -t proc proc /proc || cannot "a new namespace cannot have its own /proc"
 ip link set lo up || cannot "the network of a new namespace cannot be set up"
 mount -t tmpfs tmpfs /dev/shm || cannot "a new namespace cannot have its own /dev/shm"
 hosts=()

@@ -1,0 +1,3 @@
+"""A rank that fails: ``fail.py FOLDER``."""
+
+raise SystemExit("fails on purpose")

@@ -1,0 +1,102 @@
+"""Whole jobs as a user starts them: a launcher, its ranks, and what is left when they end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+#: Exit status of launch/netns.sh where two hosts cannot be made.
+CANNOT = 77
+
+
+@dataclass
+class Job:
+    """A running launcher. Its ranks have ``folder`` as an argument and put their files there."""
+
+    process: "subprocess.Popen[str]"
+    folder: Path
+
+    def pids(self) -> list[int]:
+        """Every process of the machine that was started for this job."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                arguments = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue  # it ended meanwhile
+            if str(self.folder).encode() in arguments:
+                found.append(int(entry.name))
+        return found
+
+    def finish(self, seconds: float) -> str:
+        """Wait for the end and return what the job printed; skip where there cannot be two hosts.
+
+        Fails the test if the job takes longer, or leaves a process.
+        """
+        try:
+            printed = self.process.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the job did not end within {seconds:g} s")
+        if self.process.returncode == CANNOT:
+            pytest.skip(printed.strip().splitlines()[-1])
+        assert wait_until(lambda: not self.pids(), 10.0), "processes stay after the job's end"
+        return printed
+
+
+@contextmanager
+def start(launcher: list[str], program: str, folder: Path, *arguments: str) -> Iterator[Job]:
+    """Start ``program`` of this folder: ``bash launch/<launcher> program folder arguments``."""
+    folder.mkdir(exist_ok=True)
+    script, *options = launcher
+    path = Path(__file__).parent / program
+    command = ["bash", f"launch/{script}", *options, str(path), str(folder), *arguments]
+    # The launcher uses the interpreter and the packages that run this test.
+    environment = os.environ | {
+        "EPCOMM_INSTALL": "0",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        "MPIEXEC_TIMEOUT": "100",
+    }
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    job = Job(process, folder)
+    try:
+        yield job
+    finally:
+        for pid in {process.pid, *job.pids()}:
+            if process.poll() is None or pid != process.pid:
+                kill(pid)
+        process.communicate()
+
+
+def kill(pid: int) -> None:
+    """End a process at once, if it is still there."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether ``condition`` became true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.02)
+    return True
