@@ -3,6 +3,8 @@
 Messages of one (peer, tag) arrive in the order sent; that is all the protocol relies on.
 """
 
+import atexit
+import contextlib
 import enum
 import threading
 import weakref
@@ -153,6 +155,25 @@ class _MpiRequest:
         return bool(self._request.Test())
 
 
+#: Threads that wait for gloo, each with the group and a peer.
+_waiting: dict[threading.Thread, tuple[Any, int]] = {}
+
+
+def _end_waits() -> None:
+    """At exit, end the waits for messages that never came.
+
+    A thread that wakes in C++ while the interpreter goes would abort the process. Gloo cannot
+    cancel a wait, but one that times out closes the group's connections, which ends all others.
+    """
+    import torch
+
+    for group, peer in set(_waiting.values()):
+        with contextlib.suppress(RuntimeError):
+            group.recv([torch.empty(1)], peer, Tag.ABORT).wait(timedelta(milliseconds=1))
+    for thread in list(_waiting):
+        thread.join(1.0)
+
+
 class TorchScaleOut(Staging):
     """torch.distributed point-to-point messages (gloo).
 
@@ -171,6 +192,8 @@ class TorchScaleOut(Staging):
         self._group = group
         self._first_tag = number * len(Tag)
         self._global = dist.get_process_group_ranks(group)
+        atexit.unregister(_end_waits)
+        atexit.register(_end_waits)
 
     def _start(self, operation: Any, data: np.ndarray, rank: int, tag: Tag) -> Request:
         import torch
@@ -189,9 +212,12 @@ class TorchScaleOut(Staging):
                 future.set_result(work.wait(self._GLOO_TIMEOUT))
             except Exception as error:  # handed to whoever asks the request
                 future.set_exception(error)
+            del _waiting[thread]
 
         # A daemon: a message that never comes must not keep the process from ending.
-        threading.Thread(target=wait, name="epcomm-gloo", daemon=True).start()
+        thread = threading.Thread(target=wait, name="epcomm-gloo", daemon=True)
+        _waiting[thread] = (self._group, rank)
+        thread.start()
         return _ThreadRequest(future, tensor)
 
     def send(self, rank: int, tag: Tag, data: np.ndarray) -> Request:
