@@ -2,6 +2,7 @@
 
 import datetime
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -106,6 +107,25 @@ def test_a_new_buffer_after_a_silent_rank(comm, group):
     with buffer_on(group, case) as anew:
         check(Sized(group), case, anew)
     buffer.close()
+
+
+def test_a_new_buffer_after_an_absent_rank(comm, group):
+    """Messages of the Buffer that was not made are still under way; the new one must not take them.
+
+    Nobody hears over gloo that others gave up, so each rank ends by its own deadline.
+    """
+    if comm.size == 1:
+        pytest.skip("nobody waits")
+    case = replace(CASE, ranks_per_node=1)
+    for turn in range(2):
+        comm.Barrier()
+        if comm.rank == comm.size - 1:
+            time.sleep(3.0)
+        with pytest.raises(epcomm.PeerTimeoutError, match="no sign of rank"):
+            buffer_on(group, case, timeout=2.0)
+        comm.Barrier()
+        with buffer_on(group, case) as anew:
+            check(Sized(group), replace(case, seed=turn), anew)
 
 
 def test_bad_input_is_told_over_gloo(comm, group):
