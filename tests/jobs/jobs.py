@@ -19,20 +19,27 @@ CANNOT = 77
 
 @dataclass
 class Job:
-    """A running launcher. Its ranks have ``folder`` as an argument and put their files there."""
+    """A running launcher.
+
+    Attributes:
+        program: what its ranks run.
+        folder: the program's first argument, where the ranks put their files.
+    """
 
     process: "subprocess.Popen[str]"
+    program: Path
     folder: Path
 
     def pids(self) -> list[int]:
         """Every process of the machine that was started for this job."""
+        wanted = f"\0{self.program}\0{self.folder}\0".encode()
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
-                arguments = (entry / "cmdline").read_bytes().split(b"\0")
+                arguments = (entry / "cmdline").read_bytes()
             except OSError:
                 continue  # it ended meanwhile
-            if str(self.folder).encode() in arguments:
+            if wanted in arguments:
                 found.append(int(entry.name))
         return found
 
@@ -74,7 +81,7 @@ def start(launcher: list[str], program: str, folder: Path, *arguments: str) -> I
         stderr=subprocess.STDOUT,
         text=True,
     )
-    job = Job(process, folder)
+    job = Job(process, path, folder)
     try:
         yield job
     finally:
