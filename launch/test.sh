@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # launch/test.sh [--quick] [--cpu | --gpu | --only-gpu] [pytest arguments]: set-up, lint, compilation
-# of the CUDA kernels, unit tests, then the tests that need several ranks, under mpirun, in worlds of
-# several sizes; where a GPU is found, those of the CUDA back end as well, several ranks on a GPU under
-# a CUDA MPS of their own. The last line is the total.
+# of the CUDA kernels, unit tests, whole jobs (two at once; two network hosts), then the tests that
+# need several ranks, under mpirun, in worlds of several sizes; where a GPU is found, those of the CUDA
+# back end as well, several ranks on a GPU under a CUDA MPS of their own. The last line is the total.
 #
-#   --quick     one world instead of all (on GPUs two)
+#   --quick     one world instead of all (on GPUs two), and no whole jobs
 #   --cpu       nothing on GPUs
 #   --gpu       fail where the tests on GPUs cannot run
 #   --only-gpu  nothing but the tests on GPUs, and fail where they cannot run
@@ -17,10 +17,10 @@ cd "$EPCOMM_ROOT"
 worlds=(1 2 3 4 6 8)
 # The largest first: it finds most.
 gpu_worlds=(8 1 2 3 4 6)
-mode=
+mode='' jobs=1
 while [[ ${1:-} =~ ^--(quick|cpu|gpu|only-gpu)$ ]]; do
     case $1 in
-        --quick) worlds=(4) gpu_worlds=(8 3) ;;
+        --quick) worlds=(4) gpu_worlds=(8 3) jobs='' ;;
         *) mode=${1#--} ;;
     esac
     shift
@@ -68,6 +68,10 @@ if [[ $mode != only-gpu ]]; then
     stage "lint" bash launch/lint.sh
     stage "CUDA kernels" bash launch/compile_cuda.sh
     test_stage "unit tests" python -m pytest --color=no tests/unit
+    if [[ -n $jobs ]]; then
+        warm_up
+        test_stage "whole jobs" python -m pytest --color=no -m "not gpu" tests/jobs
+    fi
     # Just before the timeout of a test, every rank prints where it is: the rank that is late is
     # seldom the one whose timeout ends the run.
     for size in "${worlds[@]}"; do
@@ -81,7 +85,7 @@ if [[ $mode != cpu ]] && gpu_job; then
         test_stage "$size ranks on GPUs" bash launch/gpu.sh -n "$size" python -m mpi4py -m pytest \
             --color=no --with-mpi -o faulthandler_timeout=115 tests/gpu
     done
-    test_stage "jobs on GPUs" python -m pytest --color=no tests/jobs
+    test_stage "jobs on GPUs" python -m pytest --color=no -m gpu tests/jobs
 elif [[ $mode == *gpu ]]; then
     stage "tests on GPUs: no GPU that can be used" false
 fi
