@@ -4,7 +4,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import jobs
+import pytest
 
+#: Several jobs one after the other and beside each other.
+pytestmark = pytest.mark.timeout(300)
 RANKS = 4
 LAUNCHER = ["mpirun.sh", str(RANKS)]
 
