@@ -70,7 +70,7 @@ def start(launcher: list[str], program: str, folder: Path, *arguments: str) -> I
         "EPCOMM_INSTALL": "0",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
-        "MPIEXEC_TIMEOUT": "100",
+        "MPIEXEC_TIMEOUT": "200",
     }
     process = subprocess.Popen(
         command,

@@ -6,8 +6,8 @@ from pathlib import Path
 import jobs
 import pytest
 
-#: Several jobs one after the other and beside each other.
-pytestmark = pytest.mark.timeout(300)
+#: Several jobs, which may have to compile the kernels first, beside each other on few cores.
+pytestmark = pytest.mark.timeout(500)
 RANKS = 4
 LAUNCHER = ["mpirun.sh", str(RANKS)]
 
@@ -32,7 +32,7 @@ def test_two_jobs_at_once(tmp_path):
     before = left_behind()
     with ExitStack() as stack:
         for job in start_pair(stack, tmp_path, "both"):
-            printed = job.finish(100.0)
+            printed = job.finish(200.0)
             assert job.process.returncode == 0, printed
             assert (job.folder / "done").exists()
     assert left_behind() == before
@@ -51,10 +51,10 @@ def test_kill_of_a_whole_job(tmp_path):
             jobs.kill(pid)
         killed.finish(20.0)
         assert not (killed.folder / "done").exists()
-        printed = other.finish(100.0)
+        printed = other.finish(200.0)
         assert other.process.returncode == 0, printed
         assert left_behind() == before
         for job in start_pair(stack, tmp_path, "next"):
-            printed = job.finish(100.0)
+            printed = job.finish(200.0)
             assert job.process.returncode == 0, printed
     assert left_behind() == before
