@@ -69,7 +69,6 @@ if [[ $mode != only-gpu ]]; then
     stage "CUDA kernels" bash launch/compile_cuda.sh
     test_stage "unit tests" python -m pytest --color=no tests/unit
     if [[ -n $jobs ]]; then
-        warm_up
         test_stage "whole jobs" python -m pytest --color=no -m "not gpu" tests/jobs
     fi
     # Just before the timeout of a test, every rank prints where it is: the rank that is late is

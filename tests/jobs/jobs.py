@@ -58,6 +58,16 @@ class Job:
         return printed
 
 
+def environment() -> dict[str, str]:
+    """Makes a launcher use the interpreter and the packages that run this test."""
+    return os.environ | {
+        "EPCOMM_INSTALL": "0",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        "MPIEXEC_TIMEOUT": "200",
+    }
+
+
 @contextmanager
 def start(launcher: list[str], program: str, folder: Path, *arguments: str) -> Iterator[Job]:
     """Start ``program`` of this folder: ``bash launch/<launcher> program folder arguments``."""
@@ -65,17 +75,10 @@ def start(launcher: list[str], program: str, folder: Path, *arguments: str) -> I
     script, *options = launcher
     path = Path(__file__).parent / program
     command = ["bash", f"launch/{script}", *options, str(path), str(folder), *arguments]
-    # The launcher uses the interpreter and the packages that run this test.
-    environment = os.environ | {
-        "EPCOMM_INSTALL": "0",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
-        "MPIEXEC_TIMEOUT": "200",
-    }
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment,
+        env=environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

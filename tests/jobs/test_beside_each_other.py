@@ -6,7 +6,7 @@ from pathlib import Path
 import jobs
 import pytest
 
-#: Several jobs, which may have to compile the kernels first, beside each other on few cores.
+#: Several jobs one after the other and beside each other, on few cores.
 pytestmark = pytest.mark.timeout(500)
 RANKS = 4
 LAUNCHER = ["mpirun.sh", str(RANKS)]
