@@ -110,20 +110,27 @@ check_mpi() {
 # Compile the kernels once, before many ranks would compile them at the same time. The stamp lies
 # in the folder that holds the compiled kernels, so that who deletes one deletes both.
 warm_up() {
-    local stamp=$EPCOMM_ROOT/epcomm/cpu/__pycache__/.warm key
+    local folder=$EPCOMM_ROOT/epcomm/cpu/__pycache__ key lock
     key=$({
         command -v python
         cd "$EPCOMM_ROOT"
         find epcomm -name '*.py' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
     } | sha256sum | cut -d' ' -f1)
-    if [[ $(cat "$stamp" 2>/dev/null) != "$key" ]]; then
+    [[ $(cat "$folder/.warm" 2>/dev/null) != "$key" ]] || return 0
+    # Numba takes what another process has just put on disk for what it compiled itself, and fails;
+    # so of two jobs that start together the second waits.
+    mkdir -p "$folder"
+    exec {lock}>"$folder/.warm.lock"
+    flock --wait 600 "$lock" || say "another job has been compiling the kernels for 10 minutes"
+    if [[ $(cat "$folder/.warm" 2>/dev/null) != "$key" ]]; then
         say "compiling the kernels"
         if (cd "$EPCOMM_ROOT" && python -m epcomm.cpu.warmup); then
-            printf '%s\n' "$key" >"$stamp"
+            printf '%s\n' "$key" >"$folder/.warm"
         else
             say "that failed; every rank will compile them when it needs them"
         fi
     fi
+    exec {lock}>&-
 }
 
 if [[ -z ${EPCOMM_READY:-} ]]; then
