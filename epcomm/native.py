@@ -57,6 +57,18 @@ def _load() -> ctypes.CDLL:
         function.restype = ctypes.c_int64
     for name in ("epcomm_dispatch_record", "epcomm_combine_record"):
         getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.epcomm_make_chunking.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
+    library.epcomm_find_slot.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int32,
+        ctypes.c_int32,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
+    library.epcomm_find_slot.restype = None
+    library.epcomm_find_item.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p]
+    library.epcomm_find_item.restype = None
+    library.epcomm_count_items.argtypes = [ctypes.c_void_p, ctypes.c_int32]
     library.epcomm_counter_add.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
     library.epcomm_counter_add.restype = None
     library.epcomm_counter_read.argtypes = [ctypes.c_void_p]
@@ -76,11 +88,11 @@ def read_constants(function: str) -> dict[str, int]:
     return {table[i].name.decode(): table[i].value for i in range(count.value)}
 
 
-def read_fields(function: str) -> dict[str, list[Field]]:
-    """The fields that a function lists, by structure (without the ``epcomm_`` prefix)."""
+def read_fields(function: str, source: ctypes.CDLL = library) -> dict[str, list[Field]]:
+    """The fields that a library's function lists, by structure (without ``epcomm_``)."""
     count = ctypes.c_uint32()
-    getattr(library, function).restype = ctypes.POINTER(Field)
-    table = getattr(library, function)(ctypes.byref(count))
+    getattr(source, function).restype = ctypes.POINTER(Field)
+    table = getattr(source, function)(ctypes.byref(count))
     fields: dict[str, list[Field]] = {}
     for i in range(count.value):
         fields.setdefault(table[i].structure.decode(), []).append(table[i])

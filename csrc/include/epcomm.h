@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "../protocol/announce.h"
+#include "../protocol/chunk.h"
 #include "../protocol/control.h"
 #include "../protocol/limits.h"
 #include "../protocol/record.h"
@@ -43,6 +44,21 @@ EPCOMM_API const epcomm_field* epcomm_fields(uint32_t* count);
 /// Where each part of a record lies. Returns 0, or -1 if `shape` is out of the limits.
 EPCOMM_API int epcomm_dispatch_record(const epcomm_record_shape* shape, epcomm_record* record);
 EPCOMM_API int epcomm_combine_record(const epcomm_record_shape* shape, epcomm_record* record);
+
+/// Complete a chunking of which N, node, max_records and num_channels are set, for records of up
+/// to `record_bytes` and chunks of `chunk_records`. Returns 0, or -1 where the fabric cannot
+/// number so much.
+EPCOMM_API int epcomm_make_chunking(epcomm_chunking* chunking, int64_t record_bytes,
+                                    int32_t chunk_records);
+
+/// Where a slot of `peer` is, with records of `record_bytes`.
+EPCOMM_API void epcomm_find_slot(const epcomm_chunking* chunking, int32_t peer, int32_t slot,
+                                 int64_t record_bytes, epcomm_slot_place* place);
+
+/// Which slot an item of work is, and the items of `records` records to or from the fullest peer.
+EPCOMM_API void epcomm_find_item(const epcomm_chunking* chunking, int32_t item,
+                                 epcomm_item_place* place);
+EPCOMM_API int32_t epcomm_count_items(const epcomm_chunking* chunking, int32_t records);
 
 /// Payload and scale bytes of one row in a wire format, before padding; -1 for an unknown format.
 EPCOMM_API int64_t epcomm_payload_bytes(int32_t format, int64_t hidden);

@@ -1,0 +1,219 @@
+"""Sizes and places of what the two-hop path needs beside a node's: staging, signals, hop lists.
+
+No CUDA is called here, so that the same numbers can be had, and tested, without a GPU.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..backend import Config
+from ..formats.wire import WireFormat
+from ..native import combine_record, constants, dispatch_record, dtypes, library
+from ..topology import Topology
+
+#: Records of a chunk, which one put carries, unless the fabric's signals force longer ones. A chunk
+#: of 64 packed rows of H = 7168 has 480 kB: 10 us of a 50 GB/s link, several triggers' cost.
+CHUNK_RECORDS = 64
+CHANNELS = 4
+_ALIGN = constants["limit_window_align"]
+
+
+def largest_record(config: Config) -> int:
+    """Bytes of the largest record of any call: float32 rows, or a float32 wire with weights."""
+    hidden, num_topk = config.hidden, config.num_topk
+    return max(
+        dispatch_record(WireFormat.F32, hidden, num_topk).bytes,
+        combine_record(WireFormat.F32, hidden, num_topk, True).bytes,
+    )
+
+
+@dataclass(frozen=True)
+class RailPlan:
+    """How a rank reaches the other ranks of its rail; the same sizes on every rank.
+
+    Attributes:
+        chunking: ``epcomm_chunking``, 0-d.
+        announcement_bytes: of one announcement, padded.
+    """
+
+    chunking: np.ndarray
+    announcement_bytes: int
+
+    @property
+    def num_peers(self) -> int:
+        """N - 1."""
+        return int(self.chunking["num_nodes"]) - 1
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of a peer at most."""
+        return int(self.chunking["num_chunks"])
+
+    @property
+    def num_signals(self) -> int:
+        """Counters that peers raise here: one a peer, and one for each chunk of each."""
+        return self.num_peers * (1 + self.num_chunks)
+
+    def region_bytes(self) -> dict[int, int]:
+        """Bytes of the fabric's regions, by number."""
+        staging = self.num_peers * int(self.chunking["peer_bytes"])
+        return {
+            0: 8 * self.num_signals,
+            constants["REGION_SEND"]: staging,
+            constants["REGION_RECEIVE"]: staging,
+            constants["REGION_OUTBOX"]: 2 * self.announcement_bytes,
+            constants["REGION_INBOX"]: 2 * self.num_peers * self.announcement_bytes,
+        }
+
+    def state_shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Zeroed device arrays that a rank's kernels alone use: fields of ``epcomm_cuda_rail``."""
+        per_chunk = (self.num_peers, self.num_chunks)
+        return {
+            "expected": (per_chunk, np.uint64),
+            "filled": (per_chunk, np.uint32),
+            "dealt": ((2,), np.uint32),
+        }
+
+
+def announcement_bytes(topology: Topology, num_experts: int) -> int:
+    """Bytes of an announcement, padded as in a control block."""
+    counts = topology.num_nodes + topology.num_ranks + num_experts
+    return -(-(constants["sizeof_announcement"] + 4 * counts) // _ALIGN) * _ALIGN
+
+
+def plan_rail(
+    topology: Topology,
+    config: Config,
+    *,
+    chunk_records: int = CHUNK_RECORDS,
+    num_channels: int = CHANNELS,
+) -> RailPlan:
+    """Plan staging and signals for a world of several nodes.
+
+    Raises:
+        ValueError: more than the fabric can number or address.
+    """
+    chunking = np.zeros((), dtypes["chunking"])
+    chunking["num_nodes"], chunking["node"] = topology.num_nodes, topology.node
+    chunking["max_records"], chunking["num_channels"] = max(1, config.max_tokens), num_channels
+    record = largest_record(config)
+    if library.epcomm_make_chunking(chunking.ctypes.data, record, chunk_records) != 0:
+        raise ValueError(
+            f"max_tokens: {config.max_tokens} records of {record} bytes for each of "
+            f"{topology.num_nodes - 1} other nodes are more than the fabric can address; make it "
+            "smaller"
+        )
+    return RailPlan(chunking, announcement_bytes(topology, config.num_experts))
+
+
+def hop_shapes(
+    plan: RailPlan, topology: Topology, config: Config, num_tokens: int, *, by_expert: bool
+) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Arrays of a handle, as fields of ``epcomm_cuda_hops``: (shape, dtype)."""
+    peers, slots, K = plan.num_peers, int(plan.chunking["max_records"]), config.num_topk
+    return {
+        "index": ((num_tokens, K), np.int32),
+        "far": ((num_tokens, max_far(topology, config)), np.int64),
+        "token_of": ((peers, slots), np.int32),
+        "base": ((topology.num_nodes, num_keys(topology, config, by_expert=by_expert)), np.int32),
+        "forwarded": ((peers, slots, K), np.int64),
+        "sent": ((peers,), np.int32),
+        "received": ((peers,), np.int32),
+    }
+
+
+def max_far(topology: Topology, config: Config) -> int:
+    """F: records of a token at most."""
+    return min(config.num_topk, topology.num_nodes - 1)
+
+
+def num_keys(topology: Topology, config: Config, *, by_expert: bool) -> int:
+    """What rows of this node are counted by: its ranks, or its experts."""
+    if not by_expert:
+        return topology.ranks_per_node
+    return config.num_experts // topology.num_nodes
+
+
+def fill_hops(
+    block: np.ndarray,
+    addresses: Mapping[str, int],
+    topology: Topology,
+    config: Config,
+    *,
+    by_expert: bool,
+) -> None:
+    """Fill in an ``epcomm_cuda_hops``; ``addresses`` by field."""
+    for name, address in addresses.items():
+        block[name] = address
+    block["max_far"] = max_far(topology, config)
+    block["num_keys"] = num_keys(topology, config, by_expert=by_expert)
+
+
+def fill_rail(
+    block: np.ndarray,
+    plan: RailPlan,
+    fabric: bytes,
+    regions: Mapping[int, int],
+    state: Mapping[str, int],
+) -> None:
+    """Fill in an ``epcomm_cuda_rail``.
+
+    Args:
+        block: the structure, 0-d.
+        plan: of the rail.
+        fabric: the ``epcomm_fabric`` that kernels take.
+        regions: addresses of the regions by number.
+        state: addresses of ``state_shapes`` arrays and of ``places`` and ``rail``.
+    """
+    block["chunking"] = plan.chunking.reshape(1).view(np.uint8)
+    block["fabric"] = np.frombuffer(fabric, np.uint8)
+    block["signals"] = regions[0]
+    for name in ("send", "receive", "outbox", "inbox"):
+        block[name] = regions[constants[f"REGION_{name.upper()}"]]
+    for name, address in state.items():
+        block[name] = address
+
+
+def places_of(topology: Topology) -> np.ndarray:
+    """``epcomm_cuda_place`` of every rank: int16 [R, 2], node and local rank."""
+    return np.stack([topology.node_of_R, topology.local_of_R], axis=1).astype(np.int16)
+
+
+def fill_record(block: np.ndarray, record: object) -> None:
+    """Fill in an ``epcomm_record`` from a RecordLayout."""
+    for name in block.dtype.names or ():
+        block[name] = getattr(record, name)
+
+
+def report_staging(topology: Topology, config: Config) -> dict[str, tuple[int, str]]:
+    """Bytes that scale-out takes on a rank, by purpose, for ``Buffer.explain_memory``.
+
+    Raises:
+        ValueError: as :func:`plan_rail`.
+    """
+    if topology.num_nodes == 1:
+        return {}
+    plan = plan_rail(topology, config)
+    sizes = plan.region_bytes()
+    slots, record = int(plan.chunking["max_records"]), largest_record(config)
+    state = sum(
+        int(np.prod(shape)) * np.dtype(dtype).itemsize
+        for shape, dtype in plan.state_shapes().values()
+    )
+    staging = sizes[constants["REGION_SEND"]] + sizes[constants["REGION_RECEIVE"]]
+    hops = hop_shapes(plan, topology, config, config.max_tokens, by_expert=True)
+    handle = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in hops.values())
+    return {
+        "scale-out staging": (
+            staging,
+            f"device memory, in and out: {plan.num_peers} other nodes x {slots} records of up to "
+            f"{record} bytes (float32 rows)",
+        ),
+        "scale-out signals": (
+            sum(sizes.values()) - staging + state,
+            f"device memory: {plan.num_signals} signals and their expected values, announcements",
+        ),
+        "scale-out routes": (handle, "per handle alive: records, and the rows they became here"),
+    }

@@ -1,0 +1,133 @@
+"""Numbering of records, chunks and signals between nodes, and the staging they take."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from epcomm import native
+from epcomm.backend import Config
+from epcomm.cpu.layout import make_layout
+from epcomm.cuda import rail
+from epcomm.formats.wire import WireFormat
+from epcomm.native import constants, dispatch_record, dtypes, library
+from epcomm.topology import make_topology
+
+SHAPES = [(2, 1), (2, 4), (3, 2), (8, 1), (32, 8)]
+
+
+def plan_of(nodes, per_node, node=0, *, max_tokens=100, chunk_records=8, hidden=64):
+    topology = make_topology(node * per_node, [0] * (nodes * per_node), per_node)
+    config = Config(hidden, 8 * nodes * per_node, 4, max_tokens)
+    return rail.plan_rail(topology, config, chunk_records=chunk_records), topology, config
+
+
+def find_slot(plan, peer, slot, record_bytes):
+    place = np.zeros((), dtypes["slot_place"])
+    library.epcomm_find_slot(plan.chunking.ctypes.data, peer, slot, record_bytes, place.ctypes.data)
+    return place
+
+
+def find_item(plan, item):
+    place = np.zeros((), dtypes["item_place"])
+    library.epcomm_find_item(plan.chunking.ctypes.data, item, place.ctypes.data)
+    return place
+
+
+@pytest.mark.parametrize(("nodes", "per_node"), SHAPES)
+def test_every_signal_has_one_writer_and_no_slots_overlap(nodes, per_node):
+    node = nodes - 1
+    plan, _, config = plan_of(nodes, per_node, node)
+    record = rail.largest_record(config)
+    signals: dict[int, tuple[int, int]] = {}
+    ends = []
+    for peer in set(range(nodes)) - {node}:
+        announce = int(find_slot(plan, peer, 0, record)["announce_signal"])
+        assert signals.setdefault(announce, (peer, 0)) == (peer, 0)
+        for slot in range(config.max_tokens):
+            place = find_slot(plan, peer, slot, record)
+            assert place["chunk"] == slot // 8
+            writer = (peer, int(place["channel"]))
+            assert signals.setdefault(int(place["signal"]), writer) == writer
+            ends.append((int(place["offset"]), int(place["offset"]) + record))
+    assert set(signals) == set(range(plan.num_signals))
+    ends.sort()
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(ends))
+    assert ends[-1][1] <= plan.region_bytes()[constants["REGION_SEND"]]
+
+
+@pytest.mark.parametrize(("nodes", "per_node"), SHAPES)
+@pytest.mark.parametrize("records", [0, 1, 8, 9, 100])
+def test_items_are_every_slot_of_every_peer_once(nodes, per_node, records):
+    plan, _, _ = plan_of(nodes, per_node, 1)
+    count = library.epcomm_count_items(plan.chunking.ctypes.data, records)
+    items = [find_item(plan, i) for i in range(count)]
+    peers = set(range(nodes)) - {1}
+    for side in ("send_node", "receive_node"):
+        found = [(int(i[side]), int(i["slot"])) for i in items]
+        assert len(set(found)) == len(found)
+        assert {f for f in found if f[1] < records} == set(itertools.product(peers, range(records)))
+        # A chunk of one peer comes whole, and chunks in their order.
+        for peer in peers:
+            slots = [slot for node, slot in found if node == peer]
+            assert slots == sorted(slots)
+
+
+def test_both_ends_agree_on_a_slot():
+    # Rank a's slot for b is where b looks for what a sends.
+    nodes = 5
+    for a, b in itertools.permutations(range(nodes), 2):
+        sender, _, config = plan_of(nodes, 2, a)
+        receiver, _, _ = plan_of(nodes, 2, b)
+        record = rail.largest_record(config)
+        at_b = find_slot(receiver, a, 17, record)
+        assert at_b["chunk"] == find_slot(sender, b, 17, record)["chunk"]
+        assert at_b["offset"] < receiver.region_bytes()[constants["REGION_RECEIVE"]]
+
+
+def test_long_buffers_get_longer_chunks():
+    plan, _, config = plan_of(64, 8, max_tokens=1 << 16, chunk_records=8, hidden=16)
+    assert plan.num_signals <= 1 << 16
+    assert plan.num_chunks * int(plan.chunking["chunk_records"]) >= config.max_tokens
+
+
+def test_more_than_the_fabric_addresses_is_refused():
+    with pytest.raises(ValueError, match="max_tokens"):
+        plan_of(64, 8, max_tokens=1 << 16, hidden=7168)
+
+
+def test_slots_are_numbered_as_on_the_cpu():
+    nodes, per_node, tokens = 3, 2, 40
+    plan, topology, config = plan_of(nodes, per_node)
+    rng = np.random.default_rng(0)
+    topk_idx = np.argsort(rng.random((tokens, config.num_experts)), axis=1)[:, :4]
+    layout = make_layout(topk_idx, topology.node_of_R, config.num_experts, False)
+    record = dispatch_record(WireFormat.BF16, config.hidden, config.num_topk).bytes
+    for node in range(1, nodes):
+        slots = layout.slot_TN[:, node]
+        sent = slots[slots >= 0]
+        assert sent.tolist() == list(range(len(sent)))
+        offsets = [int(find_slot(plan, node, s, record)["offset"]) for s in sent.tolist()]
+        assert np.diff(offsets).tolist() == [record] * (len(sent) - 1)
+
+
+def test_memory_of_scale_out_is_explained():
+    topology = make_topology(0, [0] * 8, 4)
+    config = Config(7168, 256, 8, 4096)
+    report = rail.report_staging(topology, config)
+    staging, _ = report["scale-out staging"]
+    # One other node, in and out, float32 records.
+    assert staging == 2 * 4096 * rail.largest_record(config)
+    assert set(report) == {"scale-out staging", "scale-out signals", "scale-out routes"}
+    assert rail.report_staging(make_topology(0, [0] * 4, 4), config) == {}
+
+
+def test_announcements_have_the_size_that_control_blocks_give_them():
+    if not hasattr(native.library, "epcomm_cuda_announcement_offset"):
+        pytest.skip("libepcomm was built without CUDA")
+    _, topology, config = plan_of(3, 2)
+    sizes = (topology.num_nodes, topology.num_ranks, config.num_experts)
+    first, second = (
+        native.library.epcomm_cuda_announcement_offset(*sizes, rank, 0) for rank in (0, 1)
+    )
+    assert rail.announcement_bytes(topology, config.num_experts) == second - first
