@@ -64,8 +64,10 @@ def check_fabric(fabric: Any, backend: str, bootstrap: Bootstrap) -> None:
     """
     if fabric not in _FABRICS:
         raise ValueError(f"fabric: expected one of {', '.join(_FABRICS)}, got {fabric!r}")
-    if backend == "cuda" and fabric != "auto":
-        raise ValueError(f"fabric: backend 'cuda' works inside one node, got {fabric!r}")
+    if backend == "cuda" and fabric not in ("auto", "proxy/local"):
+        raise ValueError(
+            f"fabric: expected 'auto' or 'proxy/local' for backend 'cuda', got {fabric!r}"
+        )
     if fabric == "mpi" and not isinstance(bootstrap, MpiBootstrap):
         raise ValueError("fabric: 'mpi' needs an mpi4py communicator as group")
 

@@ -3,6 +3,7 @@
 #include <time.h>
 
 #include "../kernels/announce.cuh"
+#include "epcomm_cuda_rail.h"
 
 namespace epcomm {
 int launch_layout(const epcomm_cuda_layout& call, cudaStream_t stream);
@@ -12,6 +13,12 @@ int launch_calibrate(const epcomm_cuda_calibrate& call, cudaStream_t stream);
 int load_layout();
 int load_dispatch();
 int load_combine();
+int launch_two_hop_layout(const epcomm_cuda_two_hop_layout& all, cudaStream_t stream);
+int launch_two_hop_dispatch(const epcomm_cuda_two_hop_dispatch& all, cudaStream_t stream);
+int launch_two_hop_combine(const epcomm_cuda_two_hop_combine& all, cudaStream_t stream);
+int load_two_hop_layout();
+int load_two_hop_dispatch();
+int load_two_hop_combine();
 int leave(epcomm_cuda_sequence* sequence, void* stream);
 int load_calibrate();
 
@@ -36,17 +43,19 @@ void epcomm_cuda_window_parts(const epcomm_cuda_row* row, int64_t rows, epcomm_c
     *parts = epcomm::window_parts(*row, rows);
 }
 
-int64_t epcomm_cuda_control_bytes(int32_t num_ranks, int32_t num_experts) {
-    return epcomm::refused_offset(num_ranks, num_experts, num_ranks);
+int64_t epcomm_cuda_control_bytes(int32_t num_nodes, int32_t num_ranks, int32_t num_experts) {
+    return epcomm::announced_offset({num_nodes, num_ranks, num_experts}) +
+           num_ranks * int64_t(sizeof(epcomm_cuda_counter));
 }
 
-int64_t epcomm_cuda_announcement_offset(int32_t num_ranks, int32_t num_experts, int32_t rank,
-                                        uint64_t epoch) {
-    return epcomm::announcement_offset(num_ranks, num_experts, rank, epoch);
+int64_t epcomm_cuda_announcement_offset(int32_t num_nodes, int32_t num_ranks, int32_t num_experts,
+                                        int32_t rank, uint64_t epoch) {
+    return epcomm::announcement_offset({num_nodes, num_ranks, num_experts}, rank, epoch);
 }
 
-int64_t epcomm_cuda_refused_offset(int32_t num_ranks, int32_t num_experts, int32_t rank) {
-    return epcomm::refused_offset(num_ranks, num_experts, rank);
+int64_t epcomm_cuda_refused_offset(int32_t num_nodes, int32_t num_ranks, int32_t num_experts,
+                                   int32_t rank) {
+    return epcomm::refused_offset({num_nodes, num_ranks, num_experts}, rank);
 }
 
 int epcomm_cuda_load(void) {
@@ -72,6 +81,31 @@ int epcomm_cuda_launch_dispatch(const epcomm_cuda_dispatch* call, epcomm_cuda_se
 int epcomm_cuda_launch_combine(const epcomm_cuda_combine* call, epcomm_cuda_sequence* sequence,
                                void* stream) {
     const int error = epcomm::launch_combine(*call, static_cast<cudaStream_t>(stream));
+    return error == 0 ? epcomm::leave(sequence, stream) : error;
+}
+
+int epcomm_cuda_load_two_hop(void) {
+    int error = epcomm::load_two_hop_layout();
+    if (error == 0) error = epcomm::load_two_hop_dispatch();
+    if (error == 0) error = epcomm::load_two_hop_combine();
+    return error;
+}
+
+int epcomm_cuda_launch_two_hop_layout(const epcomm_cuda_two_hop_layout* call,
+                                      epcomm_cuda_sequence* sequence, void* stream) {
+    const int error = epcomm::launch_two_hop_layout(*call, static_cast<cudaStream_t>(stream));
+    return error == 0 ? epcomm::leave(sequence, stream) : error;
+}
+
+int epcomm_cuda_launch_two_hop_dispatch(const epcomm_cuda_two_hop_dispatch* call,
+                                        epcomm_cuda_sequence* sequence, void* stream) {
+    const int error = epcomm::launch_two_hop_dispatch(*call, static_cast<cudaStream_t>(stream));
+    return error == 0 ? epcomm::leave(sequence, stream) : error;
+}
+
+int epcomm_cuda_launch_two_hop_combine(const epcomm_cuda_two_hop_combine* call,
+                                       epcomm_cuda_sequence* sequence, void* stream) {
+    const int error = epcomm::launch_two_hop_combine(*call, static_cast<cudaStream_t>(stream));
     return error == 0 ? epcomm::leave(sequence, stream) : error;
 }
 

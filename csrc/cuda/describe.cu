@@ -1,6 +1,6 @@
 // Tells Python the layouts of the CUDA back end's structures, so that it repeats none of them.
 #include "../host/describe.h"
-#include "epcomm_cuda.h"
+#include "epcomm_cuda_rail.h"
 
 namespace {
 
@@ -47,6 +47,10 @@ constexpr epcomm_field kFields[] = {
     END(control),
     FIELD(world, rank),
     FIELD(world, num_ranks),
+    FIELD(world, num_nodes),
+    FIELD(world, local_rank),
+    FIELD(world, num_local),
+    FIELD(world, node_ranks),
     FIELD(world, num_experts),
     FIELD(world, num_topk),
     FIELD(world, num_windows),
@@ -114,6 +118,47 @@ constexpr epcomm_field kFields[] = {
     FIELD(combine, num_blocks),
     FIELD(combine, num_threads),
     END(combine),
+    FIELD(place, node),
+    FIELD(place, local),
+    END(place),
+    FIELD(rail, chunking),
+    FIELD(rail, fabric),
+    FIELD(rail, places),
+    FIELD(rail, rail),
+    FIELD(rail, send),
+    FIELD(rail, receive),
+    FIELD(rail, outbox),
+    FIELD(rail, inbox),
+    FIELD(rail, signals),
+    FIELD(rail, expected),
+    FIELD(rail, filled),
+    FIELD(rail, dealt),
+    END(rail),
+    FIELD(hops, index),
+    FIELD(hops, far),
+    FIELD(hops, token_of),
+    FIELD(hops, base),
+    FIELD(hops, forwarded),
+    FIELD(hops, sent),
+    FIELD(hops, received),
+    FIELD(hops, max_far),
+    FIELD(hops, num_keys),
+    END(hops),
+    FIELD(two_hop_layout, call),
+    FIELD(two_hop_layout, rail),
+    FIELD(two_hop_layout, hops),
+    END(two_hop_layout),
+    FIELD(two_hop_dispatch, call),
+    FIELD(two_hop_dispatch, rail),
+    FIELD(two_hop_dispatch, hops),
+    FIELD(two_hop_dispatch, record),
+    FIELD(two_hop_dispatch, forward_list),
+    END(two_hop_dispatch),
+    FIELD(two_hop_combine, call),
+    FIELD(two_hop_combine, rail),
+    FIELD(two_hop_combine, hops),
+    FIELD(two_hop_combine, record),
+    END(two_hop_combine),
     FIELD(sequence, done),
     FIELD(sequence, stream),
     FIELD(sequence, used),
@@ -133,11 +178,11 @@ constexpr epcomm_field kFields[] = {
 
 constexpr epcomm_constant kConstants[] = {
 #define CONSTANT(name) {#name, EPCOMM_CUDA_##name},
-    CONSTANT(MAX_RANKS) CONSTANT(MAX_DESTS) CONSTANT(MAX_EXPERTS) CONSTANT(OK) CONSTANT(REFUSED)
+    CONSTANT(MAX_LOCAL) CONSTANT(MAX_DESTS) CONSTANT(MAX_EXPERTS) CONSTANT(OK) CONSTANT(REFUSED)
         CONSTANT(MISMATCH) CONSTANT(GROW) CONSTANT(FIXED_ROWS) CONSTANT(TIMEOUT) CONSTANT(ABORTED)
-            CONSTANT(STALE) CONSTANT(STAMPS) CONSTANT(TIMED_CALLS) CONSTANT(STAMP_START)
-                CONSTANT(STAMP_COUNTED) CONSTANT(STAMP_ANNOUNCED) CONSTANT(STAMP_PLACED)
-                    CONSTANT(STAMP_MOVED) CONSTANT(STAMP_END)
+            CONSTANT(FABRIC) CONSTANT(STALE) CONSTANT(STAMPS) CONSTANT(TIMED_CALLS)
+                CONSTANT(STAMP_START) CONSTANT(STAMP_COUNTED) CONSTANT(STAMP_ANNOUNCED)
+                    CONSTANT(STAMP_PLACED) CONSTANT(STAMP_MOVED) CONSTANT(STAMP_END)
 #undef CONSTANT
 };
 

@@ -12,7 +12,7 @@ extern "C" {
 #endif
 
 enum {
-    EPCOMM_CUDA_MAX_RANKS = EPCOMM_LIMIT_max_local_ranks,
+    EPCOMM_CUDA_MAX_LOCAL = EPCOMM_LIMIT_max_local_ranks,
     EPCOMM_CUDA_MAX_DESTS = 32,      ///< destinations of a token: one lane of a warp each
     EPCOMM_CUDA_MAX_EXPERTS = 8192,  ///< the layout kernel counts experts in shared memory
     EPCOMM_CUDA_TIMED_CALLS = 64,    ///< calls whose times are kept
@@ -52,6 +52,7 @@ typedef enum {
     EPCOMM_CUDA_FIXED_ROWS = 4,  ///< more rows than the fixed-size output holds
     EPCOMM_CUDA_TIMEOUT = 5,     ///< a rank stayed silent past the deadline
     EPCOMM_CUDA_ABORTED = 6,     ///< another rank gave up; its error was copied here
+    EPCOMM_CUDA_FABRIC = 8,      ///< the fabric between nodes failed; it knows why
     EPCOMM_CUDA_STALE = 7,       ///< the dispatch that made the routes was itself refused
 } epcomm_cuda_verdict;
 
@@ -88,13 +89,13 @@ typedef struct {
 /// In an announcement, `window_fd` is the number of windows its rank has free beside the one it
 /// announces: nobody needs to wait for a verdict while every rank has one left.
 ///
-/// Start of a rank's control block. Counters are indexed by the rank that raises them.
-/// Announcements follow: two (by parity of the epoch) for each rank, each
-/// `epcomm_announcement | node_tokens i32[1] | rank_rows i32[R] | expert_rows i32[E]`.
+/// Start of a rank's control block. Counters are indexed by the local rank that raises them.
+/// Announcements follow: two (by parity of the epoch) for each rank of the world, each
+/// `epcomm_announcement | node_tokens i32[N] | rank_rows i32[R] | expert_rows i32[E]`; then, for
+/// each rank of the world, a counter of the last epoch it has announced.
 typedef struct {
-    epcomm_cuda_counter announced[EPCOMM_CUDA_MAX_RANKS];
-    epcomm_cuda_counter arrived[EPCOMM_CUDA_MAX_RANKS];
-    epcomm_cuda_counter released[EPCOMM_CUDA_MAX_RANKS];
+    epcomm_cuda_counter arrived[EPCOMM_CUDA_MAX_LOCAL];
+    epcomm_cuda_counter released[EPCOMM_CUDA_MAX_LOCAL];
     epcomm_cuda_counter aborted;  ///< nonzero: a rank gave up; `error` says on whom
     epcomm_cuda_error error;
     // Used by the owner's kernels alone.
@@ -110,22 +111,26 @@ typedef struct {
 
 /// Where one copy of a token goes. A token's list is in order of (rank, choice), then rank = -1.
 typedef struct {
-    int16_t rank;
+    int16_t rank;    ///< local rank
     int16_t choice;  ///< layout expert: which choice k this is; layout rank: -1
     int32_t row;     ///< row at that rank
 } epcomm_cuda_dest;
 
-/// What stays the same for the life of a buffer.
+/// What stays the same for the life of a buffer. In a world of one node, local ranks are ranks.
 typedef struct {
     int32_t rank;
     int32_t num_ranks;
+    int32_t num_nodes;
+    int32_t local_rank;
+    int32_t num_local;  ///< ranks of this node
     int32_t num_experts;
     int32_t num_topk;
     int32_t num_windows;  ///< windows a rank may have
     int32_t delay_ns;     ///< tests: longest delay at a place of the protocol; 0: none
     int64_t timeout_ns;
-    epcomm_cuda_control* controls[EPCOMM_CUDA_MAX_RANKS];
-    uint8_t* const* windows;  ///< device array [num_ranks][num_windows]
+    int32_t node_ranks[EPCOMM_CUDA_MAX_LOCAL];             ///< rank of every local rank
+    epcomm_cuda_control* controls[EPCOMM_CUDA_MAX_LOCAL];  ///< by local rank
+    uint8_t* const* windows;  ///< device array [num_local][num_windows]
     epcomm_cuda_report* report;
     int32_t* block_bins;  ///< scratch: [blocks][R + E]
 } epcomm_cuda_world;
@@ -230,15 +235,18 @@ EPCOMM_API void epcomm_cuda_window_parts(const epcomm_cuda_row* row, int64_t row
                                          epcomm_cuda_parts* parts);
 
 /// Bytes of a control block with its announcements.
-EPCOMM_API int64_t epcomm_cuda_control_bytes(int32_t num_ranks, int32_t num_experts);
+EPCOMM_API int64_t epcomm_cuda_control_bytes(int32_t num_nodes, int32_t num_ranks,
+                                             int32_t num_experts);
 
 /// Byte offset, in a control block, of the announcement `rank` made for `epoch`.
-EPCOMM_API int64_t epcomm_cuda_announcement_offset(int32_t num_ranks, int32_t num_experts,
-                                                   int32_t rank, uint64_t epoch);
+EPCOMM_API int64_t epcomm_cuda_announcement_offset(int32_t num_nodes, int32_t num_ranks,
+                                                   int32_t num_experts, int32_t rank,
+                                                   uint64_t epoch);
 
 /// Byte offset, in a control block, of the announcement `rank` made for the refused call that
 /// `report->refused_epoch` tells of.
-EPCOMM_API int64_t epcomm_cuda_refused_offset(int32_t num_ranks, int32_t num_experts, int32_t rank);
+EPCOMM_API int64_t epcomm_cuda_refused_offset(int32_t num_nodes, int32_t num_ranks,
+                                              int32_t num_experts, int32_t rank);
 
 /// Load every kernel, so that no later launch has to wait for one that spins. Returns 0 or a
 /// cudaError_t, as all functions below.

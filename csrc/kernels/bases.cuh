@@ -12,7 +12,7 @@ __device__ inline void bases_by_rank(const epcomm_cuda_world& world, uint64_t ep
         int total = 0;
         for (int s = 0; s < world.num_ranks; ++s) {
             if (s == world.rank) base[r] = total;
-            total += rank_rows_of(announcement_of(world, world.rank, s, epoch))[r];
+            total += rank_rows_of(world, announcement_from(world, s, epoch))[r];
         }
         rows[r] = total;
     }
@@ -33,8 +33,8 @@ __device__ inline void bases_by_expert(const epcomm_cuda_world& world, int align
             if (local < per_rank) {
                 for (int s = 0; s < R; ++s) {
                     if (s == world.rank) before = total;
-                    epcomm_announcement* theirs = announcement_of(world, world.rank, s, epoch);
-                    total += rank_rows_of(theirs)[R + expert];
+                    epcomm_announcement* theirs = announcement_from(world, s, epoch);
+                    total += rank_rows_of(world, theirs)[R + expert];
                 }
             }
             const int padded = (total + alignment - 1) / alignment * alignment;
@@ -67,7 +67,7 @@ __device__ inline void count_local_experts(const epcomm_cuda_world& world, uint6
         int total = 0;
         for (int s = 0; s < R; ++s) {
             total += rank_rows_of(
-                announcement_of(world, world.rank, s, epoch))[R + world.rank * per_rank + local];
+                world, announcement_from(world, s, epoch))[R + world.rank * per_rank + local];
         }
         counts[local] = total;
     }

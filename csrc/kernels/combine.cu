@@ -7,24 +7,6 @@
 
 namespace epcomm {
 
-/// Fill `offers[R]`; true if any rank's rows carry weights. The whole block.
-__device__ inline bool find_offers(const epcomm_cuda_combine& call, uint64_t epoch, Offer* offers) {
-    const epcomm_cuda_world& world = call.world;
-    bool weighted = false;
-    for (int r = int(threadIdx.x); r < world.num_ranks; r += int(blockDim.x)) {
-        const epcomm_announcement* theirs = announcement_of(world, world.rank, r, epoch);
-        const uint8_t* window =
-            world.windows[int64_t(r) * world.num_windows + theirs->window_serial];
-        offers[r].rows = window + theirs->rows_offset;
-        offers[r].weights = theirs->row_weights
-                                ? reinterpret_cast<const float*>(window + theirs->weights_offset)
-                                : nullptr;
-        offers[r].topk_weights = reinterpret_cast<const float*>(window + theirs->topk_offset);
-        weighted = weighted || theirs->row_weights;
-    }
-    return __syncthreads_or(weighted);
-}
-
 template <bool many>
 constexpr int kMaxThreads = many ? 512 : 640;
 
@@ -33,7 +15,7 @@ __global__ void __launch_bounds__(kMaxThreads<many>, 1)
     combine_kernel(const __grid_constant__ epcomm_cuda_combine call,
                    const __grid_constant__ PullPlan plan) {
     extern __shared__ __align__(128) uint8_t shared[];
-    __shared__ Offer offers[EPCOMM_CUDA_MAX_RANKS];
+    __shared__ Offer offers[EPCOMM_CUDA_MAX_LOCAL];
     const epcomm_cuda_world& world = call.world;
     const uint64_t epoch = begin_call(world);
     if (epoch == 0) return;
@@ -41,10 +23,10 @@ __global__ void __launch_bounds__(kMaxThreads<many>, 1)
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_START);
     if (blockIdx.x == 0) {
         delay(world, kDelayAnnounce);
-        announce(world, call.announcement, call.announcement.status, nullptr, epoch);
+        announce(world, call.announcement, call.announcement.status, {}, epoch);
     }
     Waiting what = {EPCOMM_OP_COMBINE, EPCOMM_PHASE_ANNOUNCE, epoch};
-    if (!wait_all_ranks(world, own_control(world)->announced, epoch, what)) return;
+    if (!wait_announced(world, epoch, what)) return;
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
     delay(world, kDelayAnnounced);
     const epcomm_cuda_row no_row = {};
@@ -72,9 +54,9 @@ __global__ void __launch_bounds__(kMaxThreads<many>, 1)
     // All ranks come to the same verdict, so after a refusal nobody waits.
     if (verdict == EPCOMM_CUDA_OK) {
         delay(world, kDelaySignal);
-        signal_all(world, false, epoch);
+        signal_node(world, false, epoch);
         what.phase = EPCOMM_PHASE_RELEASE;
-        if (!wait_all_ranks(world, own_control(world)->released, epoch, what)) return;
+        if (!wait_node(world, own_control(world)->released, epoch, what)) return;
     }
     delay(world, kDelayFinish);
     if (verdict != EPCOMM_CUDA_OK) report_refusal(world, verdict, epoch, -1);
@@ -89,7 +71,7 @@ int launch_combine_of(const epcomm_cuda_combine& call, cudaStream_t stream) {
     const PullPlan plan = {call.routes.max_dests < kPullCopies ? call.routes.max_dests
                                                                : kPullCopies};
     // Fewer warps where shared memory is smaller than sm_90's.
-    const int64_t room = shared_limit() - int64_t(sizeof(Offer)) * EPCOMM_CUDA_MAX_RANKS;
+    const int64_t room = shared_limit() - int64_t(sizeof(Offer)) * EPCOMM_CUDA_MAX_LOCAL;
     int warps = (call.num_threads < kMaxThreads<many> ? call.num_threads : kMaxThreads<many>) / 32;
     while (warps > 1 && pull_bytes(plan) * warps > room) --warps;
     combine_kernel<f32, many>

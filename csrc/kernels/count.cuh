@@ -5,8 +5,7 @@
 // come from prefix sums only.
 #pragma once
 
-#include "epcomm_cuda.h"
-#include "memory.cuh"
+#include "wait.cuh"
 
 namespace epcomm {
 
@@ -60,10 +59,9 @@ __device__ inline void count_share(const epcomm_cuda_layout& call, int* rank_bin
     const Share share = warp_share(call.routes.num_tokens);
     int low = 0, high = 0;  // counts of rank `lane` and of rank 32 + `lane`
     for (int t = share.begin; t < share.end; t += 32) {
-        const uint64_t mask = t + lane < share.end
-                                  ? rank_mask(call, t + lane, expert_bins,
-                                              &call.world.controls[call.world.rank]->bad_choice)
-                                  : 0;
+        const uint64_t mask = t + lane < share.end ? rank_mask(call, t + lane, expert_bins,
+                                                               &own_control(call.world)->bad_choice)
+                                                   : 0;
         for (int r = 0; r < R; ++r) {
             const int tokens = __popc(__ballot_sync(kWarp, (mask >> r) & 1));
             if (r == lane) low += tokens;

@@ -16,10 +16,15 @@ struct Dealer {
 
     /// The next of `count` tokens, or -1.
     __device__ int take(const epcomm_cuda_world& world, int count) {
+        return take(&own_control(world)->dealt, count);
+    }
+
+    /// The next of `count` items of another deck.
+    __device__ int take(uint32_t* dealt, int count) {
         const int token = coming;
         if (token >= count) return -1;
         const int warps = int(gridDim.x * (blockDim.x >> 5));
-        coming = warps + int(atomicAdd(&own_control(world)->dealt, 1u));
+        coming = warps + int(atomicAdd(dealt, 1u));
         return token;
     }
 };

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(512, 1)
     }
     if (call.announce && blockIdx.x == 0) {
         delay(world, kDelayAnnounce);
-        announce(world, call.announcement, call.announcement.status, nullptr, epoch);
+        announce(world, call.announcement, call.announcement.status, {}, epoch);
     }
 #if EPCOMM_BULK
     uint8_t* stages = shared + epcomm_align(areas + warps * plan.scale_bytes - shared, 128) +
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(512, 1)
     barrier_init_fence();
 #endif
     Waiting what = {call.announcement.op, EPCOMM_PHASE_ANNOUNCE, epoch};
-    if (!wait_all_ranks(world, own_control(world)->announced, epoch, what)) return;
+    if (!wait_announced(world, epoch, what)) return;
     if (timed && call.announce) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
     delay(world, kDelayAnnounced);
     int verdict = judge_all(world, call.announcement, call.row, call.routes.rows, epoch);
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(512, 1)
     if (verdict == EPCOMM_CUDA_OK) {
         find_targets(call, epoch, targets);
         __syncthreads();
-        clear_unused(call, targets[world.rank]);
+        clear_unused(call, targets[world.local_rank]);
 #if EPCOMM_BULK
         store_rows<packing>(call, targets, plan.pieces, ring);
 #else
@@ -87,9 +87,9 @@ __global__ void __launch_bounds__(512, 1)
     // All ranks come to the same verdict, so after a refusal nobody waits.
     if (verdict == EPCOMM_CUDA_OK) {
         delay(world, kDelaySignal);
-        signal_all(world, true, epoch);
+        signal_node(world, true, epoch);
         what.phase = EPCOMM_PHASE_ARRIVE;
-        if (!wait_all_ranks(world, own_control(world)->arrived, epoch, what)) return;
+        if (!wait_node(world, own_control(world)->arrived, epoch, what)) return;
     }
     delay(world, kDelayFinish);
     if (verdict != EPCOMM_CUDA_OK) {

@@ -39,12 +39,12 @@ __device__ inline bool is_last_block(const epcomm_cuda_world& world) {
     return last;
 }
 
-/// Raise this rank's counter at every rank to `epoch` (release). One block.
-__device__ inline void signal_all(const epcomm_cuda_world& world, bool arrived, uint64_t epoch) {
-    for (int r = int(threadIdx.x); r < world.num_ranks; r += int(blockDim.x)) {
-        epcomm_cuda_control* peer = world.controls[r];
+/// Raise this rank's counter at every rank of the node to `epoch` (release). One block.
+__device__ inline void signal_node(const epcomm_cuda_world& world, bool arrived, uint64_t epoch) {
+    for (int l = int(threadIdx.x); l < world.num_local; l += int(blockDim.x)) {
+        epcomm_cuda_control* peer = world.controls[l];
         epcomm_cuda_counter* counters = arrived ? peer->arrived : peer->released;
-        store_release(&counters[world.rank].value, epoch);
+        store_release(&counters[world.local_rank].value, epoch);
     }
 }
 
@@ -84,10 +84,9 @@ __device__ inline void report_refusal(const epcomm_cuda_world& world, int verdic
         constexpr int kWords = int(sizeof(epcomm_announcement) / 4);
         for (int r = 0; r < world.num_ranks; ++r) {
             const auto* from =
-                reinterpret_cast<const uint32_t*>(announcement_of(world, world.rank, r, epoch));
-            auto* to =
-                reinterpret_cast<uint32_t*>(reinterpret_cast<uint8_t*>(own_control(world)) +
-                                            refused_offset(world.num_ranks, world.num_experts, r));
+                reinterpret_cast<const uint32_t*>(announcement_from(world, r, epoch));
+            auto* to = reinterpret_cast<uint32_t*>(reinterpret_cast<uint8_t*>(own_control(world)) +
+                                                   refused_offset(size_of(world), r));
             for (int i = int(threadIdx.x); i < kWords; i += int(blockDim.x)) to[i] = from[i];
         }
         __threadfence_system();

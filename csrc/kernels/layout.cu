@@ -3,6 +3,7 @@
 #include "finish.cuh"
 #include "launch.cuh"
 #include "place.cuh"
+#include "prepared.cuh"
 
 namespace epcomm {
 
@@ -67,7 +68,8 @@ __device__ inline void announce_counts(const epcomm_cuda_layout& call, const Lay
     __syncthreads();
     const bool bad = own_control(call.world)->bad_choice != INT32_MAX;
     announce(call.world, call.announcement,
-             bad ? int(EPCOMM_STATUS_REFUSED) : call.announcement.status, shared.counts, epoch);
+             bad ? int(EPCOMM_STATUS_REFUSED) : call.announcement.status,
+             {shared.counts, call.world.num_nodes, bins}, epoch);
 }
 
 /// Turn the per-warp counts into the first row of every warp's share, in place.
@@ -86,31 +88,6 @@ __device__ inline void scan_warps(const epcomm_cuda_layout& call, const LayoutSh
             per_warp[w * bins + i] = next;
             next += count;
         }
-    }
-}
-
-/// Tell the host the verdict and this rank's row counts. Block 0.
-__device__ inline void report_prepared(const epcomm_cuda_layout& call, int verdict, const int* rows,
-                                       uint64_t epoch) {
-    const epcomm_cuda_world& world = call.world;
-    auto* tokens_per_expert = reinterpret_cast<int32_t*>(world.report + 1);
-    const int per_rank = world.num_experts / world.num_ranks;
-    for (int e = int(threadIdx.x); e < per_rank; e += int(blockDim.x)) {
-        tokens_per_expert[e] = call.routes.group_count[e];
-    }
-    __threadfence_system();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        const int bad = own_control(world)->bad_choice;
-        *call.routes.verdict = verdict;
-        world.report->rows = rows[world.rank];
-        int largest = 0;
-        for (int r = 0; r < world.num_ranks; ++r) largest = max(largest, rows[r]);
-        world.report->max_rows = largest;
-        world.report->bad_choice = bad == INT32_MAX ? -1 : bad;
-        own_control(world)->bad_choice = INT32_MAX;
-        __threadfence_system();
-        report_verdict(world, verdict, epoch, call.number);
     }
 }
 
@@ -136,7 +113,7 @@ __global__ void __launch_bounds__(256, 1)
         announce_counts(call, shared, epoch);
     }
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_COUNTED);
-    ok = ok && wait_all_ranks(world, own_control(world)->announced, epoch, what);
+    ok = ok && wait_announced(world, epoch, what);
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
     if (ok) {
         delay(world, kDelayAnnounced);

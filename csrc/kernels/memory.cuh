@@ -1,4 +1,4 @@
-// Loads, stores and signals that other ranks see.
+// Loads, stores and signals that other ranks see, and what else is said in PTX.
 //
 // Signals are release/acquire at system scope: the same code is right on one GPU, over NVLink and
 // over PCIe, and nothing relies on ranks sharing an L2.
@@ -6,11 +6,22 @@
 
 #include <stdint.h>
 
+#ifdef EPCOMM_EMULATED
+#include "emulated_memory.h"  // a test runs the kernels on the host
+#else
+
 namespace epcomm {
 
 __device__ __forceinline__ uint64_t load_acquire(const uint64_t* address) {
     uint64_t value;
     asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return value;
+}
+
+/// The address may be in host memory.
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* address) {
+    uint32_t value;
+    asm volatile("ld.acquire.sys.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
     return value;
 }
 
@@ -49,6 +60,19 @@ __device__ __forceinline__ uint64_t now_ns() {
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
     return ns;
 }
+
+/// Two values to BF16, nearest even.
+__device__ __forceinline__ uint32_t two_bf16(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+}  // namespace epcomm
+
+#endif
+
+namespace epcomm {
 
 __device__ __forceinline__ int lane_id() { return int(threadIdx.x & 31); }
 __device__ __forceinline__ int warp_id() { return int(threadIdx.x >> 5); }

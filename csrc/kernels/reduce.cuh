@@ -13,6 +13,24 @@ struct Offer {
     const float* topk_weights;  ///< K or 1 a row, if they travel back
 };
 
+/// Fill `offers[L]`; true if any rank's rows carry weights. The whole block.
+__device__ inline bool find_offers(const epcomm_cuda_combine& call, uint64_t epoch, Offer* offers) {
+    const epcomm_cuda_world& world = call.world;
+    bool weighted = false;
+    for (int l = int(threadIdx.x); l < world.num_local; l += int(blockDim.x)) {
+        const epcomm_announcement* theirs = announcement_from(world, world.node_ranks[l], epoch);
+        const uint8_t* window =
+            world.windows[int64_t(l) * world.num_windows + theirs->window_serial];
+        offers[l].rows = window + theirs->rows_offset;
+        offers[l].weights = theirs->row_weights
+                                ? reinterpret_cast<const float*>(window + theirs->weights_offset)
+                                : nullptr;
+        offers[l].topk_weights = reinterpret_cast<const float*>(window + theirs->topk_offset);
+        weighted = weighted || theirs->row_weights;
+    }
+    return __syncthreads_or(weighted);
+}
+
 template <bool f32>
 constexpr int kElements = f32 ? 4 : 8;  ///< of 16 bytes
 
@@ -28,13 +46,6 @@ __device__ __forceinline__ void widen(const uint4& v, float (&x)[kElements<f32>]
             x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
         }
     }
-}
-
-/// Two values to BF16, nearest even.
-__device__ __forceinline__ uint32_t two_bf16(float low, float high) {
-    uint32_t pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
 }
 
 /// Every NaN becomes 0x7FC0 with its sign; the conversion above makes them 0x7FFF.

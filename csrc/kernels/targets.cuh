@@ -14,21 +14,22 @@ struct Target {
     int2* source;
 };
 
-/// Fill `targets[R]` from the announcements of this epoch. The whole block.
+/// Fill `targets[L]` from the announcements of this epoch. The whole block.
 __device__ inline void find_targets(const epcomm_cuda_dispatch& call, uint64_t epoch,
                                     Target* targets) {
     const epcomm_cuda_world& world = call.world;
-    for (int r = int(threadIdx.x); r < world.num_ranks; r += int(blockDim.x)) {
-        const epcomm_announcement* theirs = announcement_of(world, world.rank, r, epoch);
-        uint8_t* window = world.windows[int64_t(r) * world.num_windows + theirs->window_serial];
+    for (int l = int(threadIdx.x); l < world.num_local; l += int(blockDim.x)) {
+        const int r = world.node_ranks[l];
+        const epcomm_announcement* theirs = announcement_from(world, r, epoch);
+        uint8_t* window = world.windows[int64_t(l) * world.num_windows + theirs->window_serial];
         const int64_t held =
             call.announcement.fixed_rows >= 0 ? call.announcement.fixed_rows : call.routes.rows[r];
         const epcomm_cuda_parts parts = window_parts(call.row, held);
-        targets[r].rows = window + parts.rows;
-        targets[r].scales = window + parts.scales;
-        targets[r].topk_idx = reinterpret_cast<int64_t*>(window + parts.topk_idx);
-        targets[r].topk_weights = reinterpret_cast<float*>(window + parts.topk_weights);
-        targets[r].source = reinterpret_cast<int2*>(window + parts.source);
+        targets[l].rows = window + parts.rows;
+        targets[l].scales = window + parts.scales;
+        targets[l].topk_idx = reinterpret_cast<int64_t*>(window + parts.topk_idx);
+        targets[l].topk_weights = reinterpret_cast<float*>(window + parts.topk_weights);
+        targets[l].source = reinterpret_cast<int2*>(window + parts.source);
     }
 }
 

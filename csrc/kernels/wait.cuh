@@ -11,10 +11,12 @@ struct Waiting {
     int op;
     int phase;
     uint64_t epoch;
+    const uint32_t* fabric_failed = nullptr;  ///< nonzero: the way to other nodes is broken
+    bool indirect = false;  ///< the rank may itself be waiting for another: let it be the first
 };
 
 __device__ inline epcomm_cuda_control* own_control(const epcomm_cuda_world& world) {
-    return world.controls[world.rank];
+    return world.controls[world.local_rank];
 }
 
 /// Copy `error` to the host. Only the first thread of this rank's kernels to get here writes.
@@ -26,11 +28,11 @@ __device__ inline void report_error(const epcomm_cuda_world& world,
     *reinterpret_cast<volatile int32_t*>(&world.report->failed) = 1;
 }
 
-/// Tell the host and every peer that this rank gives up, so that all leave at once.
+/// Tell the host and the node's ranks that this rank gives up, so that all leave at once.
 __device__ inline void give_up(const epcomm_cuda_world& world, const epcomm_cuda_error& error) {
     report_error(world, error);
-    for (int r = 0; r < world.num_ranks; ++r) {
-        epcomm_cuda_control* peer = world.controls[r];
+    for (int l = 0; l < world.num_local; ++l) {
+        epcomm_cuda_control* peer = world.controls[l];
         if (load_relaxed(&peer->aborted.value) != 0) continue;
         peer->error = error;
         store_release(&peer->aborted.value, uint64_t(world.rank) + 1);
@@ -59,9 +61,11 @@ __device__ inline bool wait_counter(const epcomm_cuda_world& world, const uint64
             report_abort(world);
             return false;
         }
-        if (now_ns() - start > uint64_t(world.timeout_ns)) {
+        const bool broken = what.fabric_failed != nullptr && load_acquire(what.fabric_failed) != 0;
+        const int64_t patience = world.timeout_ns + (what.indirect ? world.timeout_ns / 4 : 0);
+        if (broken || now_ns() - start > uint64_t(patience)) {
             epcomm_cuda_error error;
-            error.verdict = EPCOMM_CUDA_TIMEOUT;
+            error.verdict = broken ? EPCOMM_CUDA_FABRIC : EPCOMM_CUDA_TIMEOUT;
             error.op = what.op;
             error.phase = what.phase;
             error.channel = int(blockIdx.x);
@@ -88,13 +92,13 @@ __device__ inline uint64_t begin_call(const epcomm_cuda_world& world) {
     return 0;
 }
 
-/// The whole block waits until every rank has raised its counter in `counters` to `expected`.
-__device__ inline bool wait_all_ranks(const epcomm_cuda_world& world,
-                                      const epcomm_cuda_counter* counters, uint64_t expected,
-                                      const Waiting& what) {
+/// The whole block waits until every rank of the node has raised its counter in `counters`.
+__device__ inline bool wait_node(const epcomm_cuda_world& world,
+                                 const epcomm_cuda_counter* counters, uint64_t expected,
+                                 const Waiting& what) {
     bool ok = true;
-    for (int r = int(threadIdx.x); r < world.num_ranks; r += int(blockDim.x)) {
-        ok = wait_counter(world, &counters[r].value, expected, r, what) && ok;
+    for (int l = int(threadIdx.x); l < world.num_local; l += int(blockDim.x)) {
+        ok = wait_counter(world, &counters[l].value, expected, world.node_ranks[l], what) && ok;
     }
     return __syncthreads_and(ok);
 }

@@ -35,19 +35,18 @@ def _declare() -> None:
     library = native.library
     library.epcomm_cuda_window_parts.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     library.epcomm_cuda_window_parts.restype = None
-    library.epcomm_cuda_control_bytes.argtypes = [ctypes.c_int32, ctypes.c_int32]
+    library.epcomm_cuda_control_bytes.argtypes = [ctypes.c_int32] * 3
     library.epcomm_cuda_control_bytes.restype = ctypes.c_int64
-    library.epcomm_cuda_refused_offset.argtypes = [ctypes.c_int32] * 3
+    library.epcomm_cuda_refused_offset.argtypes = [ctypes.c_int32] * 4
     library.epcomm_cuda_refused_offset.restype = ctypes.c_int64
     library.epcomm_cuda_announcement_offset.argtypes = [
-        ctypes.c_int32,
-        ctypes.c_int32,
-        ctypes.c_int32,
+        *[ctypes.c_int32] * 4,
         ctypes.c_uint64,
     ]
     library.epcomm_cuda_announcement_offset.restype = ctypes.c_int64
     for name in ("layout", "dispatch", "combine"):
-        getattr(library, f"epcomm_cuda_launch_{name}").argtypes = [ctypes.c_void_p] * 3
+        for kind in (name, f"two_hop_{name}"):
+            getattr(library, f"epcomm_cuda_launch_{kind}").argtypes = [ctypes.c_void_p] * 3
     library.epcomm_cuda_sequence_open.argtypes = [ctypes.c_void_p]
     library.epcomm_cuda_sequence_close.argtypes = [ctypes.c_void_p]
     library.epcomm_cuda_sequence_close.restype = None

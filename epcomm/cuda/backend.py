@@ -1,4 +1,4 @@
-"""The CUDA back end of a Buffer: one node, rows moved by kernels between the ranks' GPUs."""
+"""The CUDA back end of a Buffer: rows moved by kernels between the ranks' GPUs."""
 
 import weakref
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from . import abi
 from .device import check_device
 from .engine import Agreed, Engine, Routes, Shape, Tuning
 from .phases import read_phases
+from .scaleout import ScaleOut
 from .sizes import EXPOSED_WINDOWS, RECEIVE_WINDOWS, window_bytes
 from .streams import Calls, CudaEvent
 from .verdicts import refusal, timeout
@@ -57,7 +58,7 @@ class CudaRoutes:
 
 
 class CudaBackend:
-    """Dispatch and combine among the GPUs of a node; see epcomm.backend.Backend.
+    """Dispatch and combine among GPUs; see epcomm.backend.Backend.
 
     Calls run on the caller's current stream, or with ``async_op`` on one of the buffer's own.
     """
@@ -71,7 +72,7 @@ class CudaBackend:
         self._bootstrap = bootstrap
         error: Exception | None = None
         try:
-            _check_limits(topology, config)
+            _check_limits(config)
         except ValueError as caught:
             error = caught
         raise_together(bootstrap, error)
@@ -80,9 +81,16 @@ class CudaBackend:
         self.tuning = Tuning(num_sms=device.num_sms)
         self.device = torch.device("cuda", device.index)
         cupy.cuda.Device(device.index).use()
-        shape = Shape(topology.rank, topology.num_ranks, config.num_experts, config.num_topk)
+        shape = Shape(topology, config.num_experts, config.num_topk)
+        self._scale_out: ScaleOut | None = None
+        if topology.num_nodes > 1:
+            self._scale_out = ScaleOut(bootstrap, topology, config, options)
         self._engine = Engine(
-            shape, bootstrap.allgather, timeout=options.timeout, max_sms=device.max_sms
+            shape,
+            bootstrap.allgather,
+            timeout=options.timeout,
+            max_sms=device.max_sms,
+            scale_out=self._scale_out,
         )
         self._calls = Calls(self._engine)
         self._receive = WindowPool(self._engine)
@@ -101,6 +109,8 @@ class CudaBackend:
             raise BufferClosedError(
                 f"an earlier call failed, make a new Buffer: {timeout(self._engine)}"
             )
+        if self._scale_out is not None:
+            self._scale_out.fabric.check()
         return self._calls.begin(async_op)
 
     def _raise_late_refusal(self) -> None:
@@ -234,7 +244,7 @@ class CudaBackend:
         )
         handle = Handle(self.topology, state, routes.num_tokens, held, call.layout)
         self._calls.keep(call.topk_idx)
-        return self._result(call, row, lease, handle, state)
+        return self._result(call, row, lease, handle, state, agreed)
 
     def _lease(self, needed: int, stream: int, *, must: bool) -> Lease | None:
         """A window to receive into. ``must``: raise where none of this size is free."""
@@ -351,10 +361,16 @@ class CudaBackend:
                 raise refusal(self._engine, verdict, self._engine.report.epoch)
             self._grow_receive(needed, all_of_them=fixed)
         assert lease is not None
-        return self._result(call, row, lease, handle, state)
+        return self._result(call, row, lease, handle, state, agreed)
 
     def _result(
-        self, call: DispatchCall, row: Any, lease: Lease, handle: Handle, state: CudaRoutes
+        self,
+        call: DispatchCall,
+        row: Any,
+        lease: Lease,
+        handle: Handle,
+        state: CudaRoutes,
+        agreed: Agreed,
     ) -> DispatchResult:
         config, rows = self._config, handle.num_rows
         by_expert = call.layout == "expert"
@@ -390,13 +406,19 @@ class CudaBackend:
             _make_labels=make_labels,
             _count_rows=(lambda: rows) if state.fixed_rows < 0 else state.routes.count_rows,
             _time_phases=lambda: self._time(number, call.handle is None),
-            _count_traffic=lambda: self._count(state.routes, row_bytes),
+            _count_traffic=lambda: self._count("dispatch", state.routes, row_bytes, agreed),
         )
 
     # Combine ------------------------------------------------------------------------------
 
     def combine(self, call: CombineCall) -> CombineResult:
         stream = self._begin(call.async_op)
+        if self._scale_out is not None:
+            try:
+                self._scale_out.check_wire(call.wire)
+            except ValueError as error:
+                self._refuse("OP_COMBINE", error, stream)
+                raise
         state: CudaRoutes = call.handle._state
         x = call.x
         tokens, hidden = state.routes.num_tokens, self._config.hidden
@@ -444,7 +466,7 @@ class CudaBackend:
             topk_weights=back,
             event=CudaEvent(self._calls.stream),
             _time_phases=lambda: self._time(number, False, combines=True),
-            _count_traffic=lambda: self._count(state.routes, row_bytes),
+            _count_traffic=lambda: self._count("combine", state.routes, row_bytes, agreed),
         )
 
     def _await_growth(self, state: CudaRoutes, dtype: torch.dtype, by_expert: bool) -> None:
@@ -536,7 +558,10 @@ class CudaBackend:
         self._calls.synchronize()
         return read_phases(self._engine, number, first, combines=combines)
 
-    def _count(self, routes: Routes, row_bytes: int) -> Traffic:
+    def _count(self, name: str, routes: Routes, row_bytes: int, agreed: Agreed) -> Traffic:
+        if self._scale_out is not None:
+            assert routes.hops is not None
+            return self._scale_out.count(name, routes.dest_ranks, routes.hops, row_bytes, agreed)
         ranks = routes.dest_ranks
         others = int(((ranks >= 0) & (ranks != self.topology.rank)).sum())
         meta = 8 + (4 if ranks.shape[1] == 0 else 12 * self._config.num_topk)
@@ -548,6 +573,8 @@ class CudaBackend:
         self._closed = True
         self._calls.synchronize()
         self._release_sms()
+        if self._scale_out is not None:
+            self._scale_out.close()
         if self._engine.error() is not None:
             return  # a rank that lives on may still write here: the memory ends with the process
         self._receive.close()
@@ -555,11 +582,7 @@ class CudaBackend:
         self._engine.close()
 
 
-def _check_limits(topology: Topology, config: Config) -> None:
-    if topology.num_nodes != 1:
-        raise ValueError(
-            f"backend 'cuda': {topology.num_nodes} nodes; it works inside one node only"
-        )
+def _check_limits(config: Config) -> None:
     if not abi.available:
         return
     for name, limit in (("num_topk", "MAX_DESTS"), ("num_experts", "MAX_EXPERTS")):

@@ -14,19 +14,36 @@ import torch
 from cupy.cuda import runtime
 
 from .. import native
+from ..topology import Topology
 from . import abi
 from .memory import AllGather, DeviceBlock, PinnedBlock, SharedBlock
 from .requirements import debug_delay_ns
+from .scaleout import ScaleOut
+from .two_hop import Hops
 
 
 @dataclass(frozen=True)
 class Shape:
     """What a buffer was made for: ranks R, experts E, choices K."""
 
-    rank: int
-    num_ranks: int
+    topology: Topology
     num_experts: int
     num_topk: int
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self.topology.rank
+
+    @property
+    def num_ranks(self) -> int:
+        """R."""
+        return self.topology.num_ranks
+
+    @property
+    def world_size(self) -> tuple[int, int, int]:
+        """What the size of an announcement depends on: N, R, E."""
+        return self.topology.num_nodes, self.num_ranks, self.num_experts
 
 
 @dataclass(frozen=True)
@@ -59,7 +76,10 @@ class Routes:
         number: of the dispatch.
         layout: as in the protocol's enumerators.
         block: ``epcomm_cuda_routes``.
+        hops: with several nodes, what the second hop needs.
     """
+
+    hops: Hops | None = None
 
     def __init__(
         self, shape: Shape, topk_idx: torch.Tensor, max_dests: int, layout: int, number: int
@@ -135,6 +155,7 @@ class Engine:
         max_windows: windows a rank may come to have.
         timeout: seconds a rank may stay silent.
         max_sms: most thread blocks of a call.
+        scale_out: the way to other nodes; None in a world of one.
     """
 
     def __init__(
@@ -145,8 +166,10 @@ class Engine:
         max_windows: int = 64,
         timeout: float = 60.0,
         max_sms: int,
+        scale_out: ScaleOut | None = None,
     ) -> None:
         self.shape = shape
+        self.scale_out = scale_out
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._allgather = allgather
         self.max_windows = max_windows
@@ -154,7 +177,9 @@ class Engine:
         abi.check(native.library.epcomm_cuda_load(), "loading the kernels")
         R, E = shape.num_ranks, shape.num_experts
         self._shared: list[SharedBlock] = []
-        self._control, controls = self._share(native.library.epcomm_cuda_control_bytes(R, E))
+        self._control, controls = self._share(
+            native.library.epcomm_cuda_control_bytes(*shape.world_size)
+        )
         offset = abi.structures["control"].bad_choice.offset
         self._control.array(offset, (1,), np.int32).fill(2**31 - 1)
         local = E // R
@@ -166,11 +191,12 @@ class Engine:
         self._sequence_at = ctypes.addressof(self._sequence)
         abi.check(native.library.epcomm_cuda_sequence_open(self._sequence_at), "making an event")
         self._no_rows = cupy.zeros(R, np.int32)
-        self._block_bins = cupy.empty((max_sms, R + E), np.int32)
+        self._block_bins = cupy.empty((max_sms, sum(shape.world_size)), np.int32)
         self.windows: list[DeviceBlock] = []
         self.free_windows = 0  # that this rank will announce
-        self._table = np.zeros((R, max_windows), np.uint64)
-        self._device_table = cupy.zeros((R, max_windows), np.uint64)
+        L = shape.topology.ranks_per_node
+        self._table = np.zeros((L, max_windows), np.uint64)
+        self._device_table = cupy.zeros((L, max_windows), np.uint64)
         runtime.deviceSynchronize()
         world = self._make_world(controls, timeout)
         # Parameter blocks are filled in anew for every call: a launch copies what it needs.
@@ -179,16 +205,26 @@ class Engine:
         self._combine = abi.structures["combine"](world=world)
 
     def _share(self, num_bytes: int) -> tuple[DeviceBlock, list[int]]:
-        """A block on every rank: this rank's, and the addresses here of all. Collective."""
-        shared = SharedBlock(num_bytes, self.shape.rank, self._allgather)
+        """A block on every rank: this rank's, and the node's addresses here.
+
+        Collective over all ranks.
+        """
+        shared = SharedBlock(
+            num_bytes, self.shape.rank, self.shape.topology.node_ranks, self._allgather
+        )
         self._shared.append(shared)
         assert shared.block is not None
         return shared.block, shared.addresses
 
     def _make_world(self, controls: list[int], timeout: float) -> Any:
         world = abi.structures["world"]()
+        topology = self.shape.topology
         world.rank = self.shape.rank
         world.num_ranks = self.shape.num_ranks
+        world.num_nodes = topology.num_nodes
+        world.local_rank = topology.local_rank
+        world.num_local = topology.ranks_per_node
+        world.node_ranks[: topology.ranks_per_node] = topology.node_ranks
         world.num_experts = self.shape.num_experts
         world.num_topk = self.shape.num_topk
         world.num_windows = self.max_windows
@@ -262,9 +298,13 @@ class Engine:
         call.number = self.number
         return announcement
 
-    def _launch(self, name: str, call: Any, stream: int) -> None:
+    def _launch(self, name: str, call: Any, stream: int, hops: Hops | None = None) -> None:
+        address = ctypes.addressof(call)
+        if self.scale_out is not None:
+            address = self.scale_out.blocks.extend(name, call, hops)
+            name = f"two_hop_{name}"
         function = getattr(native.library, f"epcomm_cuda_launch_{name}")
-        abi.check(function(ctypes.addressof(call), self._sequence_at, stream), f"launching {name}")
+        abi.check(function(address, self._sequence_at, stream), f"launching {name}")
 
     def row(self, fmt: int, hidden: int, layout: int, *, topk: bool, weights: bool) -> Any:
         """Describe an output row (``epcomm_cuda_row``)."""
@@ -293,7 +333,9 @@ class Engine:
     def max_dests(self, layout: int) -> int:
         """D: copies of a token at most."""
         by_expert = layout == native.constants["LAYOUT_EXPERT"]
-        return self.shape.num_topk if by_expert else min(self.shape.num_topk, self.shape.num_ranks)
+        if by_expert or self.scale_out is not None:
+            return self.shape.num_topk
+        return min(self.shape.num_topk, self.shape.num_ranks)
 
     def layout(
         self,
@@ -309,12 +351,14 @@ class Engine:
         routes = Routes(
             self.shape, topk_idx, self.max_dests(agreed.layout), agreed.layout, self.number
         )
+        if self.scale_out is not None:
+            routes.hops = self.scale_out.make_hops(routes.num_tokens, agreed.layout)
         call = self._layout
         self._announce(call, agreed, routes.num_tokens, window)
         call.row = row
         call.routes = routes.block
         call.num_blocks = tuning.num_sms
-        self._launch("layout", call, stream)
+        self._launch("layout", call, stream, routes.hops)
         return routes
 
     def wait_prepared(self, timeout: float) -> int:
@@ -361,7 +405,7 @@ class Engine:
         packs = input_format != agreed.format
         call.num_warps = tuning.packing_warps if packs else tuning.dispatch_warps
         call.stages = tuning.dispatch_stages
-        self._launch("dispatch", call, stream)
+        self._launch("dispatch", call, stream, routes.hops)
 
     def combine(
         self,
@@ -396,7 +440,7 @@ class Engine:
         call.layout = routes.layout
         call.num_blocks = tuning.num_sms
         call.num_threads = 32 * tuning.combine_warps
-        self._launch("combine", call, stream)
+        self._launch("combine", call, stream, routes.hops)
 
     def refuse(self, op: int, reason: str, stream: int) -> None:
         """Take part in a call as the rank whose arguments were refused: nobody moves data."""
@@ -425,13 +469,13 @@ class Engine:
         Args:
             epoch: of the last call; None: of the refused call that the report tells of.
         """
-        R, E = self.shape.num_ranks, self.shape.num_experts
+        sizes, R = self.shape.world_size, self.shape.num_ranks
         records = np.zeros(R, native.dtypes["announcement"])
         for rank in range(R):
             if epoch is None:
-                offset = native.library.epcomm_cuda_refused_offset(R, E, rank)
+                offset = native.library.epcomm_cuda_refused_offset(*sizes, rank)
             else:
-                offset = native.library.epcomm_cuda_announcement_offset(R, E, rank, epoch)
+                offset = native.library.epcomm_cuda_announcement_offset(*sizes, rank, epoch)
             runtime.memcpy(
                 records[rank:].ctypes.data,
                 self._control.pointer + offset,

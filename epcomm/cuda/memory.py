@@ -1,7 +1,7 @@
 """Device and pinned memory, and the mapping of other ranks' device memory by CUDA IPC."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cupy
@@ -70,11 +70,19 @@ class PinnedBlock:
 
 
 class SharedBlock:
-    """A block on every rank, each mapped by all. Making one is collective, also where it fails.
+    """A block on every rank, mapped by the ranks of its node.
+
+    Making one is collective over all ranks, also where it fails.
+
+    Args:
+        num_bytes: of every block.
+        rank: this rank.
+        node_ranks: whose blocks are mapped here, this rank included.
+        allgather: exchange of small objects among all ranks.
 
     Attributes:
         block: this rank's, zeroed.
-        addresses: where every rank's block is here, by rank.
+        addresses: where the blocks of ``node_ranks`` are here.
 
     Raises:
         MemoryError: this rank's GPU has no memory left.
@@ -82,10 +90,12 @@ class SharedBlock:
         PeerError: one of these on another rank.
     """
 
-    def __init__(self, num_bytes: int, rank: int, allgather: AllGather) -> None:
+    def __init__(
+        self, num_bytes: int, rank: int, node_ranks: Sequence[int], allgather: AllGather
+    ) -> None:
         self.block: DeviceBlock | None = None
         self.addresses: list[int] = []
-        self._rank = rank
+        self._rank, self._node_ranks = rank, node_ranks
         handles = self._attempt(lambda: self._make(num_bytes), allgather)
         self._attempt(lambda: self._map(handles), allgather)
 
@@ -106,9 +116,9 @@ class SharedBlock:
 
     def _map(self, handles: list[bytes]) -> None:
         assert self.block is not None
-        for rank, handle in enumerate(handles):
+        for rank in self._node_ranks:
             own = rank == self._rank
-            self.addresses.append(self.block.pointer if own else open_block(handle))
+            self.addresses.append(self.block.pointer if own else open_block(handles[rank]))
 
     def _attempt(self, step: Callable[[], Any], allgather: AllGather) -> list[Any]:
         """Take a step on all ranks; returns what it returned on each."""
@@ -119,7 +129,7 @@ class SharedBlock:
             failure = error
         except runtime.CUDARuntimeError as error:
             failure = OSError(
-                f"rank {len(self.addresses)}'s GPU memory cannot be shared by CUDA IPC: {error}. "
+                f"rank {self._node_ranks[len(self.addresses)]}'s GPU memory cannot be shared by CUDA IPC: {error}. "
                 "The ranks of a node must be processes of one machine that share an IPC and a "
                 "process namespace (containers: one for all ranks, or --ipc=host --pid=host)"
             )
@@ -139,7 +149,8 @@ class SharedBlock:
 
     def unmap(self) -> None:
         """Let go of the other ranks' blocks; this rank's stays."""
-        for rank, address in enumerate(self.addresses):
+        # Where mapping failed half-way there are fewer addresses than ranks.
+        for rank, address in zip(self._node_ranks, self.addresses, strict=False):
             if rank != self._rank:
                 close_block(address)
         self.addresses = []

@@ -7,6 +7,7 @@ from ..formats.wire import WireFormat
 from ..results import Layout, MemoryReport
 from ..topology import Topology
 from . import abi
+from .rail import report_staging
 from .sizes import EXPOSED_WINDOWS, RECEIVE_WINDOWS, window_bytes
 
 
@@ -37,9 +38,9 @@ def report_memory(
         rows, fmt.payload_bytes(hidden), fmt.scale_bytes(hidden), num_topk, by_expert
     )
     exposed = combine_parts(rows, WireFormat.BF16.payload_bytes(hidden), num_topk, by_expert)
-    copies = num_topk if by_expert else min(num_topk, R)
+    copies = num_topk if by_expert or topology.num_nodes > 1 else min(num_topk, R)
     handle = config.max_tokens * 8 * (copies + num_topk) + 4 * (R + 2 * experts_per_rank + 2)
-    control = native.library.epcomm_cuda_control_bytes(R, config.num_experts)
+    control = native.library.epcomm_cuda_control_bytes(topology.num_nodes, R, config.num_experts)
     return MemoryReport(
         {
             "control": (control, f"counters, and two announcements of each of {R} ranks"),
@@ -57,5 +58,6 @@ def report_memory(
                 f"per combine result alive: {config.max_tokens} BF16 rows, without out=",
             ),
             "handle": (handle, "per handle alive: choices and rows"),
+            **report_staging(topology, config),
         }
     )

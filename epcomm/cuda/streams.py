@@ -77,7 +77,8 @@ class Calls:
         """As ``keep`` for a handle, made on another call's stream."""
         if made_on == self.stream:
             return
-        for tensor in (routes.memory, routes.topk_idx):
+        hops = () if routes.hops is None else tuple(routes.hops.arrays.values())
+        for tensor in (routes.memory, routes.topk_idx, *hops):
             if tensor.numel():
                 tensor.record_stream(self.stream)
 

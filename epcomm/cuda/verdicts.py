@@ -8,6 +8,8 @@ from .engine import Engine
 
 _PHASES = {
     "PHASE_ANNOUNCE": "announcing",
+    "PHASE_DATA": "sending its records",
+    "PHASE_RETURN": "sending records back",
     "PHASE_ARRIVE": "storing its rows",
     "PHASE_RELEASE": "reading rows",
 }
@@ -29,10 +31,12 @@ def refusal(engine: Engine, verdict: int, epoch: int | None = None) -> EpcommErr
     return EpcommError(f"the kernels refused the call (verdict {verdict})")
 
 
-def timeout(engine: Engine) -> PeerTimeoutError:
+def timeout(engine: Engine) -> EpcommError:
     """The error of a buffer whose kernels gave up."""
     error = engine.error()
     assert error is not None
+    if error.verdict == abi.constants["FABRIC"] and engine.scale_out is not None:
+        return engine.scale_out.failure()
     names = {number: name for name, number in native.constants.items() if name.startswith("PHASE_")}
     phase = names.get(error.phase, "")
     rank = error.rank

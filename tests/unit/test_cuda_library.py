@@ -32,17 +32,21 @@ def test_windows_are_laid_out_as_on_the_cpu(hidden, rows, by_expert):
 
 
 def test_announcements_do_not_overlap():
-    num_ranks, num_experts = 6, 30
-    size = native.constants["sizeof_announcement"] + 4 * (1 + num_ranks + num_experts)
+    num_nodes, num_ranks, num_experts = 3, 6, 30
+    counts = num_nodes + num_ranks + num_experts
+    size = native.constants["sizeof_announcement"] + 4 * counts
     offsets = sorted(
-        native.library.epcomm_cuda_announcement_offset(num_ranks, num_experts, rank, epoch)
+        native.library.epcomm_cuda_announcement_offset(
+            num_nodes, num_ranks, num_experts, rank, epoch
+        )
         for rank in range(num_ranks)
         for epoch in (6, 7)
     )
     assert offsets[0] >= abi.dtypes["control"].itemsize
     assert all(b - a >= size for a, b in itertools.pairwise(offsets))
-    total = native.library.epcomm_cuda_control_bytes(num_ranks, num_experts)
-    assert offsets[-1] + size <= total
+    total = native.library.epcomm_cuda_control_bytes(num_nodes, num_ranks, num_experts)
+    counter = 128
+    assert offsets[-1] + size + num_ranks * counter <= total
 
 
 def test_parameter_blocks_keep_the_library_s_layout():

@@ -1,0 +1,123 @@
+// Moving a row's bytes from one place to several by 16-byte loads and stores. Enough loads of a
+// warp are in flight that 16 warps keep an SM's share of the memory busy; nothing has to drain
+// between two rows.
+#pragma once
+
+#include "quantize.cuh"
+
+namespace epcomm {
+
+constexpr int kMoveUnroll = 4;  ///< 16-byte loads a lane has in flight
+
+__device__ __forceinline__ uint8_t* shuffle_pointer(uint8_t* pointer, int lane) {
+    return reinterpret_cast<uint8_t*>(
+        __shfl_sync(kWarp, reinterpret_cast<unsigned long long>(pointer), lane));
+}
+
+/// Copy `bytes` (a multiple of 16) to the `to` of every lane in `lanes`. The whole warp.
+__device__ __forceinline__ void move_row(const uint8_t* from, int bytes, unsigned lanes,
+                                         uint8_t* to) {
+    constexpr int kColumn = 32 * 16;
+    for (int first = 0; first < bytes; first += kMoveUnroll * kColumn) {
+        const int at = first + lane_id() * 16;
+        uint4 v[kMoveUnroll];
+#pragma unroll
+        for (int u = 0; u < kMoveUnroll; ++u) {
+            if (at + u * kColumn < bytes) v[u] = load_once(from + at + u * kColumn);
+        }
+        for (unsigned left = lanes; left != 0; left &= left - 1) {
+            uint8_t* base = shuffle_pointer(to, __ffs(int(left)) - 1) + at;
+#pragma unroll
+            for (int u = 0; u < kMoveUnroll; ++u) {
+                if (at + u * kColumn < bytes) store_once(base + u * kColumn, v[u]);
+            }
+        }
+    }
+}
+
+/// Pack a row of BF16 or float32 to FP8 on its way; its scales are left in `scales` (shared).
+template <bool f32>
+__device__ __forceinline__ void pack_and_move_row(const uint8_t* from, int elements,
+                                                  bool power_of_two, unsigned lanes, uint8_t* to,
+                                                  uint32_t* scales) {
+    constexpr int kSize = f32 ? 4 : 2;
+    constexpr int kSteps = f32 ? 1 : 2;  ///< whose loads are in flight together
+    const PackLane mine;
+    for (int start = 0; start < elements; start += kSteps * kPackStep) {
+        Raw8<f32> raw[kSteps][2];
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const int element = start + s * kPackStep + mine.chunk[c];
+                raw[s][c] = {};
+#pragma unroll
+                for (int p = 0; p < (f32 ? 2 : 1); ++p) {
+                    if (element < elements) {
+                        raw[s][c].part[p] = load_once(from + int64_t(element) * kSize + 16 * p);
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) {
+            const int first = start + s * kPackStep;
+            const Packed16 packed = pack16(raw[s][0], raw[s][1], power_of_two);
+            if (lane_id() % 8 == 0 && first + mine.chunk[0] < elements) {
+                put_scale(scales, first / EPCOMM_LIMIT_tile + mine.tile, packed.scale,
+                          power_of_two);
+            }
+            for (unsigned left = lanes; left != 0; left &= left - 1) {
+                uint8_t* base = shuffle_pointer(to, __ffs(int(left)) - 1);
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    const int element = first + mine.chunk[c];
+                    if (element < elements) {
+                        *reinterpret_cast<uint2*>(base + element) = packed.codes[c];
+                    }
+                }
+            }
+        }
+    }
+    __syncwarp();
+}
+
+/// Copy a row's scales, `count` words. The whole warp.
+__device__ __forceinline__ void move_words(const uint32_t* from, int count, unsigned lanes,
+                                           uint8_t* to) {
+    for (int first = 0; first < count; first += 32) {
+        const int w = first + lane_id();
+        const uint32_t word = w < count ? from[w] : 0;
+        for (unsigned left = lanes; left != 0; left &= left - 1) {
+            auto* base = reinterpret_cast<uint32_t*>(shuffle_pointer(to, __ffs(int(left)) - 1));
+            if (w < count) base[w] = word;
+        }
+    }
+}
+
+/// Where a row comes from and goes to, by lane.
+struct Move {
+    const uint8_t* rows;    ///< of the one source
+    const uint32_t* words;  ///< its scales, if they are not made on the way
+    unsigned lanes;
+    uint8_t* to;
+    uint8_t* scales_to;
+};
+
+/// `packing`: 0 rows as they are, 1 from BF16, 2 from float32. `bytes` are the source's;
+/// `area` is this warp's in shared memory, for the scales. The whole warp.
+template <int packing>
+__device__ __forceinline__ void move_with_scales(const Move& move, int bytes, int scale_words,
+                                                 bool power_of_two, uint32_t* area) {
+    if constexpr (packing == 0) {
+        move_row(move.rows, bytes, move.lanes, move.to);
+        if (scale_words > 0) move_words(move.words, scale_words, move.lanes, move.scales_to);
+    } else {
+        pack_and_move_row<packing == 2>(move.rows, bytes / (packing == 2 ? 4 : 2), power_of_two,
+                                        move.lanes, move.to, area);
+        move_words(area, scale_words, move.lanes, move.scales_to);
+        __syncwarp();
+    }
+}
+
+}  // namespace epcomm

@@ -1,0 +1,237 @@
+// Combine among nodes: sum this node's rows of the tokens that were forwarded here and send them
+// home; then sum this rank's own tokens over the nodes as their records come back.
+//
+// Own tokens are taken in one pass, in order: with several nodes nearly every token has a record on
+// its way, and records return in the order of tokens too.
+#pragma once
+
+#include "chunks.cuh"
+#include "deal.cuh"
+#include "finish.cuh"
+#include "sum_nodes.cuh"
+
+namespace epcomm {
+
+/// What a warp's roles share.
+struct TwoHopSum {
+    const epcomm_cuda_two_hop_combine& all;
+    const Offer* offers;
+    Waiting what;
+};
+
+/// Sum the node's rows of one received record into one to send.
+template <bool f32, bool wire_f32, bool weighted>
+__device__ __forceinline__ void reduce_record(const TwoHopSum& sum, const CopyList& copies,
+                                              uint8_t* record) {
+    const epcomm_cuda_combine& call = sum.all.call;
+    const NearRows rows = near_rows<weighted>(copies, sum.offers, call.row_bytes);
+    for (int first = 0; first < call.row_bytes; first += kSumColumns * 32 * 16) {
+        Sums<f32> sums;
+        sums.clear();
+        sum_near<f32, weighted>(rows, first, call.row_bytes, &sums);
+        store_wire<f32, wire_f32>(sums, first, call.row_bytes, record);
+    }
+    const int K = call.world.num_topk;
+    if (!call.announcement.with_weights) return;
+    float weight = 0.0f;
+    near_weight(copies, sum.offers, K, call.layout, &weight);
+    if (lane_id() < K) {
+        reinterpret_cast<float*>(record + sum.all.record.weight)[lane_id()] = weight;
+    }
+}
+
+/// Role: reduce for the rail peers.
+template <bool f32, bool wire_f32, bool weighted>
+__device__ inline bool return_records(const TwoHopSum& sum) {
+    const epcomm_cuda_combine& call = sum.all.call;
+    const epcomm_cuda_rail& rail = sum.all.rail;
+    const epcomm_chunking& chunking = rail.chunking;
+    const int K = call.world.num_topk, record_bytes = sum.all.record.bytes;
+    const int32_t* received = sum.all.hops.received;
+    const int items = epcomm_num_items(&chunking, most_records(received, chunking.num_nodes - 1));
+    Dealer dealer;
+    while (true) {
+        int item = lane_id() == 0 ? dealer.take(rail.dealt, items) : 0;
+        item = __shfl_sync(kWarp, item, 0);
+        if (item < 0) return true;
+        const epcomm_chunk_item found = epcomm_item_of(&chunking, item);
+        const int node = epcomm_send_node(&chunking, found.step);
+        const int place = epcomm_peer_index(chunking.node, node), records = received[place];
+        if (found.slot >= records) continue;
+        const int64_t at = int64_t(place) * chunking.max_records + found.slot;
+        delay_row(call.world, item);
+        const CopyList copies = load_list(sum.all.hops.forwarded + at * K, K, call.layout);
+        uint8_t* record = rail.send + epcomm_slot_offset(&chunking, chunking.node, node, found.slot,
+                                                         record_bytes);
+        reduce_record<f32, wire_f32, weighted>(sum, copies, record);
+        if (!written(call.world, rail, node, found.slot, records, record_bytes, sum.what)) {
+            return false;
+        }
+    }
+}
+
+/// A token's records: lane i < F holds the node and the address of the i-th, in order of nodes.
+struct FarRecords {
+    int count;
+    int node;
+    const uint8_t* record;
+};
+
+/// Load a token's records once they have come. The whole warp; false: gave up.
+__device__ __forceinline__ bool far_records(const TwoHopSum& sum, int token, Arrivals* arrivals,
+                                            FarRecords* far) {
+    const epcomm_cuda_rail& rail = sum.all.rail;
+    const epcomm_chunking& chunking = rail.chunking;
+    const int F = sum.all.hops.max_far;
+    epcomm_cuda_far mine = {-1, -1};
+    if (lane_id() < F) mine = sum.all.hops.far[int64_t(token) * F + lane_id()];
+    far->count = __popc(__ballot_sync(kWarp, mine.node >= 0));
+    far->node = mine.node;
+    far->record = nullptr;
+    if (mine.node >= 0) {
+        far->record = rail.receive + epcomm_slot_offset(&chunking, chunking.node, mine.node,
+                                                        mine.slot, sum.all.record.bytes);
+    }
+    for (int i = 0; i < far->count; ++i) {
+        const int node = __shfl_sync(kWarp, mine.node, i);
+        const int slot = __shfl_sync(kWarp, mine.slot, i);
+        if (!arrivals->wait(sum.all.call.world, rail, node, slot, sum.what)) return false;
+    }
+    return true;
+}
+
+/// Sum one token over the nodes in their order, add the biases and store the result.
+template <bool f32, bool wire_f32, bool weighted>
+__device__ __forceinline__ void finish_token(const TwoHopSum& sum, int token,
+                                             const CopyList& copies, const FarRecords& far) {
+    const epcomm_cuda_combine& call = sum.all.call;
+    const int own = sum.all.rail.chunking.node;
+    const NearRows rows = near_rows<weighted>(copies, sum.offers, call.row_bytes);
+    const int before = __popc(__ballot_sync(kWarp, far.node >= 0 && far.node < own));
+    const Result result = result_of(call, token);
+    for (int first = 0; first < call.row_bytes; first += kSumColumns * 32 * 16) {
+        Sums<f32> total;
+        total.clear();
+        for (int i = 0; i <= far.count; ++i) {
+            if (i == before && rows.lanes != 0) {
+                Sums<f32> part;
+                part.clear();
+                sum_near<f32, weighted>(rows, first, call.row_bytes, &part);
+                total.add(part);
+            }
+            if (i == far.count) break;
+            const uint8_t* record = shuffle_pointer(const_cast<uint8_t*>(far.record), i);
+            add_wire<f32, wire_f32>(record, first, call.row_bytes, &total);
+        }
+#pragma unroll
+        for (int u = 0; u < kSumColumns; ++u) {
+            const int at = column_at(first, u);
+            if (at < call.row_bytes) finish_column<f32>(result, at, total.column[u]);
+        }
+    }
+}
+
+/// Bring every choice's weight home: from this node's rows, or from the record of its node.
+__device__ __forceinline__ void finish_weights(const TwoHopSum& sum, int token,
+                                               const CopyList& copies, const FarRecords& far) {
+    const epcomm_cuda_combine& call = sum.all.call;
+    const int K = call.world.num_topk, E = call.world.num_experts, k = lane_id();
+    const int64_t id = k < K ? call.routes.topk_idx[int64_t(token) * K + k] : -1;
+    const int node =
+        id >= 0 && id < E ? sum.all.rail.places[int(id) / (E / call.world.num_ranks)].node : -1;
+    float weight = 0.0f;
+    near_weight(copies, sum.offers, K, call.layout, &weight);
+    for (int i = 0; i < far.count; ++i) {
+        const uint8_t* record = shuffle_pointer(const_cast<uint8_t*>(far.record), i);
+        if (__shfl_sync(kWarp, far.node, i) != node || node < 0) continue;
+        weight = reinterpret_cast<const float*>(record + sum.all.record.weight)[k];
+    }
+    if (k < K) call.topk_weights[int64_t(token) * K + k] = weight;
+}
+
+/// Role: finish this rank's own tokens.
+template <bool f32, bool wire_f32, bool weighted>
+__device__ inline bool finish_tokens(const TwoHopSum& sum) {
+    const epcomm_cuda_combine& call = sum.all.call;
+    const int K = call.world.num_topk;
+    Dealer dealer;
+    Arrivals arrivals;
+    while (true) {
+        int token = lane_id() == 0 ? dealer.take(call.world, call.routes.num_tokens) : 0;
+        token = __shfl_sync(kWarp, token, 0);
+        if (token < 0) return true;
+        const CopyList copies = load_list(call.routes.dests + int64_t(token) * K, K, call.layout);
+        delay_row(call.world, token);
+        FarRecords far;
+        if (!far_records(sum, token, &arrivals, &far)) return false;
+        finish_token<f32, wire_f32, weighted>(sum, token, copies, far);
+        if (call.topk_weights != nullptr) finish_weights(sum, token, copies, far);
+    }
+}
+
+template <bool f32, bool wire_f32, bool weighted>
+__device__ __forceinline__ bool combine_two_hop(const TwoHopSum& sum) {
+    return return_records<f32, wire_f32, weighted>(sum) &&
+           finish_tokens<f32, wire_f32, weighted>(sum);
+}
+
+constexpr int kTwoHopSumThreads = 512;
+
+template <bool f32, bool wire_f32>
+__global__ void __launch_bounds__(kTwoHopSumThreads, 1)
+    two_hop_combine_kernel(const __grid_constant__ epcomm_cuda_two_hop_combine all) {
+    __shared__ Offer offers[EPCOMM_CUDA_MAX_LOCAL];
+    const epcomm_cuda_combine& call = all.call;
+    const epcomm_cuda_world& world = call.world;
+    const uint64_t epoch = begin_call(world);
+    if (epoch == 0) return;
+    const bool timed = blockIdx.x == 0 && threadIdx.x == 0;
+    if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_START);
+    Waiting what = {EPCOMM_OP_COMBINE, EPCOMM_PHASE_ANNOUNCE, epoch,
+                    &all.rail.fabric.state->failed};
+    if (blockIdx.x == 0 &&
+        !announce_world(world, all.rail, call.announcement, call.announcement.status, {}, what)) {
+        return;
+    }
+    if (!wait_announced(world, epoch, what)) return;
+    if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
+    const epcomm_cuda_row no_row = {};
+    delay(world, kDelayAnnounced);
+    int verdict = judge_all(world, call.announcement, no_row, nullptr, epoch);
+    if (verdict == EPCOMM_CUDA_OK) verdict = judge_routes(call.routes);
+    // The host waits for it only where it has no window to offer.
+    if (timed && call.announcement.window_bytes == 0) {
+        report_verdict(world, verdict, epoch, call.number);
+    }
+    if (verdict == EPCOMM_CUDA_OK) {
+        const bool weighted = find_offers(call, epoch, offers);
+        what.phase = EPCOMM_PHASE_RETURN;
+        const TwoHopSum sum = {all, offers, what};
+        const bool ok = weighted ? combine_two_hop<f32, wire_f32, true>(sum)
+                                 : combine_two_hop<f32, wire_f32, false>(sum);
+        if (!__syncthreads_and(ok)) return;
+    }
+    delay(world, kDelayMoved);
+    if (!is_last_block(world)) return;
+    if (verdict == EPCOMM_CUDA_OK) collect_chunks(all.rail, all.hops.sent);
+    if (threadIdx.x == 0) {
+        collect_deck(world);
+        stamp(world, call.number, EPCOMM_CUDA_STAMP_MOVED);
+    }
+    // All ranks come to the same verdict, so after a refusal nobody waits.
+    if (verdict == EPCOMM_CUDA_OK) {
+        delay(world, kDelaySignal);
+        signal_node(world, false, epoch);
+        what.phase = EPCOMM_PHASE_RELEASE;
+        what.indirect = true;
+        if (!wait_node(world, own_control(world)->released, epoch, what)) return;
+    }
+    delay(world, kDelayFinish);
+    if (verdict != EPCOMM_CUDA_OK) report_refusal(world, verdict, epoch, -1);
+    if (threadIdx.x == 0) {
+        finish_epoch(world, epoch);
+        stamp(world, call.number, EPCOMM_CUDA_STAMP_END);
+    }
+}
+
+}  // namespace epcomm

@@ -1,0 +1,35 @@
+// Launches the data kernel of a two-hop dispatch.
+#include "launch.cuh"
+#include "two_hop_dispatch.cuh"
+
+namespace epcomm {
+
+template <int packing>
+int launch_two_hop_packing(const epcomm_cuda_two_hop_dispatch& all, cudaStream_t stream) {
+    const int64_t bytes = two_hop_dispatch_shared(all.call, packing);
+    if (bytes > shared_limit()) return cudaErrorInvalidValue;
+    return launch(two_hop_dispatch_kernel<packing>, all, all.call.num_blocks,
+                  32 * all.call.num_warps, bytes, stream);
+}
+
+int launch_two_hop_dispatch(const epcomm_cuda_two_hop_dispatch& all, cudaStream_t stream) {
+    const epcomm_cuda_dispatch& call = all.call;
+    if (call.num_blocks < 1 || call.num_warps < 1 || 32 * call.num_warps > kTwoHopThreads ||
+        call.routes.max_dests != call.world.num_topk || call.row_in_bytes % 16 != 0) {
+        return cudaErrorInvalidValue;
+    }
+    const bool packs = call.announcement.format != call.input_format;
+    if (!packs) return launch_two_hop_packing<0>(all, stream);
+    if (call.input_format == EPCOMM_FORMAT_BF16) return launch_two_hop_packing<1>(all, stream);
+    if (call.input_format == EPCOMM_FORMAT_F32) return launch_two_hop_packing<2>(all, stream);
+    return cudaErrorInvalidValue;
+}
+
+int load_two_hop_dispatch() {
+    int error = load(two_hop_dispatch_kernel<0>);
+    if (error == 0) error = load(two_hop_dispatch_kernel<1>);
+    if (error == 0) error = load(two_hop_dispatch_kernel<2>);
+    return error;
+}
+
+}  // namespace epcomm

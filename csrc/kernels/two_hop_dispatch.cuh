@@ -1,0 +1,310 @@
+// Dispatch among nodes, data. Every warp writes records for other nodes, then stores rows in its
+// own node, then stores the rows of records that arrive. Sends come first and forwarding last, so
+// nobody waits while others need what it holds, and no SMs are set aside for a role.
+#pragma once
+
+#include "chunks.cuh"
+#include "deal.cuh"
+#include "finish.cuh"
+#include "labels.cuh"
+#include "move.cuh"
+#include "pad.cuh"
+
+namespace epcomm {
+
+constexpr int kTwoHopThreads = 512;
+
+/// What a warp's roles share.
+struct TwoHop {
+    const epcomm_cuda_two_hop_dispatch& all;
+    const Target* targets;
+    uint32_t* area;  ///< this warp's, for a row's scales, when packing
+    Waiting what;
+};
+
+__device__ __forceinline__ Labels labels_of_token(const epcomm_cuda_dispatch& call, int token) {
+    const int K = call.world.num_topk, lane = lane_id();
+    Labels labels = {-1, 0.0f, call.world.rank, token};
+    if (lane < K) {
+        labels.expert = int(call.routes.topk_idx[int64_t(token) * K + lane]);
+        if (call.row.with_weights) labels.weight = call.topk_weights[int64_t(token) * K + lane];
+    }
+    return labels;
+}
+
+/// The row of `token` as it enters the first hop.
+__device__ __forceinline__ Move move_of_token(const epcomm_cuda_dispatch& call, int token) {
+    Move move = {};
+    move.rows = static_cast<const uint8_t*>(call.x) + int64_t(token) * call.row_in_bytes;
+    move.words =
+        static_cast<const uint32_t*>(call.scales) + int64_t(token) * (call.row.scale_bytes / 4);
+    return move;
+}
+
+/// Everything of a record but payload and scales. The whole warp.
+__device__ __forceinline__ void write_record_labels(const TwoHop& hop, uint8_t* record, int node,
+                                                    const Labels& labels) {
+    const epcomm_cuda_dispatch& call = hop.all.call;
+    const epcomm_record& layout = hop.all.record;
+    const int K = call.world.num_topk, lane = lane_id();
+    const int per_rank = call.world.num_experts / call.world.num_ranks;
+    unsigned long long mask = 0;
+    if (lane < K) {
+        int index = -1;
+        if (labels.expert >= 0) {
+            const epcomm_cuda_place place = hop.all.rail.places[labels.expert / per_rank];
+            if (place.node == node) {
+                index = hop.all.hops.index[int64_t(labels.source_token) * K + lane];
+                mask = 1ull << place.local;
+            }
+        }
+        reinterpret_cast<int32_t*>(record + layout.expert)[lane] = labels.expert;
+        reinterpret_cast<int32_t*>(record + layout.row)[lane] = index;
+        reinterpret_cast<float*>(record + layout.weight)[lane] = labels.weight;
+    }
+    for (int step = 16; step > 0; step /= 2) mask |= __shfl_xor_sync(kWarp, mask, step);
+    if (lane == 0) {
+        auto* meta = reinterpret_cast<epcomm_record_meta*>(record + layout.meta);
+        meta->rank_mask = mask;
+        meta->source_rank = labels.source_rank;
+        meta->source_token = labels.source_token;
+    }
+}
+
+/// Role: write the records for other nodes; the warp that completes a chunk sends it.
+template <int packing>
+__device__ inline bool send_records(const TwoHop& hop) {
+    const epcomm_cuda_dispatch& call = hop.all.call;
+    const epcomm_cuda_rail& rail = hop.all.rail;
+    const epcomm_chunking& chunking = rail.chunking;
+    const epcomm_record& layout = hop.all.record;
+    const int32_t* sent = hop.all.hops.sent;
+    const int items = epcomm_num_items(&chunking, most_records(sent, chunking.num_nodes - 1));
+    const bool power_of_two = call.announcement.format == EPCOMM_FORMAT_FP8_UE8M0;
+    Dealer dealer;
+    while (true) {
+        int item = lane_id() == 0 ? dealer.take(rail.dealt, items) : 0;
+        item = __shfl_sync(kWarp, item, 0);
+        if (item < 0) return true;
+        const epcomm_chunk_item found = epcomm_item_of(&chunking, item);
+        const int node = epcomm_send_node(&chunking, found.step);
+        const int place = epcomm_peer_index(chunking.node, node), records = sent[place];
+        if (found.slot >= records) continue;
+        const int token = hop.all.hops.token_of[int64_t(place) * chunking.max_records + found.slot];
+        uint8_t* record = rail.send + epcomm_slot_offset(&chunking, chunking.node, node, found.slot,
+                                                         layout.bytes);
+        delay_row(call.world, token);
+        Move move = move_of_token(call, token);
+        move.lanes = 1;
+        move.to = record;
+        move.scales_to = record + layout.scales;
+        write_record_labels(hop, record, node, labels_of_token(call, token));
+        move_with_scales<packing>(move, call.row_in_bytes, call.row.scale_bytes / 4, power_of_two,
+                                  hop.area);
+        if (!written(call.world, rail, node, found.slot, records, layout.bytes, hop.what)) {
+            return false;
+        }
+    }
+}
+
+/// Fill in where the rows of a list go.
+__device__ __forceinline__ void aim(const epcomm_cuda_dispatch& call, const Target* targets,
+                                    const CopyList& copies, Move* move) {
+    move->lanes = copies.rows;
+    if (copies.local < 0) return;
+    const Target& target = targets[copies.local];
+    move->to = target.rows + int64_t(copies.row) * call.row.row_bytes;
+    move->scales_to = target.scales + int64_t(copies.row) * call.row.scale_bytes;
+}
+
+/// Role: store the rows of this rank's tokens in its own node.
+template <int packing>
+__device__ inline void store_near(const TwoHop& hop) {
+    const epcomm_cuda_dispatch& call = hop.all.call;
+    const int K = call.world.num_topk;
+    const bool power_of_two = call.announcement.format == EPCOMM_FORMAT_FP8_UE8M0;
+    Dealer dealer;
+    while (true) {
+        int token = lane_id() == 0 ? dealer.take(call.world, call.routes.num_tokens) : 0;
+        token = __shfl_sync(kWarp, token, 0);
+        if (token < 0) return;
+        const CopyList copies =
+            load_list(call.routes.dests + int64_t(token) * K, K, call.row.layout);
+        if (copies.count == 0) continue;
+        Move move = move_of_token(call, token);
+        aim(call, hop.targets, copies, &move);
+        store_row_labels(call, hop.targets, copies, labels_of_token(call, token));
+        move_with_scales<packing>(move, call.row_in_bytes, call.row.scale_bytes / 4, power_of_two,
+                                  hop.area);
+    }
+}
+
+/// The choices of a received record that are held in this node, as a list. Lane k has choice k's
+/// expert and the row it got, or -1. The whole warp.
+__device__ __forceinline__ CopyList list_of_record(const epcomm_cuda_two_hop_dispatch& all,
+                                                   int expert, int row) {
+    const int K = all.call.world.num_topk, lane = lane_id();
+    const int per_rank = all.call.world.num_experts / all.call.world.num_ranks;
+    const int local = row >= 0 ? all.rail.places[expert / per_rank].local : -1;
+    int at = 0, count = 0;
+    for (int j = 0; j < K; ++j) {
+        const int other = __shfl_sync(kWarp, local, j);
+        count += other >= 0;
+        at += other >= 0 && (other < local || (other == local && j < lane));
+    }
+    // Lane i looks for the choice whose place is i.
+    CopyList copies = {count, -1, -1, -1, 0};
+    for (int j = 0; j < K; ++j) {
+        const int other = __shfl_sync(kWarp, local, j), place = __shfl_sync(kWarp, at, j);
+        const int other_row = __shfl_sync(kWarp, row, j);
+        if (other >= 0 && place == lane) {
+            copies.local = other;
+            copies.choice = j;
+            copies.row = other_row;
+        }
+    }
+    copies.rows = rows_of_list(copies.local, all.call.row.layout);
+    return copies;
+}
+
+/// The rows in this node of the choices of a record from `node`: base + the index that it carries.
+__device__ __forceinline__ int row_of_choice(const epcomm_cuda_two_hop_dispatch& all, int node,
+                                             int expert, int index) {
+    if (index < 0) return -1;
+    const int per_rank = all.call.world.num_experts / all.call.world.num_ranks;
+    const int local = all.rail.places[expert / per_rank].local;
+    const int key =
+        all.call.row.layout == EPCOMM_LAYOUT_EXPERT ? local * per_rank + expert % per_rank : local;
+    return all.hops.base[node * all.hops.num_keys + key] + index;
+}
+
+/// Store one record's rows in this node; leaves the list of them for the way back.
+__device__ __forceinline__ void forward_record(const TwoHop& hop, int node, int slot) {
+    const epcomm_cuda_two_hop_dispatch& all = hop.all;
+    const epcomm_cuda_dispatch& call = all.call;
+    const epcomm_chunking& chunking = all.rail.chunking;
+    const epcomm_record& layout = all.record;
+    const int K = call.world.num_topk, lane = lane_id();
+    const uint8_t* record =
+        all.rail.receive + epcomm_slot_offset(&chunking, chunking.node, node, slot, layout.bytes);
+    const auto* meta = reinterpret_cast<const epcomm_record_meta*>(record + layout.meta);
+    Labels labels = {-1, 0.0f, meta->source_rank, meta->source_token};
+    int index = -1;
+    if (lane < K) {
+        labels.expert = reinterpret_cast<const int32_t*>(record + layout.expert)[lane];
+        labels.weight = reinterpret_cast<const float*>(record + layout.weight)[lane];
+        index = reinterpret_cast<const int32_t*>(record + layout.row)[lane];
+    }
+    const int row = row_of_choice(all, node, labels.expert, index);
+    const CopyList copies = list_of_record(all, labels.expert, row);
+    if (all.forward_list && lane < K) {
+        const int64_t place = epcomm_peer_index(chunking.node, node);
+        all.hops.forwarded[(place * chunking.max_records + slot) * K + lane] = {
+            int16_t(copies.local), int16_t(copies.choice), copies.row};
+    }
+    Move move = {};
+    move.rows = record;
+    move.words = reinterpret_cast<const uint32_t*>(record + layout.scales);
+    aim(call, hop.targets, copies, &move);
+    store_row_labels(call, hop.targets, copies, labels);
+    move_with_scales<0>(move, call.row.row_bytes, call.row.scale_bytes / 4, false, nullptr);
+}
+
+/// Role: forward what arrives, first chunks of all peers first.
+__device__ inline bool forward_records(const TwoHop& hop) {
+    const epcomm_cuda_rail& rail = hop.all.rail;
+    const epcomm_chunking& chunking = rail.chunking;
+    const int32_t* received = hop.all.hops.received;
+    const int items = epcomm_num_items(&chunking, most_records(received, chunking.num_nodes - 1));
+    Dealer dealer;
+    Arrivals arrivals;
+    while (true) {
+        int item = lane_id() == 0 ? dealer.take(rail.dealt + 1, items) : 0;
+        item = __shfl_sync(kWarp, item, 0);
+        if (item < 0) return true;
+        const epcomm_chunk_item found = epcomm_item_of(&chunking, item);
+        const int node = epcomm_receive_node(&chunking, found.step);
+        if (found.slot >= received[epcomm_peer_index(chunking.node, node)]) continue;
+        if (!arrivals.wait(hop.all.call.world, rail, node, found.slot, hop.what)) return false;
+        delay_row(hop.all.call.world, item);
+        forward_record(hop, node, found.slot);
+    }
+}
+
+/// Shared memory: targets | scales areas.
+__host__ __device__ inline int64_t two_hop_dispatch_shared(const epcomm_cuda_dispatch& call,
+                                                           int packing) {
+    return int64_t(call.world.num_local) * sizeof(Target) +
+           (packing == 0 ? 0 : int64_t(call.num_warps) * call.row.scale_bytes);
+}
+
+template <int packing>
+__global__ void __launch_bounds__(kTwoHopThreads, 1)
+    two_hop_dispatch_kernel(const __grid_constant__ epcomm_cuda_two_hop_dispatch all) {
+    extern __shared__ __align__(128) uint8_t shared_bytes[];
+    const epcomm_cuda_dispatch& call = all.call;
+    const epcomm_cuda_world& world = call.world;
+    auto* targets = reinterpret_cast<Target*>(shared_bytes);
+    auto* area = reinterpret_cast<uint32_t*>(shared_bytes + world.num_local * sizeof(Target) +
+                                             (packing == 0 ? 0 : warp_id() * call.row.scale_bytes));
+    if (packing != 0) {
+        for (int i = lane_id(); i < call.row.scale_bytes / 4; i += 32) area[i] = 0;
+    }
+    const uint64_t epoch = begin_call(world);
+    if (epoch == 0) return;
+    const bool timed = blockIdx.x == 0 && threadIdx.x == 0;
+    if (timed) {
+        stamp(world, call.number,
+              call.announce ? EPCOMM_CUDA_STAMP_START : EPCOMM_CUDA_STAMP_PLACED);
+    }
+    Waiting what = {call.announcement.op, EPCOMM_PHASE_ANNOUNCE, epoch,
+                    &all.rail.fabric.state->failed};
+    if (call.announce && blockIdx.x == 0 &&
+        !announce_world(world, all.rail, call.announcement, call.announcement.status, {}, what)) {
+        return;
+    }
+    if (!wait_announced(world, epoch, what)) return;
+    if (timed && call.announce) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
+    delay(world, kDelayAnnounced);
+    int verdict = judge_all(world, call.announcement, call.row, call.routes.rows, epoch);
+    if (call.announce && verdict == EPCOMM_CUDA_OK) verdict = judge_routes(call.routes);
+    if (call.announce && timed) report_verdict(world, verdict, epoch, call.number);
+    if (verdict == EPCOMM_CUDA_OK) {
+        find_targets(call, epoch, targets);
+        __syncthreads();
+        clear_unused(call, targets[world.local_rank]);
+        what.phase = EPCOMM_PHASE_DATA;
+        const TwoHop hop = {all, targets, area, what};
+        bool ok = send_records<packing>(hop);
+        if (ok) {
+            store_near<packing>(hop);
+            ok = forward_records(hop);
+        }
+        if (!__syncthreads_and(ok)) return;
+    }
+    delay(world, kDelayMoved);
+    if (!is_last_block(world)) return;
+    if (verdict == EPCOMM_CUDA_OK) collect_chunks(all.rail, all.hops.received);
+    if (threadIdx.x == 0) {
+        collect_deck(world);
+        stamp(world, call.number, EPCOMM_CUDA_STAMP_MOVED);
+    }
+    // All ranks come to the same verdict, so after a refusal nobody waits.
+    if (verdict == EPCOMM_CUDA_OK) {
+        delay(world, kDelaySignal);
+        signal_node(world, true, epoch);
+        what.phase = EPCOMM_PHASE_ARRIVE;
+        what.indirect = true;
+        if (!wait_node(world, own_control(world)->arrived, epoch, what)) return;
+    }
+    delay(world, kDelayFinish);
+    if (verdict != EPCOMM_CUDA_OK) {
+        report_refusal(world, verdict, epoch, call.announce ? -1 : world.report->bad_choice);
+    }
+    if (threadIdx.x == 0) {
+        finish_epoch(world, epoch);
+        stamp(world, call.number, EPCOMM_CUDA_STAMP_END);
+    }
+}
+
+}  // namespace epcomm
