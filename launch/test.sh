@@ -68,6 +68,7 @@ if [[ $mode != only-gpu ]]; then
     stage "lint" bash launch/lint.sh
     stage "CUDA kernels" bash launch/compile_cuda.sh
     test_stage "unit tests" python -m pytest --color=no tests/unit
+    test_stage "kernels run on the host" python -m pytest --color=no tests/emulation
     if [[ -n $jobs ]]; then
         test_stage "whole jobs" python -m pytest --color=no -m "not gpu" tests/jobs
     fi

@@ -1,0 +1,43 @@
+// Stands for the PTX of csrc/kernels/memory.cuh in emulated kernels. Polling lets others run.
+#pragma once
+
+#include <sched.h>
+#include <time.h>
+
+#include "cuda_emulation.h"
+
+namespace epcomm {
+
+template <typename T>
+T load_acquire(const T* address) {
+    emulation::yield();
+    return __atomic_load_n(address, __ATOMIC_ACQUIRE);
+}
+inline uint64_t load_relaxed(const uint64_t* address) {
+    return __atomic_load_n(address, __ATOMIC_RELAXED);
+}
+inline void store_release(uint64_t* address, uint64_t value) {
+    __atomic_store_n(address, value, __ATOMIC_RELEASE);
+}
+inline void store_relaxed(uint64_t* address, uint64_t value) {
+    __atomic_store_n(address, value, __ATOMIC_RELAXED);
+}
+inline uint4 load_once(const void* address) { return *static_cast<const uint4*>(address); }
+inline void store_once(void* address, uint4 v) { *static_cast<uint4*>(address) = v; }
+inline uint64_t now_ns() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return uint64_t(t.tv_sec) * 1000000000 + uint64_t(t.tv_nsec);
+}
+
+/// Two values to BF16, nearest even; NaNs become 0x7FFF, as the hardware has it.
+inline uint32_t two_bf16(float low, float high) {
+    const auto one = [](float x) {
+        const uint32_t bits = __float_as_uint(x);
+        if (x != x) return 0x7fffu;
+        return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    };
+    return one(low) | one(high) << 16;
+}
+
+}  // namespace epcomm

@@ -1,0 +1,109 @@
+"""The kernels of the two-hop path, run on the host, equal the oracle byte for byte.
+
+The emulated fabric delivers chunks late and in any order, and ranks drift by a call.
+"""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cases import check_case, config_of, queue_dispatch
+from world import EmulatedWorld
+
+from epcomm.native import constants
+
+_PATH = Path(__file__).parents[1] / "mpi" / "test_oracle_equality.py"
+_SPEC = importlib.util.spec_from_file_location("cpu_cases", _PATH)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+_MODULE = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(_MODULE)
+#: The CUDA path has no LogFMT on the wire.
+CASES = {n: c for n, c in _MODULE.CASES.items() if "logfmt" not in (c.wire or "")}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_oracle(emulated, name):
+    case = replace(CASES[name], ranks_per_node=2)
+    check_case(EmulatedWorld(emulated, 2, 4, config_of(case, 4)), case)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("ranks_per_node", "num_ranks"), [(1, 2), (1, 4), (3, 6), (2, 6)])
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+def test_every_shape_of_world(emulated, ranks_per_node, num_ranks, layout):
+    case = replace(
+        CASES["different token counts"], ranks_per_node=ranks_per_node, layout=layout, alignment=1,
+        tokens=(13, 0, 7, 2), num_bias=1, row_weights=True,
+    )  # fmt: skip
+    check_case(EmulatedWorld(emulated, ranks_per_node, num_ranks, config_of(case, num_ranks)), case)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("wire", ["f32", "bf16"])
+def test_nodes_are_added_in_their_order(emulated, wire):
+    # In float32 and over four nodes another order of additions shows.
+    case = replace(
+        CASES["f32"], ranks_per_node=1, experts_per_rank=2, num_topk=6, tokens=(9, 5), wire=wire
+    )
+    check_case(EmulatedWorld(emulated, 1, 4, config_of(case, 4)), case)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("seed", range(3))
+def test_many_chunks_in_any_order(emulated, seed):
+    # Chunks of one record, more blocks than cores, ranks of one token and of many.
+    case = replace(CASES["bf16"], ranks_per_node=2, tokens=(31, 1), seed=seed, num_topk=4)
+    world = EmulatedWorld(emulated, 2, 4, config_of(case, 4), chunk_records=1, blocks=3)
+    check_case(world, case, seed=seed)
+
+
+@pytest.mark.timeout(120)
+def test_silent_rank_is_named_on_both_nodes(emulated):
+    case = replace(CASES["bf16"], ranks_per_node=2)
+    world = EmulatedWorld(emulated, 2, 4, config_of(case, 4), timeout=1.0)
+    queue_dispatch(world, case)
+    silent = world.ranks[3]
+    silent.queue = []
+    world.run()
+    for rank in world.ranks[:3]:
+        assert rank.report["failed"]
+        assert rank.error["rank"] == 3
+        assert rank.error["phase"] == constants["PHASE_ANNOUNCE"]
+
+
+@pytest.mark.timeout(120)
+def test_lost_chunk_is_named_after_its_source(emulated):
+    case = replace(CASES["bf16"], ranks_per_node=2)
+    world = EmulatedWorld(emulated, 2, 4, config_of(case, 4), timeout=1.0)
+    queue_dispatch(world, case)
+    world.ranks[0].silent_after = 1  # its announcement arrives, and nothing else
+    world.run()
+    for rank in world.ranks[2:]:
+        assert rank.report["failed"]
+        assert rank.error["rank"] == 0
+        assert rank.error["phase"] == constants["PHASE_DATA"]
+
+
+@pytest.mark.timeout(120)
+def test_refused_and_disagreeing_calls_move_nothing(emulated):
+    case = replace(CASES["bf16"], ranks_per_node=2)
+    world = EmulatedWorld(emulated, 2, 4, config_of(case, 4))
+    inputs = queue_dispatch(world, case, refusing=2)
+    world.run(1)
+    for rank in world.ranks:
+        assert not rank.report["failed"]
+        assert rank.report["refusals"] == 1
+        assert not rank.windows[0].any()
+    topk_idx = inputs[1].topk_idx.numpy()
+    topk_idx[3, 1] = topk_idx[3, 0] = 5
+    queue_dispatch(world, case, inputs=inputs)
+    world.run(2)
+    for rank in world.ranks:
+        assert rank.report["refused_verdict"]
+        assert int(rank.report["bad_choice"]) == (
+            3 * case.num_topk + 1 if rank is world.ranks[1] else -1
+        )
+    check_case(world, case, seed=3)

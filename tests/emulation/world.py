@@ -1,0 +1,379 @@
+"""Ranks of a world whose kernels run on the host: memory, parameter blocks and launches.
+
+The kernels are those of csrc/kernels, compiled by the C++ compiler (cuda_emulation.h); each rank's
+memory is NumPy's, and all ranks' addresses are one process's.
+"""
+
+import ctypes
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from epcomm import native
+from epcomm.backend import Config
+from epcomm.cpu.window import combine_parts
+from epcomm.cuda import rail
+from epcomm.fabric.abi import dtypes as fabric_dtypes
+from epcomm.formats.wire import WireFormat
+from epcomm.native import combine_record, constants, dispatch_record
+from epcomm.topology import Topology, make_topology
+
+ROOT = Path(__file__).parents[2]
+_FORMAT = {torch.float32: WireFormat.F32, torch.bfloat16: WireFormat.BF16}
+_RING_SLOTS = 256
+
+
+@cache
+def build(folder: str) -> ctypes.CDLL:
+    """Compile the emulated kernels into ``folder``."""
+    output = Path(folder) / "libemulated.so"
+    command = [
+        *os.environ.get("CXX", "g++").split(),
+        *("-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-ffp-contract=off"),
+        *("-Wno-attributes", "-Wno-unknown-pragmas"),
+        f"-I{ROOT / 'tests/emulation'}",
+        f"-I{ROOT / 'csrc/include'}",
+        *(
+            "-x",
+            "c++",
+            str(ROOT / "tests/emulation/two_hop.cc"),
+            str(ROOT / "csrc/cuda/describe.cu"),
+        ),
+        *("-o", str(output)),
+    ]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(str(output))
+    library.epcomm_cuda_control_bytes.restype = ctypes.c_int64
+    library.epcomm_cuda_window_parts.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    library.emulate.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint64]
+    return library
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = [
+        ("kind", ctypes.c_int32),
+        ("blocks", ctypes.c_int32),
+        ("warps", ctypes.c_int32),
+        ("delay_us", ctypes.c_int32),
+        ("call", ctypes.c_void_p),
+    ]
+
+
+class _Rank(ctypes.Structure):
+    _fields_ = [
+        ("launches", ctypes.POINTER(_Launch)),
+        ("num_launches", ctypes.c_int32),
+        ("node", ctypes.c_int32),
+        ("fabric", ctypes.c_void_p),
+        ("regions", ctypes.c_void_p),
+        ("rail", ctypes.c_void_p),
+        ("silent_after", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    ]
+
+
+def aligned(nbytes: int) -> np.ndarray:
+    """Zeroed bytes on a 128-byte boundary."""
+    raw = np.zeros(nbytes + 128, np.uint8)
+    start = -raw.ctypes.data % 128
+    return raw[start : start + nbytes]
+
+
+class EmulatedWorld:
+    """All ranks' memory and launches."""
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        ranks_per_node: int,
+        num_ranks: int,
+        config: Config,
+        *,
+        chunk_records: int = 2,
+        blocks: int = 2,
+        timeout: float = 60.0,
+        window_bytes: int = 1 << 20,
+    ) -> None:
+        self.library = library
+        self.dtypes = {
+            name.removeprefix("cuda_"): native.make_dtype(fields, end.offset)
+            for name, (*fields, end) in native.read_fields("epcomm_cuda_fields", library).items()
+        }
+        self.config, self.blocks = config, blocks
+        self.ranks = [
+            EmulatedRank(self, make_topology(r, [0] * num_ranks, ranks_per_node), chunk_records)
+            for r in range(num_ranks)
+        ]
+        for rank in self.ranks:
+            rank.windows = [aligned(window_bytes) for _ in range(2)]
+        for rank in self.ranks:
+            rank.connect(timeout)
+
+    def run(self, seed: int = 0) -> None:
+        """Run what every rank has queued, all at once."""
+        rng = np.random.default_rng(seed)
+        table = (_Rank * len(self.ranks))()
+        keep: list[Any] = []
+        for entry, rank in zip(table, self.ranks, strict=True):
+            launches = (_Launch * len(rank.queue))()
+            for launch, (kind, call, warps) in zip(launches, rank.queue, strict=True):
+                launch.kind, launch.blocks, launch.warps = kind, self.blocks, warps
+                launch.delay_us = int(rng.integers(0, 3000))
+                launch.call = call.ctypes.data
+            regions = np.array([rank.regions[i].ctypes.data for i in range(5)], np.uint64)
+            ranks_N = np.array(rank.topology.rail, np.int32)
+            keep += [launches, regions, ranks_N, list(rank.queue)]
+            entry.launches, entry.num_launches = launches, len(rank.queue)
+            entry.node, entry.fabric = rank.topology.node, rank.fabric.ctypes.data
+            entry.regions, entry.rail = regions.ctypes.data, ranks_N.ctypes.data
+            entry.silent_after = rank.silent_after
+            rank.queue = []
+        self.library.emulate(ctypes.addressof(table), len(self.ranks), seed)
+
+
+class EmulatedRank:
+    """One rank: what Engine and ScaleOut hold on a GPU."""
+
+    def __init__(self, world: EmulatedWorld, topology: Topology, chunk_records: int) -> None:
+        self.world, self.topology, self.config = world, topology, world.config
+        self.silent_after = -1
+        self.number = 0
+        config, d = world.config, world.dtypes
+        self.plan = rail.plan_rail(topology, config, chunk_records=chunk_records, num_channels=2)
+        R, E = topology.num_ranks, config.num_experts
+        self.control = aligned(world.library.epcomm_cuda_control_bytes(topology.num_nodes, R, E))
+        offset = d["control"].fields["bad_choice"][1]
+        self.control[offset : offset + 4].view(np.int32)[0] = 2**31 - 1
+        self.report_bytes = aligned(d["report"].itemsize + 4 * (E // R))
+        self.report = self.report_bytes[: d["report"].itemsize].view(d["report"])[0]
+        self.local_expert_rows = self.report_bytes[d["report"].itemsize :].view(np.int32)
+        self.bins = np.zeros((world.blocks, topology.num_nodes + R + E), np.int32)
+        self.regions = {i: aligned(n) for i, n in self.plan.region_bytes().items()}
+        self.windows: list[np.ndarray] = []
+        self.queue: list[tuple[int, np.ndarray, int]] = []
+        self.keep: list[Any] = []
+        self._make_fabric()
+
+    def _make_fabric(self) -> None:
+        d = fabric_dtypes
+        ring = np.zeros((), d["ring"])
+        slots, state = aligned(16 * _RING_SLOTS), aligned(d["state"].itemsize)
+        producer = aligned(128)
+        ring["slots"], ring["producer"] = slots.ctypes.data, producer.ctypes.data
+        ring["consumer"] = state.ctypes.data + d["state"].fields["consumers"][1]  # type: ignore[index]
+        ring["num_slots"] = _RING_SLOTS
+        self.fabric = np.zeros((), d["fabric"])
+        rings = self.fabric["rings"].view(np.uint8).reshape(-1)
+        rings[: d["ring"].itemsize] = np.frombuffer(ring.tobytes(), np.uint8)
+        self.fabric["state"], self.fabric["timeout_ns"] = state.ctypes.data, 10**10
+        self.fabric["num_rings"], self.fabric["num_channels"] = 1, 2
+        self.fabric["num_nodes"], self.fabric["node"] = self.topology.num_nodes, self.topology.node
+        self.state = state
+        self.keep += [slots, producer]
+
+    def connect(self, timeout: float) -> None:
+        """Fill in the blocks that name other ranks' memory."""
+        world, topology, d = self.world, self.topology, self.world.dtypes
+        node = [world.ranks[r] for r in topology.node_ranks]
+        table = np.array([[w.ctypes.data for w in rank.windows] for rank in node], np.uint64)
+        block = np.zeros((), d["world"])
+        block["rank"], block["num_ranks"] = topology.rank, topology.num_ranks
+        block["num_nodes"], block["local_rank"] = topology.num_nodes, topology.local_rank
+        block["num_local"], block["num_experts"] = len(node), self.config.num_experts
+        block["num_topk"], block["num_windows"] = self.config.num_topk, len(self.windows)
+        block["timeout_ns"] = int(timeout * 1e9)
+        block["node_ranks"][: len(node)] = topology.node_ranks
+        block["controls"][: len(node)] = [rank.control.ctypes.data for rank in node]
+        block["windows"] = table.ctypes.data
+        block["report"] = self.report_bytes.ctypes.data
+        block["block_bins"] = self.bins.ctypes.data
+        self.block = block
+        arrays = {n: np.zeros(shape, t) for n, (shape, t) in self.plan.state_shapes().items()}
+        arrays["places"] = rail.places_of(topology)
+        arrays["rail"] = np.array(topology.rail, np.int32)
+        self.rail_block = np.zeros((), d["rail"])
+        rail.fill_rail(
+            self.rail_block,
+            self.plan,
+            self.fabric.tobytes(),
+            {i: region.ctypes.data for i, region in self.regions.items()},
+            {name: array.ctypes.data for name, array in arrays.items()},
+        )
+        self.arrays = arrays
+        self.keep.append(table)
+
+    @property
+    def error(self) -> np.ndarray:
+        """The error record that the kernels wrote."""
+        return self.report["error"].view(self.world.dtypes["error"]).reshape(())
+
+    # Calls --------------------------------------------------------------------------------
+
+    def _start(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(whole block, its one-node part, the announcement), zeroed but for world and rail."""
+        d = self.world.dtypes
+        block = np.zeros((), d[f"two_hop_{name}"])
+        call = block["call"].view(d[name]).reshape(())
+        call["world"] = self.block.reshape(1).view(np.uint8)
+        block["rail"] = self.rail_block.reshape(1).view(np.uint8)
+        return block, call, call["announcement"].view(native.dtypes["announcement"]).reshape(())
+
+    def dispatch(
+        self,
+        x: np.ndarray,
+        input_format: WireFormat,
+        fmt: WireFormat,
+        topk_idx: np.ndarray,
+        weights: np.ndarray | None,
+        *,
+        scales: np.ndarray | None = None,
+        by_expert: bool = False,
+        alignment: int = 1,
+        fixed_rows: int = -1,
+        warps: int = 2,
+        routes: "EmulatedRoutes | None" = None,
+        status: int = 0,
+    ) -> "EmulatedRoutes":
+        """Queue a dispatch; with ``routes`` a cached one."""
+        config, d = self.config, self.world.dtypes
+        cached = routes is not None
+        routes = routes or EmulatedRoutes(self, topk_idx, by_expert)
+        row = np.zeros((), d["row"])
+        row["row_bytes"], row["scale_bytes"] = (
+            fmt.payload_bytes(config.hidden),
+            fmt.scale_bytes(config.hidden),
+        )
+        row["num_topk"], row["layout"] = config.num_topk, int(by_expert)
+        row["with_topk"], row["with_weights"] = 1, weights is not None
+        for name in ("dispatch",) if cached else ("layout", "dispatch"):
+            block, call, announcement = self._start(name)
+            announcement["op"] = constants["OP_CACHED_DISPATCH" if cached else "OP_DISPATCH"]
+            announcement["format"], announcement["layout"] = fmt, int(by_expert)
+            announcement["alignment"], announcement["fixed_rows"] = alignment, fixed_rows
+            announcement["with_weights"], announcement["num_tokens"] = weights is not None, len(x)
+            announcement["window_bytes"] = self.windows[0].nbytes
+            announcement["status"] = status
+            call["row"] = row.reshape(1).view(np.uint8)
+            call["num_blocks"], call["number"] = self.world.blocks, self.number + 1
+            routes.fill(block, call)
+            if name == "dispatch":
+                call["x"], call["row_in_bytes"] = x.ctypes.data, x.shape[1]
+                call["scales"] = 0 if scales is None else scales.ctypes.data
+                call["topk_weights"] = 0 if weights is None else weights.ctypes.data
+                call["input_format"], call["announce"] = input_format, cached
+                call["num_warps"] = warps
+                block["forward_list"] = not cached
+                record = dispatch_record(fmt, config.hidden, config.num_topk)
+                rail.fill_record(block["record"].view(native.dtypes["record"]).reshape(()), record)
+            # The layout kernel takes its block's number of warps from the emulator.
+            self.queue.append((0 if name == "layout" else 1, block, warps))
+        self.number += 1
+        routes.row = row
+        self.keep += [x, weights, scales, routes]
+        return routes
+
+    def received(self, routes: "EmulatedRoutes", fixed_rows: int = -1) -> dict[str, np.ndarray]:
+        """What lies in this rank's window after a dispatch."""
+        d, K = self.world.dtypes, self.config.num_topk
+        rows = fixed_rows if fixed_rows >= 0 else int(routes.rows[self.topology.rank])
+        parts = np.zeros((), d["parts"])
+        self.world.library.epcomm_cuda_window_parts(routes.row.ctypes.data, rows, parts.ctypes.data)
+        by_expert = bool(routes.row["layout"])
+
+        def part(name: str, width: int, dtype: Any) -> np.ndarray:
+            start = int(parts[name])
+            raw = self.windows[0][start : start + rows * width]
+            return raw.view(dtype).reshape(rows, width // np.dtype(dtype).itemsize)
+
+        return {
+            "payload": part("rows", int(routes.row["row_bytes"]), np.uint8),
+            "scales": part("scales", int(routes.row["scale_bytes"]), np.uint8),
+            "topk_idx": part("topk_idx", 0 if by_expert else 8 * K, np.int64),
+            "topk_weights": part("topk_weights", 4 if by_expert else 4 * K, np.float32),
+            "source": part("source", 8, np.int32),
+        }
+
+    def combine(
+        self,
+        routes: "EmulatedRoutes",
+        y: np.ndarray,
+        fmt: WireFormat,
+        wire: WireFormat,
+        *,
+        weights: np.ndarray | None = None,
+        topk_weights: np.ndarray | None = None,
+        bias: list[np.ndarray] | None = None,
+        warps: int = 2,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Queue a combine of rows ``y`` (bytes); returns where its results will be."""
+        config = self.config
+        by_expert, tokens = bool(routes.row["layout"]), len(routes.topk_idx)
+        parts = combine_parts(len(y), y.shape[1], config.num_topk, by_expert)
+        window = self.windows[1]
+        for array, start in (
+            (y, parts.x),
+            (weights, parts.row_weights),
+            (topk_weights, parts.topk_weights),
+        ):
+            if array is not None:
+                window[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+        block, call, announcement = self._start("combine")
+        announcement["op"], announcement["format"] = constants["OP_COMBINE"], fmt
+        announcement["layout"], announcement["wire"] = int(by_expert), wire
+        announcement["with_weights"] = topk_weights is not None
+        announcement["window_serial"], announcement["row_weights"] = 1, weights is not None
+        announcement["rows_offset"] = parts.x
+        announcement["weights_offset"] = parts.row_weights
+        announcement["topk_offset"] = parts.topk_weights
+        out = np.zeros((tokens, config.hidden * (4 if fmt == WireFormat.F32 else 2)), np.uint8)
+        back = None
+        if topk_weights is not None:
+            back = np.full((tokens, config.num_topk), np.nan, np.float32)
+            call["topk_weights"] = back.ctypes.data
+        call["bias"][: len(bias or [])] = [b.ctypes.data for b in bias or []]
+        call["out"] = out.ctypes.data
+        call["row_bytes"], call["layout"] = out.shape[1], int(by_expert)
+        call["num_blocks"], call["num_threads"] = self.world.blocks, 32 * warps
+        announcement["window_bytes"] = window.nbytes
+        call["number"] = self.number = self.number + 1
+        routes.fill(block, call)
+        record = combine_record(wire, config.hidden, config.num_topk, topk_weights is not None)
+        rail.fill_record(block["record"].view(native.dtypes["record"]).reshape(()), record)
+        self.queue.append((2, block, warps))
+        self.keep += [out, back, bias]
+        return out, back
+
+
+class EmulatedRoutes:
+    """The arrays of a handle."""
+
+    def __init__(self, rank: EmulatedRank, topk_idx: np.ndarray, by_expert: bool) -> None:
+        config, topology = rank.config, rank.topology
+        self.rank, self.by_expert = rank, by_expert
+        self.topk_idx = np.ascontiguousarray(topk_idx, np.int64)
+        tokens, local = len(topk_idx), config.num_experts // topology.num_ranks
+        self.dests = np.full((tokens, config.num_topk), 77, np.int64)
+        self.rows = np.zeros(topology.num_ranks, np.int32)
+        self.group_start = np.zeros(local + 1, np.int32)
+        self.group_count = np.zeros(local, np.int32)
+        self.verdict = np.full(1, 77, np.int32)
+        shapes = rail.hop_shapes(rank.plan, topology, config, tokens, by_expert=by_expert)
+        self.hops = {name: np.full(shape, 77, dtype) for name, (shape, dtype) in shapes.items()}
+        self.row: Any = None
+
+    def fill(self, block: np.ndarray, call: np.ndarray) -> None:
+        """Name the arrays in a parameter block."""
+        routes = call["routes"].view(self.rank.world.dtypes["routes"]).reshape(())
+        for name in ("topk_idx", "dests", "rows", "group_start", "group_count", "verdict"):
+            routes[name] = getattr(self, name).ctypes.data
+        routes["num_tokens"], routes["max_dests"] = self.topk_idx.shape
+        hops = block["hops"].view(self.rank.world.dtypes["hops"]).reshape(())
+        addresses = {name: array.ctypes.data for name, array in self.hops.items()}
+        rail.fill_hops(
+            hops, addresses, self.rank.topology, self.rank.config, by_expert=self.by_expert
+        )
