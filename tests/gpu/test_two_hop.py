@@ -1,0 +1,123 @@
+"""Several virtual nodes on the GPUs of one machine: the two-hop path equals the oracle."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from harness import Case
+from on_gpu import check, make_buffer
+from oracle_cases import CASES, LARGE
+
+import epcomm
+
+pytestmark = [pytest.mark.mpi, pytest.mark.gpu]
+
+#: Ranks per node, ranks.
+SHAPES = [(1, 2), (2, 4), (3, 6), (2, 6), (4, 8), (2, 8), (1, 8)]
+shapes = pytest.mark.parametrize(("ranks_per_node", "num_ranks"), SHAPES)
+FAR = {name: case for name, case in CASES.items() if "logfmt" not in (case.wire or "")}
+
+
+@shapes
+@pytest.mark.parametrize("name", FAR)
+def test_equals_oracle(world, name, ranks_per_node, num_ranks):
+    comm = world(num_ranks)
+    case = replace(FAR[name], ranks_per_node=ranks_per_node)
+    with make_buffer(comm, case) as buffer:
+        check(comm, case, buffer)
+
+
+@shapes
+@pytest.mark.parametrize("name", LARGE)
+def test_rows_of_real_size_equal_oracle(world, name, ranks_per_node, num_ranks):
+    comm = world(num_ranks)
+    case = replace(LARGE[name], ranks_per_node=ranks_per_node)
+    with make_buffer(comm, case) as buffer:
+        check(comm, case, buffer, in_place=True)
+
+
+@shapes
+def test_changing_sizes_and_routings(world, ranks_per_node, num_ranks):
+    # Slots and signals are used again by calls of other formats and sizes, without a barrier.
+    comm = world(num_ranks)
+    routings = ("uniform", "skewed", "one rank", "sparse")
+    case = replace(CASES["bf16"], ranks_per_node=ranks_per_node, hidden=256, tokens=(300,))
+    with make_buffer(comm, case) as buffer:
+        for seed in range(16):
+            tokens = tuple(1 + (seed * 37 + r * 113) % 300 for r in range(comm.size))
+            one = replace(case, seed=seed, tokens=tokens, routing=routings[seed % 4])
+            if seed % 3 == 1:
+                one = replace(one, quantize="fp8")
+            if seed % 3 == 2:
+                one = replace(one, dtype=torch.float32, num_bias=1)
+            if seed % 5 == 2:
+                one = replace(one, layout="expert", alignment=4)
+            check(comm, one, buffer)
+
+
+@pytest.mark.parametrize("num_sms", [1, 3])
+def test_any_number_of_sms(world, num_sms):
+    comm = world(4)
+    case = replace(LARGE["bf16 to fp8"], ranks_per_node=2, tokens=(70, 3, 1))
+    with make_buffer(comm, case, num_sms=num_sms) as buffer:
+        check(comm, case, buffer)
+
+
+@pytest.mark.parametrize("wire", ["logfmt8", "logfmt10"])
+def test_wire_that_kernels_cannot_write_is_refused(world, wire):
+    comm = world(2)
+    case = replace(CASES["bf16"], ranks_per_node=1)
+    with make_buffer(comm, case) as buffer:
+        x = torch.randn(8, case.hidden, device="cuda", dtype=torch.bfloat16)
+        topk_idx = torch.rand(8, 8, device="cuda").topk(case.num_topk).indices
+        got = buffer.dispatch(x, topk_idx)
+        with pytest.raises(ValueError, match="wire"):
+            buffer.combine(got.x, got.handle, wire=wire)
+        check(comm, case, buffer)
+
+
+def test_bad_id_on_another_node_is_refused_everywhere(world):
+    comm = world(4)
+    case = replace(CASES["bf16"], ranks_per_node=2)
+    with make_buffer(comm, case) as buffer:
+        x = torch.randn(8, case.hidden, device="cuda", dtype=torch.bfloat16)
+        topk_idx = torch.rand(8, 16, device="cuda").topk(case.num_topk).indices
+        if comm.rank == 3:
+            topk_idx[5, 1] = 16
+        expected = ValueError if comm.rank == 3 else epcomm.PeerError
+        with pytest.raises(expected, match="topk_idx"):
+            buffer.dispatch(x, topk_idx)
+        check(comm, case, buffer)
+
+
+@pytest.mark.parametrize("silent", [1, 3])
+def test_silent_rank_is_named_on_every_node(world, silent):
+    comm = world(4)
+    case = replace(CASES["bf16"], ranks_per_node=2)
+    buffer = make_buffer(comm, case, timeout=2.0)
+    x = torch.randn(8, case.hidden, device="cuda", dtype=torch.bfloat16)
+    topk_idx = torch.rand(8, 16, device="cuda").topk(case.num_topk).indices
+    if comm.rank != silent:
+        begin = time.monotonic()
+        with pytest.raises(epcomm.PeerTimeoutError) as caught:
+            buffer.dispatch(x, topk_idx)
+        assert caught.value.ranks == (silent,)
+        assert time.monotonic() - begin < 10.0
+    comm.Barrier()
+    buffer.close()
+    with make_buffer(comm, case) as fresh:
+        check(comm, case, fresh)
+
+
+def test_tokens_cross_once_per_node(world):
+    comm = world(4)
+    case = Case(2, hidden=512, experts_per_rank=4, num_topk=4, tokens=(100,))
+    with make_buffer(comm, case) as buffer:
+        x = torch.randn(100, case.hidden, device="cuda", dtype=torch.bfloat16)
+        topk_idx = torch.rand(100, 16, device="cuda").topk(4).indices
+        got = buffer.dispatch(x, topk_idx)
+        other = topk_idx // 8 != comm.rank // 2
+        assert got.traffic.records == int(other.any(dim=1).sum())
+        back = buffer.combine(got.x, got.handle)
+        assert back.traffic.scale_out.payload_bytes == back.traffic.records * 2 * case.hidden
