@@ -128,8 +128,9 @@ class SharedBlock:
         except MemoryError as error:
             failure = error
         except runtime.CUDARuntimeError as error:
+            owner = self._node_ranks[len(self.addresses)]
             failure = OSError(
-                f"rank {self._node_ranks[len(self.addresses)]}'s GPU memory cannot be shared by CUDA IPC: {error}. "
+                f"rank {owner}'s GPU memory cannot be shared by CUDA IPC: {error}. "
                 "The ranks of a node must be processes of one machine that share an IPC and a "
                 "process namespace (containers: one for all ranks, or --ipc=host --pid=host)"
             )
