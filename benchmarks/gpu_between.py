@@ -105,6 +105,7 @@ def run(comm: Any, options: argparse.Namespace, sms: int, rate: float) -> list[F
         max_tokens=tokens,
         ranks_per_node=options.ranks_per_node,
         backend="cuda",
+        fabric="proxy/local",
         num_sms=sms,
         timeout=20.0,
     )

@@ -72,7 +72,7 @@ class CudaBackend:
         self._bootstrap = bootstrap
         error: Exception | None = None
         try:
-            _check_limits(config)
+            _check_limits(topology, config, options.fabric)
         except ValueError as caught:
             error = caught
         raise_together(bootstrap, error)
@@ -582,7 +582,12 @@ class CudaBackend:
         self._engine.close()
 
 
-def _check_limits(config: Config) -> None:
+def _check_limits(topology: Topology, config: Config, fabric: str) -> None:
+    if topology.num_nodes > 1 and fabric != "proxy/local":
+        raise ValueError(
+            f"ranks_per_node: {topology.num_nodes} nodes; backend 'cuda' works inside one node. "
+            "fabric='proxy/local' asks for its unfinished path between virtual nodes"
+        )
     if not abi.available:
         return
     for name, limit in (("num_topk", "MAX_DESTS"), ("num_experts", "MAX_EXPERTS")):

@@ -160,8 +160,9 @@ class Spy:
     def handle_of(self, x, topk_idx, **options):
         handles = []
         make = self.backend._result
-        self.backend._result = lambda call, row, lease, handle, state: (
-            handles.append(handle) or make(call, row, lease, handle, state)
+        self.backend._result = lambda *parts: (
+            handles.extend(part for part in parts if isinstance(part, epcomm.Handle))
+            or make(*parts)
         )
         raised_by(lambda: self.buffer.dispatch(x, topk_idx, **options))
         self.backend._result = make

@@ -24,7 +24,7 @@ FAR = {name: case for name, case in CASES.items() if "logfmt" not in (case.wire 
 def test_equals_oracle(world, name, ranks_per_node, num_ranks):
     comm = world(num_ranks)
     case = replace(FAR[name], ranks_per_node=ranks_per_node)
-    with make_buffer(comm, case) as buffer:
+    with make_buffer(comm, case, fabric="proxy/local") as buffer:
         check(comm, case, buffer)
 
 
@@ -33,7 +33,7 @@ def test_equals_oracle(world, name, ranks_per_node, num_ranks):
 def test_rows_of_real_size_equal_oracle(world, name, ranks_per_node, num_ranks):
     comm = world(num_ranks)
     case = replace(LARGE[name], ranks_per_node=ranks_per_node)
-    with make_buffer(comm, case) as buffer:
+    with make_buffer(comm, case, fabric="proxy/local") as buffer:
         check(comm, case, buffer, in_place=True)
 
 
@@ -43,7 +43,7 @@ def test_changing_sizes_and_routings(world, ranks_per_node, num_ranks):
     comm = world(num_ranks)
     routings = ("uniform", "skewed", "one rank", "sparse")
     case = replace(CASES["bf16"], ranks_per_node=ranks_per_node, hidden=256, tokens=(300,))
-    with make_buffer(comm, case) as buffer:
+    with make_buffer(comm, case, fabric="proxy/local") as buffer:
         for seed in range(16):
             tokens = tuple(1 + (seed * 37 + r * 113) % 300 for r in range(comm.size))
             one = replace(case, seed=seed, tokens=tokens, routing=routings[seed % 4])
@@ -60,7 +60,7 @@ def test_changing_sizes_and_routings(world, ranks_per_node, num_ranks):
 def test_any_number_of_sms(world, num_sms):
     comm = world(4)
     case = replace(LARGE["bf16 to fp8"], ranks_per_node=2, tokens=(70, 3, 1))
-    with make_buffer(comm, case, num_sms=num_sms) as buffer:
+    with make_buffer(comm, case, fabric="proxy/local", num_sms=num_sms) as buffer:
         check(comm, case, buffer)
 
 
@@ -68,7 +68,7 @@ def test_any_number_of_sms(world, num_sms):
 def test_wire_that_kernels_cannot_write_is_refused(world, wire):
     comm = world(2)
     case = replace(CASES["bf16"], ranks_per_node=1)
-    with make_buffer(comm, case) as buffer:
+    with make_buffer(comm, case, fabric="proxy/local") as buffer:
         x = torch.randn(8, case.hidden, device="cuda", dtype=torch.bfloat16)
         topk_idx = torch.rand(8, 8, device="cuda").topk(case.num_topk).indices
         got = buffer.dispatch(x, topk_idx)
@@ -80,7 +80,7 @@ def test_wire_that_kernels_cannot_write_is_refused(world, wire):
 def test_bad_id_on_another_node_is_refused_everywhere(world):
     comm = world(4)
     case = replace(CASES["bf16"], ranks_per_node=2)
-    with make_buffer(comm, case) as buffer:
+    with make_buffer(comm, case, fabric="proxy/local") as buffer:
         x = torch.randn(8, case.hidden, device="cuda", dtype=torch.bfloat16)
         topk_idx = torch.rand(8, 16, device="cuda").topk(case.num_topk).indices
         if comm.rank == 3:
@@ -95,7 +95,7 @@ def test_bad_id_on_another_node_is_refused_everywhere(world):
 def test_silent_rank_is_named_on_every_node(world, silent):
     comm = world(4)
     case = replace(CASES["bf16"], ranks_per_node=2)
-    buffer = make_buffer(comm, case, timeout=2.0)
+    buffer = make_buffer(comm, case, fabric="proxy/local", timeout=2.0)
     x = torch.randn(8, case.hidden, device="cuda", dtype=torch.bfloat16)
     topk_idx = torch.rand(8, 16, device="cuda").topk(case.num_topk).indices
     if comm.rank != silent:
@@ -106,14 +106,14 @@ def test_silent_rank_is_named_on_every_node(world, silent):
         assert time.monotonic() - begin < 10.0
     comm.Barrier()
     buffer.close()
-    with make_buffer(comm, case) as fresh:
+    with make_buffer(comm, case, fabric="proxy/local") as fresh:
         check(comm, case, fresh)
 
 
 def test_tokens_cross_once_per_node(world):
     comm = world(4)
     case = Case(2, hidden=512, experts_per_rank=4, num_topk=4, tokens=(100,))
-    with make_buffer(comm, case) as buffer:
+    with make_buffer(comm, case, fabric="proxy/local") as buffer:
         x = torch.randn(100, case.hidden, device="cuda", dtype=torch.bfloat16)
         topk_idx = torch.rand(100, 16, device="cuda").topk(4).indices
         got = buffer.dispatch(x, topk_idx)
