@@ -122,7 +122,7 @@ class BuildLibrary(build_ext):
             *shlex.split(os.environ.get("EPCOMM_CXXFLAGS", "")),
             f"-I{ROOT / 'csrc/include'}",
             *ext.sources,
-            *("-o", str(output)),
+            *("-ldl", "-o", str(output)),
         ]
         print(shlex.join(command), flush=True)
         self.spawn(command)
@@ -154,6 +154,7 @@ class BuildLibrary(build_ext):
             *ext.sources,
             *sources_with_cuda,
             *objects,
+            "-ldl",
             "-o",
             str(output),
         ]
@@ -174,7 +175,7 @@ cuda_sources = [p for p in kernels if p.endswith(".cu")]
 host_sources = sorted(
     str(p.relative_to(ROOT))
     for place in ("host", "fabric", "emulated")
-    for p in (ROOT / "csrc" / place).glob("*.cc")
+    for p in (ROOT / "csrc" / place).rglob("*.cc")
 )
 # Host code that calls the CUDA runtime.
 sources_with_cuda = [p for p in host_sources if p.endswith("_cuda.cc")]

@@ -69,6 +69,8 @@ class Buffer:
             GPU, and a quarter of it.
         fabric: what carries messages between nodes. "auto": the group's own, MPI or gloo; "mpi";
             "proxy/local": proxy threads and shared memory, for virtual nodes of one machine;
+            "proxy/verbs": proxy threads and an InfiniBand or RoCE network card. Options of the
+            card may follow, such as "proxy/verbs tc=106 gid=3" (docs/fabric-verbs.md);
             "proxy/emulated": the same over emulated mlx5 NICs of a modelled network, for tests.
 
     Raises:

@@ -53,7 +53,7 @@ def check_config(config: Config, num_ranks: int) -> None:
         )
 
 
-_FABRICS = ("auto", "mpi", "proxy/local", "proxy/emulated")
+_FABRICS = ("auto", "mpi", "proxy/local", "proxy/verbs", "proxy/emulated")
 
 
 def check_fabric(fabric: Any, backend: str, bootstrap: Bootstrap) -> None:
@@ -62,7 +62,9 @@ def check_fabric(fabric: Any, backend: str, bootstrap: Bootstrap) -> None:
     Raises:
         ValueError: it is unknown, or not for this group or back end.
     """
-    if fabric not in _FABRICS:
+    # A transport's own options may follow.
+    name, _, arguments = str(fabric).partition(" ")
+    if name not in _FABRICS or (arguments and not name.startswith("proxy/")):
         raise ValueError(f"fabric: expected one of {', '.join(_FABRICS)}, got {fabric!r}")
     if backend == "cuda" and fabric not in ("auto", "proxy/local"):
         raise ValueError(

@@ -101,7 +101,7 @@ typedef struct {
     uint32_t queue_pair;  ///< its number on this rank's side; 0 if it has none
     uint64_t bytes;
     uint64_t position;  ///< of the trigger in its ring
-    char text[256];     ///< in words; terminated
+    char text[512];     ///< in words; terminated
 } epcomm_fabric_error;
 
 /// A proxy thread's signs of life.

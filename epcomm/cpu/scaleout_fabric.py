@@ -14,6 +14,7 @@ is used again without asking, because the calls' own order says that its last me
 - An abort is sent once.
 """
 
+import dataclasses
 import weakref
 from dataclasses import dataclass
 
@@ -88,12 +89,18 @@ class FabricScaleOut:
             number: RegionMemory(segment.address, segment.nbytes, segment, segment.fd)
             for number, segment in self._segments.items()
         }
+        transport, _, arguments = options.fabric.removeprefix("proxy/").partition(" ")
+        if transport == "verbs":
+            # First, so that the user's wins.
+            arguments = f"local_rank={topology.local_rank} {arguments}"
         how = FabricOptions(
-            options.fabric.removeprefix("proxy/"),
+            transport,
             num_channels=_CHANNELS,
             spin=200 if options.own_core else 0,
             timeout=options.timeout,
         )
+        if arguments:
+            how = dataclasses.replace(how, arguments=arguments)
         self._fabric = Fabric(bootstrap, topology, how, regions)
         # How many messages of a (node, channel) were sent and are expected.
         self._sent_NC = np.zeros((num_nodes, _CHANNELS), np.int64)
