@@ -38,7 +38,7 @@ else
     check clang-format clang-format --dry-run --Werror "${native[@]}"
 fi
 check mypy mypy
-check shellcheck shellcheck --external-sources launch/*.sh launch/*.sbatch .ci/run
+check shellcheck shellcheck --external-sources launch/*.sh launch/vm/*.sh launch/*.sbatch .ci/run
 check codespell codespell ${fix:+--write-changes}
 
 [[ ${#failed[@]} -eq 0 ]] || die "lint failed: ${failed[*]}"
