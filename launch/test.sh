@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # launch/test.sh [--quick] [--cpu | --gpu | --only-gpu] [pytest arguments]: set-up, lint, compilation
 # of the CUDA kernels, unit tests, whole jobs (two at once; two network hosts), then the tests that
-# need several ranks, under mpirun, in worlds of several sizes; where a GPU is found, those of the CUDA
-# back end as well, several ranks on a GPU under a CUDA MPS of their own. The last line is the total.
+# need several ranks, under mpirun, in worlds of several sizes, then the fabric, also with real verbs
+# in a virtual machine; where a GPU is found, those of the CUDA back end as well, several ranks on a
+# GPU under a CUDA MPS of their own. The last line is the total.
 #
-#   --quick     one world instead of all (on GPUs two), and no whole jobs
+#   --quick     one world instead of all (on GPUs two), no whole jobs and no virtual machine
 #   --cpu       nothing on GPUs
 #   --gpu       fail where the tests on GPUs cannot run
 #   --only-gpu  nothing but the tests on GPUs, and fail where they cannot run
@@ -17,10 +18,10 @@ cd "$EPCOMM_ROOT"
 worlds=(1 2 3 4 6 8)
 # The largest first: it finds most.
 gpu_worlds=(8 1 2 3 4 6)
-mode='' jobs=1
+mode='' jobs=1 vm=1
 while [[ ${1:-} =~ ^--(quick|cpu|gpu|only-gpu)$ ]]; do
     case $1 in
-        --quick) worlds=(4) gpu_worlds=(8 3) jobs='' ;;
+        --quick) worlds=(4) gpu_worlds=(8 3) jobs='' vm='' ;;
         *) mode=${1#--} ;;
     esac
     shift
@@ -57,6 +58,10 @@ test_stage() {
     if [[ $status -eq 5 && ${#pytest_args[@]} -gt 0 ]]; then
         status=0
     fi
+    # A stage that this machine cannot run said why.
+    if [[ $status -eq 77 ]]; then
+        skipped=$((skipped + 1)) status=0
+    fi
     if [[ $status -ne 0 ]]; then
         bad+=("$name")
         # A stage that died before pytest could count still counts as one failure.
@@ -78,6 +83,10 @@ if [[ $mode != only-gpu ]]; then
         test_stage "$size ranks" bash launch/mpirun.sh "$size" -m pytest --color=no --with-mpi \
             -o faulthandler_timeout=115 tests/mpi
     done
+    test_stage "fabric" python -m pytest --color=no tests/fabric
+    if [[ -n $vm ]]; then
+        test_stage "fabric, real verbs in a virtual machine" bash launch/vm_test.sh
+    fi
 fi
 if [[ $mode != cpu ]] && gpu_job; then
     warm_up
