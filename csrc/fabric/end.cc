@@ -185,6 +185,11 @@ const char* epcomm_fabric_text(const epcomm_fabric_end* end) {
     return end == nullptr ? creation_text.c_str() : end->text.c_str();
 }
 
+const char* epcomm_fabric_transports(void) {
+    static const std::string names = transport_names();
+    return names.c_str();
+}
+
 const char* epcomm_fabric_describe(epcomm_fabric_end* end) {
     end->text = end->transport->describe();
     return end->text.c_str();

@@ -21,10 +21,14 @@ RegisterTransport::RegisterTransport(const char* name, Make make) { known()[name
 std::unique_ptr<Transport> make_transport(const std::string& name) {
     const auto found = known().find(name);
     if (found != known().end()) return found->second();
-    std::string names;
-    for (const auto& entry : known()) names += (names.empty() ? "" : ", ") + entry.first;
     throw std::runtime_error("there is no transport \"" + name + "\" in this library; it has " +
-                             names);
+                             transport_names());
+}
+
+std::string transport_names() {
+    std::string names;
+    for (const auto& entry : known()) names += (names.empty() ? "" : " ") + entry.first;
+    return names;
 }
 
 }  // namespace epcomm::fabric

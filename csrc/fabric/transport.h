@@ -132,6 +132,9 @@ class Transport {
 /// names it has.
 std::unique_ptr<Transport> make_transport(const std::string& name);
 
+/// Names of the transports this library has, separated by spaces.
+std::string transport_names();
+
 /// Makes a transport known under a name; a static object of each transport's file.
 struct RegisterTransport {
     using Make = std::unique_ptr<Transport> (*)();

@@ -67,6 +67,9 @@ EPCOMM_API int64_t epcomm_fabric_address(epcomm_fabric_end* end, int32_t peer, v
 EPCOMM_API int epcomm_fabric_connect(epcomm_fabric_end* end, const void* const* addresses,
                                      const int64_t* sizes);
 
+/// Names of the transports this library has, separated by spaces.
+EPCOMM_API const char* epcomm_fabric_transports(void);
+
 /// What the last failure was, or what the transport chose; valid until the next call.
 EPCOMM_API const char* epcomm_fabric_text(const epcomm_fabric_end* end);
 EPCOMM_API const char* epcomm_fabric_describe(epcomm_fabric_end* end);

@@ -26,6 +26,7 @@ _FUNCTIONS = {
     "address": (_I64, [_POINTER, _I32, _POINTER, _I64]),
     "connect": (_I32, [_POINTER, _POINTER, _POINTER]),
     "text": (ctypes.c_char_p, [_POINTER]),
+    "transports": (ctypes.c_char_p, []),
     "describe": (ctypes.c_char_p, [_POINTER]),
     "of": (_POINTER, [_POINTER]),
     "check": (_I32, [_POINTER, _I64]),
@@ -56,6 +57,9 @@ def _declare() -> None:
 
 
 _declare()
+
+#: Names of the transports this build has.
+transports: tuple[str, ...] = tuple(library.epcomm_fabric_transports().decode().split())
 
 
 class Place(ctypes.Structure):
