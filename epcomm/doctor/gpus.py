@@ -77,8 +77,7 @@ def read_gpus() -> list[Gpu]:
         peers = tuple(
             other
             for other in range(count)
-            if other != index
-            and driver.number("cuDeviceCanAccessPeer", device, devices[other])
+            if other != index and driver.number("cuDeviceCanAccessPeer", device, devices[other])
         )
         name, pci = (driver.text(f"cuDeviceGet{what}", device) for what in ("Name", "PCIBusId"))
         gpus.append(Gpu(index, name, f"sm_{major}{minor}", pci, bool(dma_buf), peers))

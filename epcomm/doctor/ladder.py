@@ -51,7 +51,7 @@ def why_not_verbs(facts: Facts) -> str:
 
 def choose(facts: Facts) -> str:
     """One line: the fabric, and why not those before it in the ladder ibgda, proxy/verbs, mpi."""
-    skipped = []
+    skipped: list[str] = []
     for name, why in (("ibgda", why_not_ibgda(facts)), ("proxy/verbs", why_not_verbs(facts))):
         if not why:
             return _line(name, skipped)
@@ -62,4 +62,6 @@ def choose(facts: Facts) -> str:
 
 
 def _line(name: str, skipped: list[str]) -> str:
-    return f"between nodes: {name}" + (f" (not {'; not '.join(skipped)})" if skipped else "")
+    return f"fastest fabric between nodes here: {name}" + (
+        f" (not {'; not '.join(skipped)})" if skipped else ""
+    )

@@ -148,7 +148,8 @@ def probe_modules(has_nic: bool, has_gpu: bool, sysfs: Path = Path("/sys")) -> l
     """What of the kernel and of libibverbs RDMA needs, where it could be used.
 
     Args:
-        has_nic, has_gpu: what there is that would need it.
+        has_nic: there is a network card.
+        has_gpu: there is a GPU.
         sysfs: the kernel's tree.
     """
     topic = "kernel and libibverbs"
@@ -156,9 +157,7 @@ def probe_modules(has_nic: bool, has_gpu: bool, sysfs: Path = Path("/sys")) -> l
         "ib_uverbs": (has_nic, "modprobe ib_uverbs"),
         "nvidia_peermem": (
             False,
-            "modprobe nvidia_peermem, where dma-buf does not work"
-            if has_nic and has_gpu
-            else "",
+            "modprobe nvidia_peermem, where dma-buf does not work" if has_nic and has_gpu else "",
         ),
         "rdma_rxe": (False, "modprobe rdma_rxe, for RDMA over any interface, slowly"),
     }

@@ -66,7 +66,7 @@ def _wrapped(start: str, text: str) -> list[str]:
 
 
 def to_json(findings: Sequence[Finding], verdict: str) -> str:
-    """``{"findings": [{topic, name, status, text, remedy}], "verdict": text, "exit_status": n}``."""
+    """An object with ``findings`` (as Finding has them), ``verdict`` and ``exit_status``."""
     document = {
         "findings": [asdict(finding) for finding in findings],
         "verdict": verdict,

@@ -50,9 +50,7 @@ class SelfTest:
 class _HostMemory:
     def __init__(self) -> None:
         self._segment = Segment.create("epcomm-doctor", _NBYTES)
-        self.region = RegionMemory(
-            self._segment.address, _NBYTES, self._segment, self._segment.fd
-        )
+        self.region = RegionMemory(self._segment.address, _NBYTES, self._segment, self._segment.fd)
 
     def write(self, data: np.ndarray) -> None:
         ctypes.memmove(self._segment.address, data.ctypes.data, data.nbytes)
@@ -209,7 +207,9 @@ def run_self_test(test: SelfTest) -> list[Finding]:
     for place in BAD_PLACES:
         name = f"{test.name}, {place}"
         try:
-            findings.append(Finding(TOPIC, name, OK, f"refused: {_attempt(put_badly, test, place)}"))
+            findings.append(
+                Finding(TOPIC, name, OK, f"refused: {_attempt(put_badly, test, place)}")
+            )
         except ProbeError as error:
             remedy = f"an error over {test.transport} may go unnoticed: use another fabric"
             findings.append(Finding(TOPIC, name, BROKEN, str(error), remedy))
