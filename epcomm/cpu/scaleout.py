@@ -101,7 +101,9 @@ class MpiScaleOut(Staging):
 
         super().__init__()
         self._comm = comm
-        self._first_tag = number % (comm.Get_attr(MPI.TAG_UB) // len(Tag) - 1) * len(Tag)
+        # MPI promises this attribute of the world only; Open MPI 4 has it nowhere else.
+        most = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
+        self._first_tag = number % (most // len(Tag) - 1) * len(Tag)
         self._types: dict[int, Any] = {}
         # After a failed call messages may be under way; a rank that comes late still sends and
         # receives them. So requests are kept, and with them their memory, until they are done.
