@@ -126,6 +126,18 @@ class BuildLibrary(build_ext):
         ]
         print(shlex.join(command), flush=True)
         self.spawn(command)
+        self.build_carrier(output.parent)
+
+    def build_carrier(self, folder: Path) -> None:
+        """The executable of a rank's carrier, which finds the library beside itself."""
+        command = [
+            *shlex.split(os.environ.get("CXX", "g++")),
+            *("-std=c++17", "-O2", "csrc/carrier/main.cc"),
+            *(f"-L{folder}", "-l:libepcomm.so", "-Wl,-rpath,$ORIGIN"),
+            *("-o", str(folder / "epcomm-carrier")),
+        ]
+        print(shlex.join(command), flush=True)
+        self.spawn(command)
 
     def build_with_cuda(self, nvcc: str, ext: Extension, output: Path) -> None:
         """One object per kernel file, then everything into one library with its own runtime."""
@@ -160,6 +172,7 @@ class BuildLibrary(build_ext):
         ]
         print(shlex.join(command), flush=True)
         self.spawn(command)
+        self.build_carrier(output.parent)
 
 
 class PlatformWheel(bdist_wheel):
@@ -174,8 +187,9 @@ kernels = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cu*"
 cuda_sources = [p for p in kernels if p.endswith(".cu")]
 host_sources = sorted(
     str(p.relative_to(ROOT))
-    for place in ("host", "fabric", "emulated")
+    for place in ("host", "fabric", "emulated", "carrier")
     for p in (ROOT / "csrc" / place).rglob("*.cc")
+    if p.name != "main.cc"
 )
 # Host code that calls the CUDA runtime.
 sources_with_cuda = [p for p in host_sources if p.endswith("_cuda.cc")]

@@ -1,26 +1,23 @@
 // The transport `local-cuda`: ranks of virtual nodes on one machine, regions in GPU memory.
 //
-// A peer's regions are mapped by CUDA IPC. Every (peer, channel) has a stream; a put is a copy on
-// it, by a copy engine where the driver lets us ask for one. Its signal is a second copy, of 8
-// bytes, behind the first on the same stream: of the counter's new value, which this rank knows
-// because nobody else raises that counter. So the value is stored, never added, and a repeated
-// store could not count twice. An event behind the last copy of a batch tells when it has
-// completed.
-//
-// The receiver's kernel may be running while the copies land. It relies on the order of a stream:
-// a copy starts when the one before it has ended and its bytes are visible.
+// Regions are reached by CUDA IPC. The rank's carrier makes the copies (carrier/copies.h): proxy
+// threads only hand operations over, in shared memory, and call nothing of CUDA, which could wait
+// for a kernel of this rank that waits for them.
 
 #include <cuda_runtime.h>
 #include <dlfcn.h>
+#include <linux/futex.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <atomic>
-#include <deque>
+#include <memory>
 #include <stdexcept>
-#include <unordered_map>
 
-#include "atomics.h"
+#include "../carrier/carrier.h"
+#include "../carrier/copies.h"
 #include "peer_process.h"
 #include "transport.h"
 
@@ -28,20 +25,12 @@ namespace epcomm::fabric {
 
 namespace {
 
-constexpr size_t kBatch = 16;  // operations of one event; fewer than a poll collects
-constexpr int32_t kPeerGone = -1, kOutOfRange = -2;  // vendor codes that are no cudaError_t
+using carrier::CopyAddress;
+using carrier::CopyLane;
+using carrier::CopyMemory;
+using carrier::CopySetup;
 
-struct Address {
-    int32_t pid;
-    int32_t node;
-    struct Entry {
-        int32_t registered;
-        int32_t reserved;
-        uint64_t offset;  ///< of the region in the allocation that the handle names
-        uint64_t bytes;
-        cudaIpcMemHandle_t handle;
-    } regions[EPCOMM_FABRIC_MAX_REGIONS];
-};
+constexpr int32_t kPeerGone = -1, kCarrierGone = -3;  // vendor codes that are no cudaError_t
 
 void require(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
@@ -65,27 +54,33 @@ uint64_t allocation_start(const void* pointer) {
     return start;
 }
 
-/// A copy between places of GPUs. By default a copy within one GPU runs on its SMs, where it
-/// competes with the kernel that waits for it; copy engines are asked for where that is possible.
-cudaError_t copy_device(void* to, const void* from, size_t bytes, cudaStream_t stream) {
-#if CUDART_VERSION >= 13000
-    static std::atomic<bool> possible{true};
-    if (possible) {
-        cudaMemcpyAttributes how{};
-        how.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
-        how.flags = cudaMemcpyFlagPreferOverlapWithCompute;
-        size_t first = 0;
-        const cudaError_t error =
-            cudaMemcpyBatchAsync(&to, &from, &bytes, 1, &how, &first, 1, stream);
-        if (error != cudaErrorNotSupported && error != cudaErrorCallRequiresNewerDriver) {
-            return error;
+/// Memory that this process shares with its carrier.
+class SharedMemory {
+ public:
+    explicit SharedMemory(uint64_t bytes) : bytes_(bytes) {
+        fd_ = memfd_create("epcomm-copies", MFD_CLOEXEC);
+        if (fd_ >= 0 && ftruncate(fd_, int64_t(bytes)) == 0) {
+            start_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
         }
-        cudaGetLastError();
-        possible = false;
+        if (start_ != MAP_FAILED) return;
+        const std::string why = strerror(errno);
+        if (fd_ >= 0) close(fd_);
+        throw std::runtime_error("transport local-cuda: memory to share with the carrier: " + why);
     }
-#endif
-    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
-}
+    SharedMemory(const SharedMemory&) = delete;
+    SharedMemory& operator=(const SharedMemory&) = delete;
+    ~SharedMemory() {
+        munmap(start_, bytes_);
+        close(fd_);
+    }
+    int fd() const { return fd_; }
+    void* start() const { return start_; }
+
+ private:
+    uint64_t bytes_;
+    int fd_ = -1;
+    void* start_ = MAP_FAILED;
+};
 
 class LocalCuda : public Transport {
  public:
@@ -98,14 +93,13 @@ class LocalCuda : public Transport {
         }
         device_ = region.device;
         require(cudaSetDevice(device_), "cudaSetDevice");
-        Address::Entry& entry = mine_.regions[region.id];
+        CopyAddress::Entry& entry = mine_.regions[region.id];
         const uint64_t start = allocation_start(region.pointer);
         require(cudaIpcGetMemHandle(&entry.handle, reinterpret_cast<void*>(start)),
                 "cudaIpcGetMemHandle; memory must come from cudaMalloc");
         entry.registered = 1;
         entry.offset = reinterpret_cast<uintptr_t>(region.pointer) - start;
         entry.bytes = region.bytes;
-        local_[region.id] = static_cast<uint8_t*>(region.pointer);
     }
 
     void open(const Plan& plan) override {
@@ -113,9 +107,11 @@ class LocalCuda : public Transport {
         mine_.pid = int32_t(getpid());
         mine_.node = plan.node;
         peers_.resize(size_t(plan.num_nodes));
+        while (num_slots_ < uint32_t(plan.max_in_flight)) num_slots_ *= 2;
+        memory_ = std::make_unique<SharedMemory>(CopyMemory::bytes(plan.num_lanes, num_slots_));
         lanes_.resize(size_t(plan.num_lanes));
-        for (Lane& lane : lanes_) open_lane(&lane);
-        streams_.resize(size_t(plan.num_nodes) * size_t(plan.num_channels));
+        const CopyMemory places(memory_->start(), num_slots_);
+        for (int32_t i = 0; i < plan.num_lanes; ++i) lanes_[size_t(i)].shared = places.lane(i);
     }
 
     std::string address(int32_t) override {
@@ -123,256 +119,113 @@ class LocalCuda : public Transport {
     }
 
     void connect(const std::vector<std::string>& addresses) override {
-        require(cudaSetDevice(device_), "cudaSetDevice");
+        const CopySetup setup = {device_,         plan_.node, plan_.num_nodes, plan_.num_channels,
+                                 plan_.num_lanes, num_slots_};
+        std::string bytes(reinterpret_cast<const char*>(&setup), sizeof setup);
         for (int32_t n = 0; n < plan_.num_nodes; ++n) {
-            if (n == plan_.node) continue;
-            map_peer(n, addresses[size_t(n)]);
-            for (int32_t c = 0; c < plan_.num_channels; ++c) open_stream(n, c);
+            const std::string& theirs = n == plan_.node ? address(n) : addresses[size_t(n)];
+            CopyAddress address;
+            if (theirs.size() != sizeof address) {
+                throw std::runtime_error("transport local-cuda: node " + std::to_string(n) +
+                                         " uses another transport or version");
+            }
+            memcpy(&address, theirs.data(), sizeof address);
+            if (n != plan_.node) peers_[size_t(n)].watch(address.pid);
+            bytes += theirs;
         }
+        carrier_ =
+            std::make_unique<carrier::Carrier>("copies", bytes, std::vector<int>{memory_->fd()});
     }
 
     size_t post(int32_t number, const Operation* operations, size_t count) override {
-        enter_thread();
+        // Room is never short: a lane has at most as many operations under way as there are slots.
         Lane& lane = lanes_[size_t(number)];
-        size_t accepted = 0;
-        for (; accepted < count && !lane.values_free.empty(); ++accepted) {
-            const Operation& operation = operations[accepted];
-            const int32_t code = start(&lane, operation);
-            if (code != 0) lane.failed.push_back({operation.token, false, code, 0});
+        const CopyMemory places(memory_->start(), num_slots_);
+        uint64_t position = lane.shared->posted;
+        for (size_t i = 0; i < count; ++i) {
+            if (peers_[size_t(operations[i].command.peer)].gone()) {
+                lane.failed.push_back({operations[i].token, false, kPeerGone, 0});
+                continue;
+            }
+            *places.operation(lane.shared, position++) = operations[i];
         }
-        for (Batch& batch : lane.open) {
-            require_or_fail(&lane, &batch, cudaEventRecord(batch.event, batch.stream));
-            lane.under_way.push_back(std::move(batch));
-        }
-        lane.open.clear();
-        return accepted;
+        store_release(&lane.shared->posted, position);
+        wake(places.asleep());
+        return count;
     }
 
     size_t poll(int32_t number, Completion* completions, size_t capacity) override {
-        enter_thread();
         Lane& lane = lanes_[size_t(number)];
         size_t count = 0;
         while (count < capacity && !lane.failed.empty()) {
             completions[count++] = lane.failed.back();
             lane.failed.pop_back();
         }
-        for (size_t i = 0; i < lane.under_way.size();) {
-            Batch& batch = lane.under_way[i];
-            // Whole batches only, so that one is never half handed out.
-            if (count + batch.operations.size() > capacity) break;
-            const cudaError_t state = cudaEventQuery(batch.event);
-            if (state == cudaErrorNotReady) {
-                ++i;
-                continue;
-            }
-            for (const Started& started : batch.operations) {
-                completions[count++] = {started.token, state == cudaSuccess, int32_t(state), 0};
-                lane.values_free.push_back(started.value);
-            }
-            lane.events_free.push_back(batch.event);
-            lane.under_way.erase(lane.under_way.begin() + ptrdiff_t(i));
+        const CopyMemory places(memory_->start(), num_slots_);
+        const uint64_t completed = load_acquire(&lane.shared->completed);
+        while (count < capacity && lane.collected != completed) {
+            completions[count++] = *places.completion(lane.shared, lane.collected++);
+        }
+        // Nothing completes any more once the carrier is gone: the oldest operation says so.
+        constexpr uint32_t kLooks = 1024;
+        if (count == 0 && lane.collected != lane.shared->posted &&
+            ++lane.empty_looks % kLooks == 0 && carrier_->gone()) {
+            const Operation& oldest = *places.operation(lane.shared, lane.collected);
+            completions[count++] = {oldest.token, false, kCarrierGone, 0};
         }
         return count;
     }
 
-    bool peer_gone(int32_t node) override { return peers_[size_t(node)].process.gone(); }
+    bool peer_gone(int32_t node) override { return peers_[size_t(node)].gone(); }
 
     std::string error_text(const Completion& completion) const override {
-        if (completion.vendor == kPeerGone) return "the peer's process is gone";
-        if (completion.vendor == kOutOfRange) {
-            return "the place at the peer is not in a region it registered";
+        switch (completion.vendor) {
+            case kPeerGone: return "the peer's process is gone";
+            case kCarrierGone:
+                return "the carrier, the process that makes this rank's copies, is gone: " +
+                       carrier_->last_words();
+            case carrier::kOutOfRange:
+                return "the place at the peer is not in a region it registered";
+            default: return cudaGetErrorString(cudaError_t(completion.vendor));
         }
-        return cudaGetErrorString(cudaError_t(completion.vendor));
     }
 
     std::string describe() const override {
         return "local-cuda: CUDA IPC, copies of GPU " + std::to_string(device_) + " on " +
-               std::to_string((plan_.num_nodes - 1) * plan_.num_channels) + " streams";
+               std::to_string((plan_.num_nodes - 1) * plan_.num_channels) + " streams of process " +
+               std::to_string(carrier_->pid());
     }
 
     void close() override {
-        if (peers_.empty()) return;
-        cudaSetDevice(device_);
-        wait_for_streams();
-        for (cudaStream_t stream : streams_) {
-            if (stream != nullptr) cudaStreamDestroy(stream);
-        }
-        for (Peer& peer : peers_) {
-            for (void* base : peer.opened) cudaIpcCloseMemHandle(base);
-        }
-        for (Lane& lane : lanes_) {
-            for (cudaEvent_t event : lane.events) cudaEventDestroy(event);
-            cudaFreeHost(lane.values);
-        }
+        carrier_.reset();
+        memory_.reset();
         peers_.clear();
-        lanes_.clear();
-        streams_.clear();
     }
 
  private:
-    struct Mapping {
-        uint8_t* start = nullptr;
-        uint64_t bytes = 0;
-    };
-    struct Peer {
-        PeerProcess process;
-        Mapping regions[EPCOMM_FABRIC_MAX_REGIONS];
-        std::vector<void*> opened;
-    };
-    struct Started {
-        uint64_t token;
-        uint64_t* value;  ///< pinned: what its signal's copy reads
-    };
-    /// Operations of one stream up to one event.
-    struct Batch {
-        cudaStream_t stream;
-        cudaEvent_t event;
-        std::vector<Started> operations;
-    };
     struct Lane {
-        uint64_t* values = nullptr;  ///< pinned, one for each operation under way
-        std::vector<uint64_t*> values_free;
-        std::vector<cudaEvent_t> events, events_free;
-        std::vector<Batch> open;  ///< of the post in progress
-        std::deque<Batch> under_way;
+        CopyLane* shared = nullptr;
+        uint64_t collected = 0;
+        uint32_t empty_looks = 0;
         std::vector<Completion> failed;
-        /// What this rank has raised a peer's signal to; a signal has one writing channel, so one
-        /// lane.
-        std::unordered_map<uint64_t, uint64_t> raised;
     };
 
-    void open_lane(Lane* lane) {
-        const auto count = size_t(plan_.max_in_flight);
-        require(cudaHostAlloc(reinterpret_cast<void**>(&lane->values), count * sizeof(uint64_t),
-                              cudaHostAllocPortable),
-                "cudaHostAlloc");
-        for (size_t i = 0; i < count; ++i) {
-            cudaEvent_t event;
-            require(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
-            lane->values_free.push_back(lane->values + i);
-            lane->events.push_back(event);
-        }
-        lane->events_free = lane->events;
-    }
-
-    cudaStream_t& stream_of(int32_t peer, int32_t channel) {
-        return streams_[size_t(peer * plan_.num_channels + channel)];
-    }
-
-    void map_peer(int32_t node, const std::string& bytes) {
-        Address address;
-        if (bytes.size() != sizeof address) {
-            throw std::runtime_error("transport local-cuda: node " + std::to_string(node) +
-                                     " uses another transport or version");
-        }
-        memcpy(&address, bytes.data(), sizeof address);
-        Peer& peer = peers_[size_t(node)];
-        peer.process.watch(address.pid);
-        for (int id = 0; id < EPCOMM_FABRIC_MAX_REGIONS; ++id) {
-            const Address::Entry& entry = address.regions[id];
-            if (entry.registered == 0) continue;
-            void* base = nullptr;
-            require(cudaIpcOpenMemHandle(&base, entry.handle, cudaIpcMemLazyEnablePeerAccess),
-                    "cudaIpcOpenMemHandle; both ranks must be on one machine");
-            peer.opened.push_back(base);
-            peer.regions[id] = {static_cast<uint8_t*>(base) + entry.offset, entry.bytes};
-        }
-    }
-
-    /// Make a stream and use it once for all that it will do: a first use may load code, which
-    /// would wait for kernels that are running and wait for this copy.
-    void open_stream(int32_t peer, int32_t channel) {
-        cudaStream_t& stream = stream_of(peer, channel);
-        require(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
-        uint8_t* scratch = nullptr;
-        require(cudaMalloc(reinterpret_cast<void**>(&scratch), 2 * EPCOMM_FABRIC_UNIT),
-                "cudaMalloc");
-        const Mapping& theirs = peers_[size_t(peer)].regions[EPCOMM_FABRIC_SIGNALS];
-        cudaError_t error = copy_device(scratch, theirs.start, EPCOMM_FABRIC_UNIT, stream);
-        if (error == cudaSuccess) {
-            error = cudaMemcpyAsync(scratch, lanes_[0].values, sizeof(uint64_t),
-                                    cudaMemcpyHostToDevice, stream);
-        }
-        if (error == cudaSuccess) error = cudaEventRecord(lanes_[0].events[0], stream);
-        if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
-        cudaFree(scratch);
-        require(error, "first use of a stream");
-    }
-
-    /// Once per thread: choose the device, and stay out of the way of stream captures elsewhere.
-    void enter_thread() const {
-        thread_local int32_t entered = -1;
-        if (entered == device_) return;
-        cudaSetDevice(device_);
-        cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-        cudaThreadExchangeStreamCaptureMode(&mode);
-        entered = device_;
-    }
-
-    /// Start an operation's copies. Returns 0 or a vendor code.
-    int32_t start(Lane* lane, const Operation& operation) {
-        const Command& command = operation.command;
-        Peer& peer = peers_[size_t(command.peer)];
-        if (peer.process.gone()) return kPeerGone;
-        const cudaStream_t stream = stream_of(command.peer, command.channel);
-        if (command.bytes != 0 && command.op != EPCOMM_FABRIC_SIGNAL_ADD) {
-            const Mapping& remote = peer.regions[command.remote.region];
-            if (command.remote.offset + command.bytes > remote.bytes) return kOutOfRange;
-            const cudaError_t error = copy_device(
-                remote.start + command.remote.offset,
-                local_[command.local.region] + command.local.offset, command.bytes, stream);
-            if (error != cudaSuccess) return int32_t(error);
-        }
-        uint64_t* value = lane->values_free.back();
-        lane->values_free.pop_back();
-        batch_of(lane, stream)->operations.push_back({operation.token, value});
-        return command.op == EPCOMM_FABRIC_PUT ? 0 : signal(lane, command, stream, value);
-    }
-
-    int32_t signal(Lane* lane, const Command& command, cudaStream_t stream, uint64_t* value) {
-        const Mapping& signals = peers_[size_t(command.peer)].regions[EPCOMM_FABRIC_SIGNALS];
-        const uint64_t at = uint64_t(command.signal) * sizeof(uint64_t);
-        if (at + sizeof(uint64_t) > signals.bytes) return kOutOfRange;
-        uint64_t& raised = lane->raised[uint64_t(command.peer) << 32 | uint64_t(command.signal)];
-        raised += command.op == EPCOMM_FABRIC_PUT_SIGNAL ? 1 : command.value;
-        *value = raised;
-        return int32_t(cudaMemcpyAsync(signals.start + at, value, sizeof(uint64_t),
-                                       cudaMemcpyHostToDevice, stream));
-    }
-
-    static Batch* batch_of(Lane* lane, cudaStream_t stream) {
-        for (Batch& batch : lane->open) {
-            if (batch.stream == stream && batch.operations.size() < kBatch) return &batch;
-        }
-        // There are as many events as operations may be under way.
-        lane->open.push_back({stream, lane->events_free.back(), {}});
-        lane->events_free.pop_back();
-        return &lane->open.back();
-    }
-
-    static void require_or_fail(Lane* lane, Batch* batch, cudaError_t error) {
-        if (error == cudaSuccess) return;
-        lane->failed.push_back({batch->operations[0].token, false, int32_t(error), 0});
-    }
-
-    void wait_for_streams() const {
-        constexpr int64_t kLongestNs = 1'000'000'000;
-        const int64_t start = now_ns();
-        for (cudaStream_t stream : streams_) {
-            while (stream != nullptr && cudaStreamQuery(stream) == cudaErrorNotReady &&
-                   now_ns() - start < kLongestNs) {
-                usleep(100);
-            }
-        }
+    /// The other half of the carrier's nap.
+    static void wake(uint32_t* asleep) {
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+        if (__atomic_load_n(asleep, __ATOMIC_SEQ_CST) == 0) return;
+        __atomic_store_n(asleep, 0u, __ATOMIC_SEQ_CST);
+        syscall(SYS_futex, asleep, FUTEX_WAKE, 1, nullptr, nullptr, 0);
     }
 
     Plan plan_{};
-    Address mine_{};
+    CopyAddress mine_{};
     int32_t device_ = -1;
-    uint8_t* local_[EPCOMM_FABRIC_MAX_REGIONS] = {};
-    std::vector<Peer> peers_;
+    uint32_t num_slots_ = 1;
+    std::vector<PeerProcess> peers_;
+    std::unique_ptr<SharedMemory> memory_;
     std::vector<Lane> lanes_;
-    std::vector<cudaStream_t> streams_;
+    std::unique_ptr<carrier::Carrier> carrier_;
 };
 
 const RegisterTransport kRegistered("local-cuda", []() -> std::unique_ptr<Transport> {

@@ -27,7 +27,7 @@ def library(*places: str) -> list[str]:
         str(path)
         for place in places
         for path in sorted((ROOT / "csrc" / place).glob("*.cc"))
-        if not path.stem.endswith("_cuda")
+        if not path.stem.endswith("_cuda") and path.name != "main.cc"
     ]
 
 

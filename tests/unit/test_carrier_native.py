@@ -1,0 +1,16 @@
+"""A rank's carrier process: the C++ tests of tests/native, one by one."""
+
+import native_programs
+import pytest
+
+PROGRAMS = {"carriers": native_programs.library("carrier")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("native")
+
+
+@pytest.mark.parametrize(("program", "name"), native_programs.all_tests(PROGRAMS))
+def test_native(folder, program, name):
+    native_programs.run(native_programs.build(folder, program, PROGRAMS[program]), name)
