@@ -46,6 +46,11 @@ __device__ inline void report_abort(const epcomm_cuda_world& world) {
     report_error(world, error);
 }
 
+/// How often a waiting thread looks at the fabric's flag, which lies in host memory. Thousands of
+/// threads that read over PCIe all the time would hold up all else that crosses it: triggers, and
+/// the copy engines' commands.
+constexpr uint64_t kLookAtHostNs = 1000000;
+
 /// Spin until `*counter` is at least `expected` (acquire). False: gave up, or another rank did.
 __device__ inline bool wait_counter(const epcomm_cuda_world& world, const uint64_t* counter,
                                     uint64_t expected, int rank, const Waiting& what) {
@@ -53,6 +58,7 @@ __device__ inline bool wait_counter(const epcomm_cuda_world& world, const uint64
     if (load_acquire(counter) >= expected) return true;
     const epcomm_cuda_control* own = own_control(world);
     const uint64_t start = now_ns();
+    uint64_t looked = start;
     while (true) {
         for (int i = 0; i < kPolls; ++i) {
             if (load_acquire(counter) >= expected) return true;
@@ -61,9 +67,14 @@ __device__ inline bool wait_counter(const epcomm_cuda_world& world, const uint64
             report_abort(world);
             return false;
         }
-        const bool broken = what.fabric_failed != nullptr && load_acquire(what.fabric_failed) != 0;
+        const uint64_t now = now_ns();
+        bool broken = false;
+        if (what.fabric_failed != nullptr && now - looked > kLookAtHostNs) {
+            looked = now;
+            broken = load_acquire(what.fabric_failed) != 0;
+        }
         const int64_t patience = world.timeout_ns + (what.indirect ? world.timeout_ns / 4 : 0);
-        if (broken || now_ns() - start > uint64_t(patience)) {
+        if (broken || now - start > uint64_t(patience)) {
             epcomm_cuda_error error;
             error.verdict = broken ? EPCOMM_CUDA_FABRIC : EPCOMM_CUDA_TIMEOUT;
             error.op = what.op;
