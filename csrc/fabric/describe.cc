@@ -9,7 +9,7 @@ namespace {
 #define FIELD(structure, field)                                   \
     epcomm::describe<decltype(epcomm_fabric_##structure::field)>( \
         #structure, #field, offsetof(epcomm_fabric_##structure, field))
-#define RING_FIELD(structure, field)                                          \
+#define OTHER_FIELD(structure, field)                                         \
     epcomm::describe<decltype(epcomm_##structure::field)>(#structure, #field, \
                                                           offsetof(epcomm_##structure, field))
 #define END(name, type) epcomm_field{name, "", uint32_t(sizeof(type)), 0, 0, 'u'}
@@ -76,29 +76,44 @@ constexpr epcomm_field kFields[] = {
     FIELD(probe, round_trip),
     FIELD(probe, leads),
     END("probe", epcomm_fabric_probe),
-    RING_FIELD(proxy_thread, heartbeat),
-    RING_FIELD(proxy_thread, triggers),
-    RING_FIELD(proxy_thread, busy_ns),
-    RING_FIELD(proxy_thread, asleep),
-    RING_FIELD(proxy_thread, running),
+    OTHER_FIELD(proxy_thread, heartbeat),
+    OTHER_FIELD(proxy_thread, triggers),
+    OTHER_FIELD(proxy_thread, busy_ns),
+    OTHER_FIELD(proxy_thread, asleep),
+    OTHER_FIELD(proxy_thread, running),
     END("proxy_thread", epcomm_proxy_thread),
-    RING_FIELD(ring, slots),
-    RING_FIELD(ring, producer),
-    RING_FIELD(ring, consumer),
-    RING_FIELD(ring, num_slots),
+    OTHER_FIELD(ring, slots),
+    OTHER_FIELD(ring, producer),
+    OTHER_FIELD(ring, consumer),
+    OTHER_FIELD(ring, num_slots),
     END("ring", epcomm_ring),
-    RING_FIELD(ring_consumer, tail),
-    RING_FIELD(ring_consumer, completed),
+    OTHER_FIELD(ring_consumer, tail),
+    OTHER_FIELD(ring_consumer, completed),
     END("ring_consumer", epcomm_ring_consumer),
-    RING_FIELD(fabric, rings),
-    RING_FIELD(fabric, state),
-    RING_FIELD(fabric, timeout_ns),
-    RING_FIELD(fabric, num_rings),
-    RING_FIELD(fabric, num_threads),
-    RING_FIELD(fabric, num_channels),
-    RING_FIELD(fabric, num_nodes),
-    RING_FIELD(fabric, node),
+    OTHER_FIELD(fabric, rings),
+    OTHER_FIELD(fabric, state),
+    OTHER_FIELD(fabric, timeout_ns),
+    OTHER_FIELD(fabric, num_rings),
+    OTHER_FIELD(fabric, num_threads),
+    OTHER_FIELD(fabric, num_channels),
+    OTHER_FIELD(fabric, num_nodes),
+    OTHER_FIELD(fabric, node),
     END("fabric", epcomm_fabric),
+    OTHER_FIELD(region_key, address),
+    OTHER_FIELD(region_key, bytes),
+    OTHER_FIELD(region_key, key),
+    END("region_key", epcomm_region_key),
+    OTHER_FIELD(ibgda, queues),
+    OTHER_FIELD(ibgda, local),
+    OTHER_FIELD(ibgda, remote),
+    OTHER_FIELD(ibgda, landing),
+    OTHER_FIELD(ibgda, state),
+    OTHER_FIELD(ibgda, timeout_ns),
+    OTHER_FIELD(ibgda, num_channels),
+    OTHER_FIELD(ibgda, num_nodes),
+    OTHER_FIELD(ibgda, num_planes),
+    OTHER_FIELD(ibgda, node),
+    END("ibgda", epcomm_ibgda),
 };
 
 constexpr epcomm_constant kConstants[] = {
@@ -117,6 +132,8 @@ constexpr epcomm_constant kConstants[] = {
     ENUMERATOR(RING_FULL),
     ENUMERATOR(STALLED),
     ENUMERATOR(STOPPED),
+    ENUMERATOR(KIND_PROXY),
+    ENUMERATOR(KIND_IBGDA),
 #undef ENUMERATOR
 };
 

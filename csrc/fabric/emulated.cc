@@ -183,7 +183,7 @@ class Emulated : public Transport {
 
     std::string address(int32_t peer) override {
         for (int32_t channel = 0; peer != plan_.node && channel < plan_.num_channels; ++channel) {
-            mine_.queue_pairs[channel] = fabric_.queue({peer, channel})->number;
+            mine_.queue_pairs[channel] = queue_of(fabric_, {peer, channel})->number;
         }
         return std::string(reinterpret_cast<const char*>(&mine_), sizeof mine_);
     }
@@ -307,7 +307,7 @@ class Emulated : public Transport {
         }
         if (node == 0) epoch_ = theirs.epoch_ns;
         for (int32_t channel = 0; channel < plan_.num_channels; ++channel) {
-            engine_->connect(uint32_t(plan_.node), fabric_.queue({node, channel})->number,
+            engine_->connect(uint32_t(plan_.node), queue_of(fabric_, {node, channel})->number,
                              uint32_t(node), theirs.queue_pairs[channel]);
         }
     }

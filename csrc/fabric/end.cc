@@ -1,11 +1,11 @@
 // One rank's end of a fabric: checks, memory layout, the transport's life; the C ABI over it.
 
-#include <stdio.h>
 #include <string.h>
 
 #include <stdexcept>
 
 #include "proxy.h"
+#include "report.h"
 
 using namespace epcomm::fabric;
 
@@ -15,7 +15,8 @@ struct epcomm_fabric_end {
     epcomm_fabric fabric;
     std::vector<Region> regions;
     std::shared_ptr<Transport> transport;
-    std::unique_ptr<Proxy> proxy;
+    std::unique_ptr<Proxy> proxy;          // of a connected end that is not direct
+    const epcomm_ibgda* direct = nullptr;  // of a connected end that is
     std::string text;
     bool stopped = false;
 };
@@ -103,6 +104,20 @@ Region checked_region(const epcomm_fabric_end* end, const epcomm_fabric_region& 
             region.fd_offset};
 }
 
+/// Put what a producer reported into the transport's words; a kernel writes none.
+void explain(epcomm_fabric_end* end) {
+    epcomm_fabric_error& error = end->fabric.state->error;
+    if (error.status != EPCOMM_FABRIC_TRANSPORT || error.text[0] != 0) return;
+    put_text(&error, end->transport->error_text({0, false, error.vendor, error.queue_pair}));
+}
+
+/// End every wait on a direct transport; proxy threads do it themselves.
+void stop_direct(epcomm_fabric_end* end, int64_t timeout_ns) {
+    epcomm_fabric_state* state = end->fabric.state;
+    if (load_acquire(&state->failed) == 0) end->transport->drain(timeout_ns);
+    report(state, plain_error(EPCOMM_FABRIC_STOPPED, "the fabric was stopped"));
+}
+
 }  // namespace
 
 extern "C" {
@@ -128,7 +143,9 @@ epcomm_fabric_end* epcomm_fabric_create(const epcomm_fabric_config* config, cons
                      config->num_rings,
                      config->num_threads,
                      config->max_in_flight,
-                     options};
+                     options,
+                     static_cast<epcomm_fabric_state*>(config->host_memory),
+                     config->timeout_ns};
         end->transport = make_transport(transport);
         lay_out(end.get());
         return end.release();
@@ -173,6 +190,12 @@ int epcomm_fabric_connect(epcomm_fabric_end* end, const void* const* addresses,
             all[n].assign(static_cast<const char*>(addresses[n]), size_t(sizes[n]));
         }
         end->transport->connect(all);
+        end->direct = end->transport->direct();
+        if (end->direct != nullptr) {
+            // Nobody would take a trigger: pushing one is an error.
+            end->fabric.num_channels = 0;
+            return;
+        }
         const Patience patience = {end->config.spin, end->config.device_fills,
                                    end->config.longest_nap_ns};
         end->proxy =
@@ -197,9 +220,15 @@ const char* epcomm_fabric_describe(epcomm_fabric_end* end) {
 
 const epcomm_fabric* epcomm_fabric_of(const epcomm_fabric_end* end) { return &end->fabric; }
 
+const epcomm_ibgda* epcomm_fabric_ibgda_of(const epcomm_fabric_end* end) { return end->direct; }
+
 int epcomm_fabric_check(epcomm_fabric_end* end, int64_t stall_ns) {
     if (end->proxy != nullptr) end->proxy->check(stall_ns);
-    return int(load_acquire(&end->fabric.state->failed));
+    const bool direct = end->direct != nullptr && !end->stopped;
+    if (direct) end->transport->look_after();
+    const auto failed = int(load_acquire(&end->fabric.state->failed));
+    if (direct && failed != 0) explain(end);
+    return failed;
 }
 
 int epcomm_fabric_peer_gone(epcomm_fabric_end* end, int32_t peer) {
@@ -209,6 +238,7 @@ int epcomm_fabric_peer_gone(epcomm_fabric_end* end, int32_t peer) {
 int epcomm_fabric_stop(epcomm_fabric_end* end, int64_t timeout_ns) {
     if (end->stopped) return 0;
     end->stopped = true;
+    if (end->direct != nullptr) stop_direct(end, timeout_ns);
     // A thread stuck in the transport still uses it.
     if (end->proxy != nullptr && !end->proxy->stop(timeout_ns)) return 1;
     attempt(end, [&] { end->transport->close(); });

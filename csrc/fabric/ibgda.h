@@ -14,32 +14,20 @@
 
 namespace epcomm::fabric {
 
-/// A registered region as one NIC knows it.
-struct RegionKey {
-    uint64_t address;
-    uint64_t bytes;
-    uint32_t key;
-};
+using Ibgda = epcomm_ibgda;
+using RegionKey = epcomm_region_key;
 
-/// What producers need; plain data that a kernel takes by value. Pointers are valid where the
-/// producers run.
-struct Ibgda {
-    mlx5::SendQueue* queues;   ///< [num_nodes][num_channels]; the own node's are not used
-    const RegionKey* local;    ///< [num_planes][EPCOMM_FABRIC_MAX_REGIONS]
-    const RegionKey* remote;   ///< [num_nodes][num_planes][EPCOMM_FABRIC_MAX_REGIONS]
-    const RegionKey* landing;  ///< [num_planes]: 8 bytes that old values are returned to
-    epcomm_fabric_state* state;
-    int64_t timeout_ns;  ///< how long a producer waits for a free slot
-    int32_t num_channels;
-    int32_t num_nodes;
-    int32_t num_planes;
-    int32_t node;  ///< this rank's
+EPCOMM_HD inline mlx5::SendQueue* queue_at(const Ibgda& fabric, int32_t index) {
+    return static_cast<mlx5::SendQueue*>(fabric.queues) + index;
+}
 
-    EPCOMM_HD mlx5::SendQueue* queue(Lane lane) const {
-        return &queues[lane.peer * num_channels + lane.channel];
-    }
-    EPCOMM_HD int32_t plane(Lane lane) const { return lane.channel % num_planes; }
-};
+EPCOMM_HD inline mlx5::SendQueue* queue_of(const Ibgda& fabric, Lane lane) {
+    return queue_at(fabric, lane.peer * fabric.num_channels + lane.channel);
+}
+
+EPCOMM_HD inline int32_t plane_of(const Ibgda& fabric, Lane lane) {
+    return lane.channel % fabric.num_planes;
+}
 
 EPCOMM_HD inline bool failed(const Ibgda& fabric) {
     return load_acquire(&fabric.state->failed) != 0;
@@ -63,14 +51,15 @@ struct FabricWait {
 /// the call.
 EPCOMM_HD inline void stop_all(const Ibgda& fabric) {
     for (int32_t i = 0; i < fabric.num_nodes * fabric.num_channels; ++i) {
-        if (mlx5::works(fabric.queues[i])) mlx5::give_up(&fabric.queues[i], mlx5::kQueueStopped);
+        mlx5::SendQueue* queue = queue_at(fabric, i);
+        if (mlx5::works(*queue)) mlx5::give_up(queue, mlx5::kQueueStopped);
     }
 }
 
 /// Report why a queue failed. `vendor` is the NIC's syndrome << 8 | its vendor's; what was under
 /// way is known by the request's position only, and `command` is the call that met the failure.
 EPCOMM_HD inline void report(const Ibgda& fabric, Lane lane, const Command& command) {
-    const mlx5::SendQueue* queue = fabric.queue(lane);
+    const mlx5::SendQueue* queue = queue_of(fabric, lane);
     const uint32_t why = load_acquire(&queue->failed);
     // A deadline passed, by which nothing is lost; or what failed has been reported.
     if (why == mlx5::kQueueWorks || why == mlx5::kQueueStopped) return;
@@ -159,11 +148,11 @@ struct Requests {
 
 EPCOMM_HD inline Requests requests_of(const Ibgda& fabric, const Command& command, bool ask) {
     const Lane lane{command.peer, command.channel};
-    const int32_t plane = fabric.plane(lane);
+    const int32_t plane = plane_of(fabric, lane);
     const RegionKey* local = &fabric.local[plane * EPCOMM_FABRIC_MAX_REGIONS];
     const RegionKey* remote =
         &fabric.remote[(lane.peer * fabric.num_planes + plane) * EPCOMM_FABRIC_MAX_REGIONS];
-    return {fabric.queue(lane),
+    return {queue_of(fabric, lane),
             local[command.local.region],
             remote[command.remote.region],
             remote[EPCOMM_FABRIC_SIGNALS],
@@ -188,7 +177,7 @@ EPCOMM_HD inline Ticket push(const Ibgda& fabric, const Command& command) {
         return 0;
     }
     const Lane lane{command.peer, command.channel};
-    mlx5::SendQueue* queue = fabric.queue(lane);
+    mlx5::SendQueue* queue = queue_of(fabric, lane);
     const Requests requests = requests_of(fabric, command, false);
     const uint32_t count = requests.count();
     FabricWait wait(fabric, fabric.timeout_ns);
@@ -231,7 +220,7 @@ EPCOMM_HD inline Ticket signal_add(const Ibgda& fabric, Lane lane, int32_t signa
 EPCOMM_HD inline bool done(const Ibgda& fabric, int32_t channel, Ticket ticket) {
     const Lane lane{int32_t((ticket - 1) >> kTicketPeerShift), channel};
     const uint64_t end = (ticket - 1) & ((uint64_t(1) << kTicketPeerShift) - 1);
-    mlx5::SendQueue* queue = fabric.queue(lane);
+    mlx5::SendQueue* queue = queue_of(fabric, lane);
     FabricWait wait(fabric, fabric.timeout_ns);
     if (load_acquire(&queue->done) >= end) return true;
     if (!mlx5::poll(queue) || !mlx5::ask(queue, end, wait)) {
@@ -249,7 +238,7 @@ EPCOMM_HD inline bool flush(const Ibgda& fabric, int32_t channel, int64_t timeou
         for (int32_t peer = 0; peer < fabric.num_nodes; ++peer) {
             if (peer == fabric.node) continue;
             const Lane lane{peer, channel};
-            mlx5::SendQueue* queue = fabric.queue(lane);
+            mlx5::SendQueue* queue = queue_of(fabric, lane);
             const uint64_t end = load_relaxed(&queue->reserved);
             if (load_acquire(&queue->done) >= end) continue;
             if (pass == 0 ? mlx5::ask(queue, end, wait) : mlx5::flush(queue, wait)) continue;

@@ -6,13 +6,14 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdio.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <exception>
+
+#include "report.h"
 
 namespace epcomm::fabric {
 
@@ -33,21 +34,6 @@ int64_t thread_time_ns() {
     timespec t;
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
     return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
-}
-
-/// Write the fabric's error record, if this is the first report, and end every wait.
-void report(epcomm_fabric_state* state, const epcomm_fabric_error& error) {
-    if (__atomic_exchange_n(&state->failing, 1u, __ATOMIC_ACQ_REL) != 0) return;
-    state->error = error;
-    store_release(&state->failed, uint32_t(error.status));
-}
-
-epcomm_fabric_error plain_error(epcomm_fabric_status status, const std::string& text) {
-    epcomm_fabric_error error{};
-    error.status = status;
-    error.peer = error.channel = -1;
-    snprintf(error.text, sizeof error.text, "%s", text.c_str());
-    return error;
 }
 
 epcomm_fabric_error operation_error(epcomm_fabric_status status, const Command& command,

@@ -26,6 +26,9 @@
 // (for RC: it has been acknowledged) and its local bytes will not be read again. Every posted
 // operation gets one Completion, in any order.
 //
+// DIRECT. A transport whose producers post by themselves is told so by `direct()`. It has no proxy
+// threads: post and poll are never called, and `drain` and `look_after` are called instead.
+//
 // FAILURE. post and poll don't throw. An operation that fails gets a Completion with `ok` false;
 // then the proxy stops and nothing more is posted. The other operations under way need no
 // completion after that.
@@ -67,6 +70,9 @@ struct Plan {
     int32_t max_in_flight;
     /// Transport's own options, "name=value" separated by spaces, such as "nic=mlx5_0 tc=106".
     std::string options;
+    /// For transports that are direct: what their producers are given.
+    epcomm_fabric_state* state;
+    int64_t timeout_ns;
 
     int32_t lane_of(int32_t channel) const { return channel % num_rings % num_lanes; }
 };
@@ -110,6 +116,18 @@ class Transport {
     /// Collect completions, at most `capacity`. Called regularly, also with nothing under way: a
     /// transport that has to act on what it receives does it here. Never waits.
     virtual size_t poll(int32_t lane, Completion* completions, size_t capacity) = 0;
+
+    /// What producers take that post by themselves, from `connect` on; null for a transport of
+    /// proxy threads. It points to memory of the transport's, valid until `close`.
+    virtual const epcomm_ibgda* direct() { return nullptr; }
+
+    /// Direct: wait until what producers have posted has completed, at most so long; none of them
+    /// posts any more.
+    virtual void drain(int64_t /*timeout_ns*/) {}
+
+    /// Direct: look for errors that no producer meets and report them (report.h). Called now and
+    /// then between `connect` and `close`. Never waits.
+    virtual void look_after() {}
 
     /// Whether the peer's process is known to be gone; false where only a failing operation tells.
     virtual bool peer_gone(int32_t /*peer*/) { return false; }

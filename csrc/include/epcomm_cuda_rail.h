@@ -28,7 +28,9 @@ typedef struct {
 /// What stays the same for the life of a buffer: staging and the way to the rail peers.
 typedef struct {
     epcomm_chunking chunking;
+    int32_t fabric_kind;  ///< epcomm_fabric_kind: which of the next two the kernels use
     epcomm_fabric fabric;
+    epcomm_ibgda ibgda;
     const epcomm_cuda_place* places;  ///< [R]
     const int32_t* rail;              ///< rank of this rail on every node, [N]
     uint8_t* send;                    ///< region SEND

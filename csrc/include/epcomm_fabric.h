@@ -1,5 +1,6 @@
 /// epcomm's fabric: bytes between the ranks of a rail, through triggers, proxy threads and a
-/// transport. The C ABI; kernels and C++ call fabric/fabric.h.
+/// transport, or by producers that fill the NICs' send queues themselves (a *direct* transport).
+/// The C ABI; kernels and C++ call fabric/fabric.h and fabric/ibgda.h.
 ///
 /// Every rank of a rail does, in this order:
 ///
@@ -63,7 +64,7 @@ EPCOMM_API int64_t epcomm_fabric_address(epcomm_fabric_end* end, int32_t peer, v
                                          int64_t capacity);
 
 /// `addresses[n]`, of `sizes[n]` bytes, is what node n's rank made for this one. Starts the
-/// proxy threads.
+/// proxy threads, unless the transport is direct.
 EPCOMM_API int epcomm_fabric_connect(epcomm_fabric_end* end, const void* const* addresses,
                                      const int64_t* sizes);
 
@@ -74,11 +75,15 @@ EPCOMM_API const char* epcomm_fabric_transports(void);
 EPCOMM_API const char* epcomm_fabric_text(const epcomm_fabric_end* end);
 EPCOMM_API const char* epcomm_fabric_describe(epcomm_fabric_end* end);
 
-/// What producers take; a kernel by value.
+/// What producers take; a kernel by value. Of a direct end: only the state; it refuses operations.
 EPCOMM_API const epcomm_fabric* epcomm_fabric_of(const epcomm_fabric_end* end);
 
+/// The same for the producers of a direct end that is connected; null for other ends.
+EPCOMM_API const epcomm_ibgda* epcomm_fabric_ibgda_of(const epcomm_fabric_end* end);
+
 /// Look after the threads: one that ended, or showed no sign of life for `stall_ns`, fails the
-/// fabric. Returns the epcomm_fabric_status; the error record is in state->error.
+/// fabric. A direct transport looks for errors that no producer meets. Returns the
+/// epcomm_fabric_status; the error record is in state->error.
 EPCOMM_API int epcomm_fabric_check(epcomm_fabric_end* end, int64_t stall_ns);
 
 /// Whether the process of a peer is known to be gone.

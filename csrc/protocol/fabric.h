@@ -125,6 +125,12 @@ typedef struct {
     epcomm_ring_consumer consumers[EPCOMM_FABRIC_MAX_RINGS];
 } epcomm_fabric_state;
 
+/// Which of the two structures below producers take, and so how they send.
+typedef enum {
+    EPCOMM_FABRIC_KIND_PROXY = 0,  ///< epcomm_fabric: triggers in rings, for proxy threads
+    EPCOMM_FABRIC_KIND_IBGDA = 1,  ///< epcomm_ibgda: requests in send queues, for the NIC itself
+} epcomm_fabric_kind;
+
 /// What producers need; plain data that a kernel takes by value. Pointers are valid where the
 /// producers run.
 typedef struct {
@@ -138,6 +144,29 @@ typedef struct {
     int32_t node;  ///< this rank's
     int32_t reserved;
 } epcomm_fabric;
+
+/// A registered region as one NIC knows it.
+typedef struct {
+    uint64_t address;
+    uint64_t bytes;
+    uint32_t key;
+} epcomm_region_key;
+
+/// What producers need that fill the NICs' send queues themselves; as above. There is a queue pair
+/// for each (peer, channel); those of the own node are not used. A channel belongs to one of the
+/// rank's NICs, its planes: the one of number `channel % num_planes`.
+typedef struct {
+    void* queues;                      ///< mlx5::SendQueue [num_nodes][num_channels]
+    const epcomm_region_key* local;    ///< [num_planes][EPCOMM_FABRIC_MAX_REGIONS]
+    const epcomm_region_key* remote;   ///< [num_nodes][num_planes][EPCOMM_FABRIC_MAX_REGIONS]
+    const epcomm_region_key* landing;  ///< [num_planes]: 8 bytes that old values are returned to
+    epcomm_fabric_state* state;
+    int64_t timeout_ns;  ///< how long a producer waits for a free slot
+    int32_t num_channels;
+    int32_t num_nodes;
+    int32_t num_planes;
+    int32_t node;  ///< this rank's
+} epcomm_ibgda;
 
 /// A place in a region: of this rank (local) or of a peer (remote).
 typedef struct {

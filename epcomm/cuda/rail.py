@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..backend import Config
+from ..fabric.abi import constants as fabric_constants
 from ..formats.wire import WireFormat
 from ..native import combine_record, constants, dispatch_record, dtypes, library
 from ..topology import Topology
@@ -155,6 +156,7 @@ def fill_rail(
     block: np.ndarray,
     plan: RailPlan,
     fabric: bytes,
+    ibgda: bytes | None,
     regions: Mapping[int, int],
     state: Mapping[str, int],
 ) -> None:
@@ -164,11 +166,15 @@ def fill_rail(
         block: the structure, 0-d.
         plan: of the rail.
         fabric: the ``epcomm_fabric`` that kernels take.
+        ibgda: the ``epcomm_ibgda``, for kernels that post by themselves; None: they don't.
         regions: addresses of the regions by number.
         state: addresses of ``state_shapes`` arrays and of ``places`` and ``rail``.
     """
     block["chunking"] = plan.chunking.reshape(1).view(np.uint8)
     block["fabric"] = np.frombuffer(fabric, np.uint8)
+    block["fabric_kind"] = fabric_constants["KIND_PROXY" if ibgda is None else "KIND_IBGDA"]
+    if ibgda is not None:
+        block["ibgda"] = np.frombuffer(ibgda, np.uint8)
     block["signals"] = regions[0]
     for name in ("send", "receive", "outbox", "inbox"):
         block[name] = regions[constants[f"REGION_{name.upper()}"]]

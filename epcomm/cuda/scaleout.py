@@ -109,6 +109,7 @@ class ScaleOut:
             rail,
             self.plan,
             self.fabric.struct,
+            self.fabric.ibgda,
             {i: m.pointer for i, m in memory.items()},
             {name: array.data.ptr for name, array in self._state.items()},
         )

@@ -29,6 +29,7 @@ _FUNCTIONS = {
     "transports": (ctypes.c_char_p, []),
     "describe": (ctypes.c_char_p, [_POINTER]),
     "of": (_POINTER, [_POINTER]),
+    "ibgda_of": (_POINTER, [_POINTER]),
     "check": (_I32, [_POINTER, _I64]),
     "peer_gone": (_I32, [_POINTER, _I32]),
     "stop": (_I32, [_POINTER, _I64]),

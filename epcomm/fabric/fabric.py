@@ -253,6 +253,12 @@ class Fabric:
         return ctypes.string_at(self.pointer, dtypes["fabric"].itemsize)
 
     @property
+    def ibgda(self) -> bytes | None:
+        """The ``epcomm_ibgda`` that kernels take by value; None where proxy threads post."""
+        address = library.epcomm_fabric_ibgda_of(self._end)
+        return ctypes.string_at(address, dtypes["ibgda"].itemsize) if address else None
+
+    @property
     def threads(self) -> np.ndarray:
         """What the proxy threads did, a copy: ``proxy_thread`` [num_threads]."""
         size = dtypes["proxy_thread"].itemsize * self.options.num_threads

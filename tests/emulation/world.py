@@ -201,6 +201,7 @@ class EmulatedRank:
             self.rail_block,
             self.plan,
             self.fabric.tobytes(),
+            None,
             {i: region.ctypes.data for i, region in self.regions.items()},
             {name: array.ctypes.data for name, array in arrays.items()},
         )

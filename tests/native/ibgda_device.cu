@@ -31,7 +31,7 @@ __global__ void put_chunk(Ibgda fabric, Chunk chunk, int* ok) {
 /// The lanes of a warp write a request each, with one reservation and one doorbell for all.
 __global__ void put_rows(Ibgda fabric, fabric::Lane lane, uint32_t count, uint32_t bytes,
                          uint64_t* end) {
-    mlx5::SendQueue* queue = fabric.queue(lane);
+    mlx5::SendQueue* queue = queue_of(fabric, lane);
     const fabric::RegionKey from = fabric.local[1];
     const fabric::RegionKey to = fabric.remote[lane.peer * EPCOMM_FABRIC_MAX_REGIONS + 1];
     fabric::FabricWait wait(fabric, fabric.timeout_ns);

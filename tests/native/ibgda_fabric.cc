@@ -245,7 +245,7 @@ TEST(an_error_is_reported_with_its_queue_pair) {
     CHECK_EQUAL(error.vendor, mlx5::kRemoteAccess << 8 | kVendorRemoteAccess);
     CHECK_EQUAL(error.peer, 1);
     CHECK_EQUAL(error.channel, 1);
-    CHECK_EQUAL(error.queue_pair, node.fabric.queue({1, 1})->number);
+    CHECK_EQUAL(error.queue_pair, fabric::queue_of(node.fabric, {1, 1})->number);
     CHECK_EQUAL(error.position, 1);
     CHECK_EQUAL(world.nodes[1].signal(3), 1);
     CHECK_EQUAL(world.nodes[1].signal(4), 0);
@@ -295,6 +295,6 @@ TEST(bad_commands_are_refused_before_they_are_posted) {
         CHECK(fabric::put_signal(node.fabric, one.lane, one.remote, {1, 0, 0}, 16, one.signal) ==
               0);
         CHECK_EQUAL(node.state.failed, EPCOMM_FABRIC_BAD_TRIGGER);
-        CHECK_EQUAL(node.fabric.queues[1].reserved, 0);
+        CHECK_EQUAL(fabric::queue_at(node.fabric, 1)->reserved, 0);
     }
 }

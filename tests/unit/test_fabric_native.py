@@ -4,7 +4,7 @@ import native_programs
 import pytest
 
 LIBRARY = native_programs.library("host", "fabric", "emulated")
-PROGRAMS = {"rings": [], "proxies": LIBRARY, "model": LIBRARY}
+PROGRAMS = {"rings": [], "proxies": LIBRARY, "model": LIBRARY, "direct": LIBRARY}
 
 
 @pytest.fixture(scope="module")

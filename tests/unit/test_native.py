@@ -139,7 +139,7 @@ def test_every_field_and_enumerator_of_the_fabric_is_described():
     for body, name in re.findall(structures, path.read_text(), re.S):
         if name in ("trigger", "ring_producer"):
             continue
-        fields = set(re.findall(r"^\s*[\w]+\*? (\w+)(?:\[\w+\])?;", body, re.M))
+        fields = set(re.findall(r"^\s*(?:const )?[\w]+\*? (\w+)(?:\[\w+\])?;", body, re.M))
         fields = {field for field in fields if not field.startswith("reserved")}
         assert fields == set(fabric_abi.dtypes[name].names), name
         checked.add(name)
