@@ -17,6 +17,8 @@ from ..topology import Topology
 #: Records of a chunk, which one put carries, unless the fabric's signals force longer ones. A chunk
 #: of 64 packed rows of H = 7168 has 480 kB: 10 us of a 50 GB/s link, several triggers' cost.
 CHUNK_RECORDS = 64
+#: Where every chunk costs CUDA calls of the rank's carrier.
+COPIED_CHUNK_RECORDS = 256
 CHANNELS = 4
 _ALIGN = constants["limit_window_align"]
 

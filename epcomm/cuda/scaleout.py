@@ -24,6 +24,8 @@ from ..traffic import LinkTraffic, Traffic
 from . import abi
 from .memory import DeviceBlock, PinnedBlock
 from .rail import (
+    CHUNK_RECORDS,
+    COPIED_CHUNK_RECORDS,
     RailPlan,
     fill_hops,
     fill_rail,
@@ -82,7 +84,12 @@ class ScaleOut:
         self.topology, self.config = topology, config
         error: Exception | None = None
         try:
-            self.plan: RailPlan = plan_rail(topology, config)
+            copied = transport == "local-cuda"
+            self.plan: RailPlan = plan_rail(
+                topology,
+                config,
+                chunk_records=COPIED_CHUNK_RECORDS if copied else CHUNK_RECORDS,
+            )
             abi.check(native.library.epcomm_cuda_load_two_hop(), "loading the two-hop kernels")
             memory = {i: _Memory(n) for i, n in self.plan.region_bytes().items()}
             fabric_options = self._fabric_options(options, transport)
@@ -183,9 +190,8 @@ class ScaleOut:
         rows = _rows_elsewhere(ranks, self.topology.local_rank, by_expert)
         for peer, count in enumerate(received.tolist()):
             lists = arrays["forwarded"][peer, :count].view(torch.int16)
-            rows += _rows_elsewhere(
-                lists.view(count, -1, 4)[..., 0], self.topology.local_rank, by_expert
-            )
+            ranks_of_copies = lists.view(count, self.config.num_topk, 4)[..., 0]
+            rows += _rows_elsewhere(ranks_of_copies, self.topology.local_rank, by_expert)
         mine = sent if name == "dispatch" else received
         hidden, num_topk = self.config.hidden, self.config.num_topk
         if name == "dispatch":
