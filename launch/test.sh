@@ -18,10 +18,11 @@ cd "$EPCOMM_ROOT"
 worlds=(1 2 3 4 6 8)
 # The largest first: it finds most.
 gpu_worlds=(8 1 2 3 4 6)
+gpu_node_worlds=(8 4)
 mode='' jobs=1 vm=1
 while [[ ${1:-} =~ ^--(quick|cpu|gpu|only-gpu)$ ]]; do
     case $1 in
-        --quick) worlds=(4) gpu_worlds=(8 3) jobs='' vm='' ;;
+        --quick) worlds=(4) gpu_worlds=(8 3) gpu_node_worlds=(8) jobs='' vm='' ;;
         *) mode=${1#--} ;;
     esac
     shift
@@ -93,6 +94,11 @@ if [[ $mode != cpu ]] && gpu_job; then
     for size in "${gpu_worlds[@]}"; do
         test_stage "$size ranks on GPUs" bash launch/gpu.sh -n "$size" python -m mpi4py -m pytest \
             --color=no --with-mpi -o faulthandler_timeout=115 tests/gpu
+    done
+    # SMs are left to the ranks' emulated network cards.
+    for size in "${gpu_node_worlds[@]}"; do
+        test_stage "$size ranks in virtual nodes on GPUs" bash launch/gpu.sh -n "$size" --sms 12 \
+            python -m mpi4py -m pytest --color=no --with-mpi -o faulthandler_timeout=115 tests/gpu_nodes
     done
     test_stage "jobs on GPUs" python -m pytest --color=no -m gpu tests/jobs
 elif [[ $mode == *gpu ]]; then

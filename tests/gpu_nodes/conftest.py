@@ -1,4 +1,4 @@
-"""Virtual nodes on GPUs: not a stage of launch/test.sh while the path is unfinished.
+"""Virtual nodes on the GPUs of one machine.
 
 bash launch/gpu.sh -n 8 --sms 12 python -m mpi4py -m pytest --with-mpi -x tests/gpu_nodes
 """
