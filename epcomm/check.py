@@ -53,7 +53,14 @@ def check_config(config: Config, num_ranks: int) -> None:
         )
 
 
-_FABRICS = ("auto", "mpi", "proxy/local", "proxy/verbs", "proxy/emulated")
+_FABRICS = ("auto", "mpi", "proxy/local", "proxy/verbs", "proxy/emulated", "emulated")
+#: Those of each back end.
+_FABRICS_OF = {
+    "cpu": ("auto", "mpi", "proxy/local", "proxy/verbs", "proxy/emulated"),
+    "cuda": ("auto", "proxy/local", "emulated"),
+}
+#: Those without options of their own.
+_PLAIN_FABRICS = ("auto", "mpi")
 
 
 def check_fabric(fabric: Any, backend: str, bootstrap: Bootstrap) -> None:
@@ -64,11 +71,12 @@ def check_fabric(fabric: Any, backend: str, bootstrap: Bootstrap) -> None:
     """
     # A transport's own options may follow.
     name, _, arguments = str(fabric).partition(" ")
-    if name not in _FABRICS or (arguments and not name.startswith("proxy/")):
+    if name not in _FABRICS or (arguments and name in _PLAIN_FABRICS):
         raise ValueError(f"fabric: expected one of {', '.join(_FABRICS)}, got {fabric!r}")
-    if backend == "cuda" and fabric not in ("auto", "proxy/local"):
+    if name not in _FABRICS_OF[backend]:
         raise ValueError(
-            f"fabric: expected 'auto' or 'proxy/local' for backend 'cuda', got {fabric!r}"
+            f"fabric: expected one of {', '.join(_FABRICS_OF[backend])} for backend {backend!r}, "
+            f"got {fabric!r}"
         )
     if fabric == "mpi" and not isinstance(bootstrap, MpiBootstrap):
         raise ValueError("fabric: 'mpi' needs an mpi4py communicator as group")

@@ -102,7 +102,7 @@ class MpiScaleOut(Staging):
         super().__init__()
         self._comm = comm
         # MPI promises this attribute of the world only; Open MPI 4 has it nowhere else.
-        most = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
+        most = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767
         self._first_tag = number % (most // len(Tag) - 1) * len(Tag)
         self._types: dict[int, Any] = {}
         # After a failed call messages may be under way; a rank that comes late still sends and

@@ -583,10 +583,10 @@ class CudaBackend:
 
 
 def _check_limits(topology: Topology, config: Config, fabric: str) -> None:
-    if topology.num_nodes > 1 and fabric != "proxy/local":
+    if topology.num_nodes > 1 and fabric == "auto":
         raise ValueError(
-            f"ranks_per_node: {topology.num_nodes} nodes; backend 'cuda' works inside one node. "
-            "fabric='proxy/local' asks for its unfinished path between virtual nodes"
+            f"ranks_per_node: {topology.num_nodes} nodes; between nodes backend 'cuda' has "
+            "fabric='proxy/local' and 'emulated', for virtual nodes of one machine"
         )
     if not abi.available:
         return

@@ -37,6 +37,8 @@ from .two_hop import Hops, TwoHopBlocks
 
 #: A kernel cannot wake a proxy thread, so a nap adds to the first trigger's latency.
 _LONGEST_NAP = 50e-6
+#: What carries chunks, by the fabric's name.
+_TRANSPORTS = {"proxy/local": "local-cuda", "emulated": "emulated-cuda"}
 _TORCH: dict[type, torch.dtype] = {np.int32: torch.int32, np.int64: torch.int64}
 
 
@@ -64,8 +66,7 @@ class ScaleOut:
 
     Args:
         bootstrap: of the world.
-        topology, config, options: of the buffer.
-        transport: what carries chunks; see epcomm.fabric.
+        topology, config, options: of the buffer; ``options.fabric`` names what carries chunks.
 
     Raises:
         ValueError: the fabric cannot number or address as much as the buffer may send.
@@ -78,10 +79,10 @@ class ScaleOut:
         topology: Topology,
         config: Config,
         options: Options,
-        *,
-        transport: str = "local-cuda",
     ) -> None:
         self.topology, self.config = topology, config
+        name, _, arguments = options.fabric.partition(" ")
+        transport = _TRANSPORTS[name]
         error: Exception | None = None
         try:
             copied = transport == "local-cuda"
@@ -92,7 +93,7 @@ class ScaleOut:
             )
             abi.check(native.library.epcomm_cuda_load_two_hop(), "loading the two-hop kernels")
             memory = {i: _Memory(n) for i, n in self.plan.region_bytes().items()}
-            fabric_options = self._fabric_options(options, transport)
+            fabric_options = self._fabric_options(options, transport, arguments)
             rings = self._ring_memory(fabric_options)
         except (ValueError, RuntimeError) as caught:
             error = caught
@@ -122,10 +123,11 @@ class ScaleOut:
         )
         self.blocks = TwoHopBlocks(config, rail)
 
-    def _fabric_options(self, options: Options, transport: str) -> FabricOptions:
+    def _fabric_options(self, options: Options, transport: str, arguments: str) -> FabricOptions:
         threads = 2 if options.own_core and options.num_threads >= 4 else 1
         return FabricOptions(
             transport,
+            arguments,
             num_channels=int(self.plan.chunking["num_channels"]),
             num_rings=2,
             num_threads=threads,

@@ -16,34 +16,40 @@ pytestmark = [pytest.mark.mpi, pytest.mark.gpu]
 #: Ranks per node, ranks.
 SHAPES = [(1, 2), (2, 4), (3, 6), (2, 6), (4, 8), (2, 8), (1, 8)]
 shapes = pytest.mark.parametrize(("ranks_per_node", "num_ranks"), SHAPES)
+#: Triggers and copies by another process; mlx5 requests of the kernels to emulated network cards.
+FABRICS = ["proxy/local", "emulated"]
+fabrics = pytest.mark.parametrize("fabric", FABRICS)
 FAR = {name: case for name, case in CASES.items() if "logfmt" not in (case.wire or "")}
 
 
+@fabrics
 @shapes
 @pytest.mark.parametrize("name", FAR)
-def test_equals_oracle(world, name, ranks_per_node, num_ranks):
+def test_equals_oracle(world, name, ranks_per_node, num_ranks, fabric):
     comm = world(num_ranks)
     case = replace(FAR[name], ranks_per_node=ranks_per_node)
-    with make_buffer(comm, case, fabric="proxy/local") as buffer:
+    with make_buffer(comm, case, fabric=fabric) as buffer:
         check(comm, case, buffer)
 
 
+@fabrics
 @shapes
 @pytest.mark.parametrize("name", LARGE)
-def test_rows_of_real_size_equal_oracle(world, name, ranks_per_node, num_ranks):
+def test_rows_of_real_size_equal_oracle(world, name, ranks_per_node, num_ranks, fabric):
     comm = world(num_ranks)
     case = replace(LARGE[name], ranks_per_node=ranks_per_node)
-    with make_buffer(comm, case, fabric="proxy/local") as buffer:
+    with make_buffer(comm, case, fabric=fabric) as buffer:
         check(comm, case, buffer, in_place=True)
 
 
+@fabrics
 @shapes
-def test_changing_sizes_and_routings(world, ranks_per_node, num_ranks):
+def test_changing_sizes_and_routings(world, ranks_per_node, num_ranks, fabric):
     # Slots and signals are used again by calls of other formats and sizes, without a barrier.
     comm = world(num_ranks)
     routings = ("uniform", "skewed", "one rank", "sparse")
     case = replace(CASES["bf16"], ranks_per_node=ranks_per_node, hidden=256, tokens=(300,))
-    with make_buffer(comm, case, fabric="proxy/local") as buffer:
+    with make_buffer(comm, case, fabric=fabric) as buffer:
         for seed in range(16):
             tokens = tuple(1 + (seed * 37 + r * 113) % 300 for r in range(comm.size))
             one = replace(case, seed=seed, tokens=tokens, routing=routings[seed % 4])
@@ -56,11 +62,12 @@ def test_changing_sizes_and_routings(world, ranks_per_node, num_ranks):
             check(comm, one, buffer)
 
 
+@fabrics
 @pytest.mark.parametrize("num_sms", [1, 3])
-def test_any_number_of_sms(world, num_sms):
+def test_any_number_of_sms(world, num_sms, fabric):
     comm = world(4)
     case = replace(LARGE["bf16 to fp8"], ranks_per_node=2, tokens=(70, 3, 1))
-    with make_buffer(comm, case, fabric="proxy/local", num_sms=num_sms) as buffer:
+    with make_buffer(comm, case, fabric=fabric, num_sms=num_sms) as buffer:
         check(comm, case, buffer)
 
 
@@ -77,10 +84,11 @@ def test_wire_that_kernels_cannot_write_is_refused(world, wire):
         check(comm, case, buffer)
 
 
-def test_bad_id_on_another_node_is_refused_everywhere(world):
+@fabrics
+def test_bad_id_on_another_node_is_refused_everywhere(world, fabric):
     comm = world(4)
     case = replace(CASES["bf16"], ranks_per_node=2)
-    with make_buffer(comm, case, fabric="proxy/local") as buffer:
+    with make_buffer(comm, case, fabric=fabric) as buffer:
         x = torch.randn(8, case.hidden, device="cuda", dtype=torch.bfloat16)
         topk_idx = torch.rand(8, 16, device="cuda").topk(case.num_topk).indices
         if comm.rank == 3:
@@ -91,11 +99,12 @@ def test_bad_id_on_another_node_is_refused_everywhere(world):
         check(comm, case, buffer)
 
 
+@fabrics
 @pytest.mark.parametrize("silent", [1, 3])
-def test_silent_rank_is_named_on_every_node(world, silent):
+def test_silent_rank_is_named_on_every_node(world, silent, fabric):
     comm = world(4)
     case = replace(CASES["bf16"], ranks_per_node=2)
-    buffer = make_buffer(comm, case, fabric="proxy/local", timeout=2.0)
+    buffer = make_buffer(comm, case, fabric=fabric, timeout=2.0)
     x = torch.randn(8, case.hidden, device="cuda", dtype=torch.bfloat16)
     topk_idx = torch.rand(8, 16, device="cuda").topk(case.num_topk).indices
     if comm.rank != silent:
@@ -106,14 +115,15 @@ def test_silent_rank_is_named_on_every_node(world, silent):
         assert time.monotonic() - begin < 10.0
     comm.Barrier()
     buffer.close()
-    with make_buffer(comm, case, fabric="proxy/local") as fresh:
+    with make_buffer(comm, case, fabric=fabric) as fresh:
         check(comm, case, fresh)
 
 
-def test_tokens_cross_once_per_node(world):
+@fabrics
+def test_tokens_cross_once_per_node(world, fabric):
     comm = world(4)
     case = Case(2, hidden=512, experts_per_rank=4, num_topk=4, tokens=(100,))
-    with make_buffer(comm, case, fabric="proxy/local") as buffer:
+    with make_buffer(comm, case, fabric=fabric) as buffer:
         x = torch.randn(100, case.hidden, device="cuda", dtype=torch.bfloat16)
         topk_idx = torch.rand(100, 16, device="cuda").topk(4).indices
         got = buffer.dispatch(x, topk_idx)
