@@ -20,6 +20,7 @@ from ..traffic import LinkTraffic, Traffic
 from . import abi
 from .device import check_device
 from .engine import Agreed, Engine, Routes, Shape, Tuning
+from .nics import nic_sms
 from .phases import read_phases
 from .scaleout import ScaleOut
 from .sizes import EXPOSED_WINDOWS, RECEIVE_WINDOWS, window_bytes
@@ -72,11 +73,11 @@ class CudaBackend:
         self._bootstrap = bootstrap
         error: Exception | None = None
         try:
-            _check_limits(topology, config, options.fabric)
+            beside = _check_limits(topology, config, options.fabric)
         except ValueError as caught:
             error = caught
         raise_together(bootstrap, error)
-        device = check_device(bootstrap, options.num_sms, config.num_topk)
+        device = check_device(bootstrap, options.num_sms, config.num_topk, beside)
         self._release_sms = weakref.finalize(self, device.release)
         self.tuning = Tuning(num_sms=device.num_sms)
         self.device = torch.device("cuda", device.index)
@@ -582,17 +583,17 @@ class CudaBackend:
         self._engine.close()
 
 
-def _check_limits(topology: Topology, config: Config, fabric: str) -> None:
+def _check_limits(topology: Topology, config: Config, fabric: str) -> int:
+    """SMs that run beside this rank's calls; raises ValueError for what cannot be."""
     if topology.num_nodes > 1 and fabric == "auto":
         raise ValueError(
             f"ranks_per_node: {topology.num_nodes} nodes; between nodes backend 'cuda' has "
             "fabric='proxy/local' and 'emulated', for virtual nodes of one machine"
         )
-    if not abi.available:
-        return
     for name, limit in (("num_topk", "MAX_DESTS"), ("num_experts", "MAX_EXPERTS")):
-        if getattr(config, name) > abi.constants[limit]:
+        if abi.available and getattr(config, name) > abi.constants[limit]:
             raise ValueError(
                 f"{name}: {getattr(config, name)} exceeds the {abi.constants[limit]} that "
                 "backend 'cuda' can do"
             )
+    return nic_sms(fabric) if topology.num_nodes > 1 else 0

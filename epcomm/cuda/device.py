@@ -25,19 +25,23 @@ class Device:
         identity: the same text for ranks that use the same GPU.
         num_sms: thread blocks a call of this rank uses, held from now on.
         max_sms: SMs of the GPU.
+        beside: SMs held for what runs beside the rank's calls.
     """
 
     index: int
     identity: str
     num_sms: int
     max_sms: int
+    beside: int = 0
 
     def release(self) -> None:
         """Give the SMs back to other buffers of this process; once."""
-        _claimed[self.identity] -= self.num_sms
+        _claimed[self.identity] -= self.num_sms + self.beside
 
 
-def check_device(bootstrap: Bootstrap, num_sms: int | None, num_topk: int) -> Device:
+def check_device(
+    bootstrap: Bootstrap, num_sms: int | None, num_topk: int, beside: int = 0
+) -> Device:
     """Find this rank's GPU, refuse what cannot work, and hold SMs of it. Collective.
 
     Args:
@@ -45,6 +49,7 @@ def check_device(bootstrap: Bootstrap, num_sms: int | None, num_topk: int) -> De
         num_sms: that this rank's calls use; None: as many as its share of the GPU's memory and
             link rates keeps busy (see :mod:`epcomm.cuda.sms`).
         num_topk: K.
+        beside: SMs of this rank's emulated network cards.
 
     Raises:
         RuntimeError: the library has no kernels (for this GPU), the driver is too old, there is no
@@ -64,7 +69,7 @@ def check_device(bootstrap: Bootstrap, num_sms: int | None, num_topk: int) -> De
     except (RuntimeError, ValueError) as caught:
         error = caught
     raise_together(bootstrap, error)
-    everyone = bootstrap.allgather((identity, host, Demand(num_sms, _claimed[identity])))
+    everyone = bootstrap.allgather((identity, host, Demand(num_sms, _claimed[identity] + beside)))
     demands = [demand for where, _, demand in everyone if where == identity]
     try:
         check_sharing(len(demands))
@@ -82,5 +87,5 @@ def check_device(bootstrap: Bootstrap, num_sms: int | None, num_topk: int) -> De
         error = caught
     raise_together(bootstrap, error)
     mine = share if num_sms is None else num_sms
-    _claimed[identity] += mine
-    return Device(index, identity, mine, sms)
+    _claimed[identity] += mine + beside
+    return Device(index, identity, mine, sms, beside)

@@ -23,6 +23,7 @@ from ..topology import Topology
 from ..traffic import LinkTraffic, Traffic
 from . import abi
 from .memory import DeviceBlock, PinnedBlock
+from .nics import with_nic_sms
 from .rail import (
     CHUNK_RECORDS,
     COPIED_CHUNK_RECORDS,
@@ -81,8 +82,8 @@ class ScaleOut:
         options: Options,
     ) -> None:
         self.topology, self.config = topology, config
-        name, _, arguments = options.fabric.partition(" ")
-        transport = _TRANSPORTS[name]
+        transport = _TRANSPORTS[options.fabric.partition(" ")[0]]
+        arguments = with_nic_sms(options.fabric)
         error: Exception | None = None
         try:
             copied = transport == "local-cuda"

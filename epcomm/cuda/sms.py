@@ -84,7 +84,7 @@ def check_sms(sms: int, share: int, demands: Sequence[Demand]) -> None:
     total = _taken(demands) + share * sum(demand.wanted is None for demand in demands)
     held = sum(demand.held for demand in demands)
     if total > sms:
-        others = f"; open buffers hold {held} of them" if held else ""
+        others = f"; open buffers and network cards hold {held}" if held else ""
         raise ValueError(
             f"num_sms: the {len(demands)} ranks on this GPU need {total} SMs together, and it has "
             f"{sms}{others}. Their blocks wait for each other and must all be resident: pass a "

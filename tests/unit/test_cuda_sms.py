@@ -259,8 +259,18 @@ def test_blocks_that_can_all_be_resident(wanted, held, share):
     ("wanted", "held", "share", "words"),
     [
         ([17] * 8, 0, 1, "the 8 ranks on this GPU need 136 SMs together, and it has 132"),
-        ([None] * 8, 16, 1, "need 136 SMs together, and it has 132; open buffers hold 128"),
-        ([4] * 8, 13, 1, "need 136 SMs together, .* open buffers hold 104"),
+        (
+            [None] * 8,
+            16,
+            1,
+            "need 136 SMs together, and it has 132; open buffers and network cards hold 128",
+        ),
+        (
+            [4] * 8,
+            13,
+            1,
+            "need 136 SMs together, .* open buffers and network cards hold 104",
+        ),
         ([130, None], 0, 3, "need 133 SMs .* smaller num_sms to every Buffer"),
         ([133], 0, 1, "the 1 ranks on this GPU need 133 SMs"),
     ],
