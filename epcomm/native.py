@@ -80,11 +80,11 @@ def _load() -> ctypes.CDLL:
 library = _load()
 
 
-def read_constants(function: str) -> dict[str, int]:
-    """The integers that a function of the library lists, by name."""
+def read_constants(function: str, source: ctypes.CDLL = library) -> dict[str, int]:
+    """The integers that a library's function lists, by name."""
     count = ctypes.c_uint32()
-    getattr(library, function).restype = ctypes.POINTER(Constant)
-    table = getattr(library, function)(ctypes.byref(count))
+    getattr(source, function).restype = ctypes.POINTER(Constant)
+    table = getattr(source, function)(ctypes.byref(count))
     return {table[i].name.decode(): table[i].value for i in range(count.value)}
 
 

@@ -9,6 +9,9 @@
 #include <sched.h>
 #include <time.h>
 #endif
+#ifdef EPCOMM_EMULATED
+#include "give_way.h"  // a test runs kernels on the host
+#endif
 
 namespace epcomm::fabric {
 
@@ -59,12 +62,22 @@ EPCOMM_HD inline void store_release(uint32_t* address, uint32_t value) {
 #endif
 }
 
+/// Where tests that run kernels on the host let other threads of the block go on.
+EPCOMM_HD inline void interleave() {
+#ifdef EPCOMM_EMULATED
+    emulation::maybe_give_way();
+#endif
+}
+
 /// Among the producers of one ring: device threads of one GPU, or host threads.
 EPCOMM_HD inline uint64_t fetch_add(uint64_t* address, uint64_t amount) {
 #ifdef __CUDA_ARCH__
     return atomicAdd(reinterpret_cast<unsigned long long*>(address), amount);
 #else
-    return __atomic_fetch_add(address, amount, __ATOMIC_RELAXED);
+    interleave();
+    const uint64_t before = __atomic_fetch_add(address, amount, __ATOMIC_RELAXED);
+    interleave();
+    return before;
 #endif
 }
 
@@ -98,6 +111,8 @@ EPCOMM_HD inline int64_t now_ns() {
 EPCOMM_HD inline void relax() {
 #ifdef __CUDA_ARCH__
     __nanosleep(32);
+#elif defined(EPCOMM_EMULATED)
+    emulation::give_way();
 #else
     // The one that is waited for may need this core.
     sched_yield();

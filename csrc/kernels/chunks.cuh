@@ -20,6 +20,7 @@ __device__ __forceinline__ int most_records(const int32_t* records, int peers) {
 /// Every warp's stores are ordered before its addition by the warp's barrier and the fence; the
 /// last one has read all additions, and what the fabric releases after the second fence covers
 /// them.
+template <class Kind>
 __device__ inline bool written(const epcomm_cuda_world& world, const epcomm_cuda_rail& rail,
                                int node, int slot, int records, int record_bytes,
                                const Waiting& what) {
@@ -44,7 +45,7 @@ __device__ inline bool written(const epcomm_cuda_world& world, const epcomm_cuda
             };
             const fabric::Lane lane = {node, chunk % chunking.num_channels};
             ok = fabric::put_signal(
-                     rail.fabric, lane, at(EPCOMM_REGION_RECEIVE, node, chunking.node),
+                     Kind::fabric(rail), lane, at(EPCOMM_REGION_RECEIVE, node, chunking.node),
                      at(EPCOMM_REGION_SEND, chunking.node, node),
                      uint64_t(length) * uint64_t(record_bytes),
                      epcomm_chunk_signal(&chunking, node, chunking.node, chunk)) != 0;
@@ -59,6 +60,7 @@ struct Arrivals {
     int last = -1;
 
     /// Wait for the chunk of a slot that `node` sends. The whole warp; false: gave up.
+    template <class Kind>
     __device__ bool wait(const epcomm_cuda_world& world, const epcomm_cuda_rail& rail, int node,
                          int slot, const Waiting& what) {
         const epcomm_chunking& chunking = rail.chunking;
@@ -68,8 +70,8 @@ struct Arrivals {
         bool ok = true;
         if (lane_id() == 0) {
             const int signal = epcomm_chunk_signal(&chunking, chunking.node, node, chunk);
-            ok = wait_counter(world, rail.signals + signal, rail.expected[at] + 1, rail.rail[node],
-                              what);
+            ok = wait_for_node<Kind>(world, rail, rail.signals + signal, rail.expected[at] + 1,
+                                     node, what);
         }
         ok = __shfl_sync(kWarp, int(ok), 0) != 0;
         __syncwarp();  // what the first lane acquired is the warp's

@@ -6,10 +6,9 @@
 // announcement of e + 1, made after that peer had relayed all of e. So nobody reads it any more.
 #pragma once
 
-#include "../fabric/fabric.h"
 #include "announce.cuh"
 #include "delay.cuh"
-#include "epcomm_cuda_rail.h"
+#include "fabric_kind.cuh"
 
 namespace epcomm {
 
@@ -30,6 +29,7 @@ __device__ inline void give_up_sending(const epcomm_cuda_world& world, const epc
 }
 
 /// Put this rank's announcement to every rail peer. The whole block; false: the fabric failed.
+template <class Kind>
 __device__ inline bool announce_to_rail(const epcomm_cuda_world& world,
                                         const epcomm_cuda_rail& rail,
                                         const epcomm_announcement& mine, int status,
@@ -49,7 +49,7 @@ __device__ inline bool announce_to_rail(const epcomm_cuda_world& world,
             uint64_t((int64_t(what.epoch & 1) * (world.num_nodes - 1) + place) * bytes)};
         const epcomm_fabric_place local = {EPCOMM_REGION_OUTBOX, 0, uint64_t(slot)};
         const fabric::Lane lane = {n, kAnnounceChannel};
-        if (fabric::put_signal(rail.fabric, lane, remote, local, uint64_t(bytes),
+        if (fabric::put_signal(Kind::fabric(rail), lane, remote, local, uint64_t(bytes),
                                epcomm_announce_signal(n, own)) == 0) {
             give_up_sending(world, rail, n, what);
             ok = false;
@@ -80,6 +80,7 @@ __device__ inline void relay_one(const epcomm_cuda_world& world, const epcomm_cu
 }
 
 /// Hand on what the rail peers announce, a warp for each. The whole block; false: gave up.
+template <class Kind>
 __device__ inline bool relay(const epcomm_cuda_world& world, const epcomm_cuda_rail& rail,
                              const Waiting& what) {
     bool ok = true;
@@ -89,7 +90,7 @@ __device__ inline bool relay(const epcomm_cuda_world& world, const epcomm_cuda_r
         if (lane_id() == 0) {
             // A rank announces once in every call.
             const uint64_t* signal = rail.signals + epcomm_announce_signal(rail.chunking.node, n);
-            here = wait_counter(world, signal, what.epoch, rail.rail[n], what);
+            here = wait_for_node<Kind>(world, rail, signal, what.epoch, n, what);
         }
         ok = __all_sync(kWarp, here);
         __syncwarp();  // what the first lane acquired is the warp's
@@ -99,13 +100,14 @@ __device__ inline bool relay(const epcomm_cuda_world& world, const epcomm_cuda_r
 }
 
 /// Announce to the world and hand on what reaches this rank. The whole block 0.
+template <class Kind>
 __device__ inline bool announce_world(const epcomm_cuda_world& world, const epcomm_cuda_rail& rail,
                                       const epcomm_announcement& mine, int status,
                                       const AnnouncedCounts& counts, const Waiting& what) {
     delay(world, kDelayAnnounce);
-    bool ok = announce_to_rail(world, rail, mine, status, counts, what);
+    bool ok = announce_to_rail<Kind>(world, rail, mine, status, counts, what);
     announce(world, mine, status, counts, what.epoch);
-    ok = ok && relay(world, rail, what);
+    ok = ok && relay<Kind>(world, rail, what);
     return ok;
 }
 

@@ -41,7 +41,7 @@ __device__ __forceinline__ void reduce_record(const TwoHopSum& sum, const CopyLi
 }
 
 /// Role: reduce for the rail peers.
-template <bool f32, bool wire_f32, bool weighted>
+template <class Kind, bool f32, bool wire_f32, bool weighted>
 __device__ inline bool return_records(const TwoHopSum& sum) {
     const epcomm_cuda_combine& call = sum.all.call;
     const epcomm_cuda_rail& rail = sum.all.rail;
@@ -64,7 +64,7 @@ __device__ inline bool return_records(const TwoHopSum& sum) {
         uint8_t* record = rail.send + epcomm_slot_offset(&chunking, chunking.node, node, found.slot,
                                                          record_bytes);
         reduce_record<f32, wire_f32, weighted>(sum, copies, record);
-        if (!written(call.world, rail, node, found.slot, records, record_bytes, sum.what)) {
+        if (!written<Kind>(call.world, rail, node, found.slot, records, record_bytes, sum.what)) {
             return false;
         }
     }
@@ -78,6 +78,7 @@ struct FarRecords {
 };
 
 /// Load a token's records once they have come. The whole warp; false: gave up.
+template <class Kind>
 __device__ __forceinline__ bool far_records(const TwoHopSum& sum, int token, Arrivals* arrivals,
                                             FarRecords* far) {
     const epcomm_cuda_rail& rail = sum.all.rail;
@@ -95,7 +96,7 @@ __device__ __forceinline__ bool far_records(const TwoHopSum& sum, int token, Arr
     for (int i = 0; i < far->count; ++i) {
         const int node = __shfl_sync(kWarp, mine.node, i);
         const int slot = __shfl_sync(kWarp, mine.slot, i);
-        if (!arrivals->wait(sum.all.call.world, rail, node, slot, sum.what)) return false;
+        if (!arrivals->wait<Kind>(sum.all.call.world, rail, node, slot, sum.what)) return false;
     }
     return true;
 }
@@ -150,7 +151,7 @@ __device__ __forceinline__ void finish_weights(const TwoHopSum& sum, int token,
 }
 
 /// Role: finish this rank's own tokens.
-template <bool f32, bool wire_f32, bool weighted>
+template <class Kind, bool f32, bool wire_f32, bool weighted>
 __device__ inline bool finish_tokens(const TwoHopSum& sum) {
     const epcomm_cuda_combine& call = sum.all.call;
     const int K = call.world.num_topk;
@@ -163,21 +164,21 @@ __device__ inline bool finish_tokens(const TwoHopSum& sum) {
         const CopyList copies = load_list(call.routes.dests + int64_t(token) * K, K, call.layout);
         delay_row(call.world, token);
         FarRecords far;
-        if (!far_records(sum, token, &arrivals, &far)) return false;
+        if (!far_records<Kind>(sum, token, &arrivals, &far)) return false;
         finish_token<f32, wire_f32, weighted>(sum, token, copies, far);
         if (call.topk_weights != nullptr) finish_weights(sum, token, copies, far);
     }
 }
 
-template <bool f32, bool wire_f32, bool weighted>
+template <class Kind, bool f32, bool wire_f32, bool weighted>
 __device__ __forceinline__ bool combine_two_hop(const TwoHopSum& sum) {
-    return return_records<f32, wire_f32, weighted>(sum) &&
-           finish_tokens<f32, wire_f32, weighted>(sum);
+    return return_records<Kind, f32, wire_f32, weighted>(sum) &&
+           finish_tokens<Kind, f32, wire_f32, weighted>(sum);
 }
 
 constexpr int kTwoHopSumThreads = 512;
 
-template <bool f32, bool wire_f32>
+template <class Kind, bool f32, bool wire_f32>
 __global__ void __launch_bounds__(kTwoHopSumThreads, 1)
     two_hop_combine_kernel(const __grid_constant__ epcomm_cuda_two_hop_combine all) {
     __shared__ Offer offers[EPCOMM_CUDA_MAX_LOCAL];
@@ -187,10 +188,9 @@ __global__ void __launch_bounds__(kTwoHopSumThreads, 1)
     if (epoch == 0) return;
     const bool timed = blockIdx.x == 0 && threadIdx.x == 0;
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_START);
-    Waiting what = {EPCOMM_OP_COMBINE, EPCOMM_PHASE_ANNOUNCE, epoch,
-                    &all.rail.fabric.state->failed};
-    if (blockIdx.x == 0 &&
-        !announce_world(world, all.rail, call.announcement, call.announcement.status, {}, what)) {
+    Waiting what = {EPCOMM_OP_COMBINE, EPCOMM_PHASE_ANNOUNCE, epoch, fabric_failed<Kind>(all.rail)};
+    if (blockIdx.x == 0 && !announce_world<Kind>(world, all.rail, call.announcement,
+                                                 call.announcement.status, {}, what)) {
         return;
     }
     if (!wait_announced(world, epoch, what)) return;
@@ -207,8 +207,8 @@ __global__ void __launch_bounds__(kTwoHopSumThreads, 1)
         const bool weighted = find_offers(call, epoch, offers);
         what.phase = EPCOMM_PHASE_RETURN;
         const TwoHopSum sum = {all, offers, what};
-        const bool ok = weighted ? combine_two_hop<f32, wire_f32, true>(sum)
-                                 : combine_two_hop<f32, wire_f32, false>(sum);
+        const bool ok = weighted ? combine_two_hop<Kind, f32, wire_f32, true>(sum)
+                                 : combine_two_hop<Kind, f32, wire_f32, false>(sum);
         if (!__syncthreads_and(ok)) return;
     }
     delay(world, kDelayMoved);

@@ -8,8 +8,10 @@ template <int packing>
 int launch_two_hop_packing(const epcomm_cuda_two_hop_dispatch& all, cudaStream_t stream) {
     const int64_t bytes = two_hop_dispatch_shared(all.call, packing);
     if (bytes > shared_limit()) return cudaErrorInvalidValue;
-    return launch(two_hop_dispatch_kernel<packing>, all, all.call.num_blocks,
-                  32 * all.call.num_warps, bytes, stream);
+    return with_fabric_kind(all.rail, [&](auto kind) {
+        return launch(two_hop_dispatch_kernel<decltype(kind), packing>, all, all.call.num_blocks,
+                      32 * all.call.num_warps, bytes, stream);
+    });
 }
 
 int launch_two_hop_dispatch(const epcomm_cuda_two_hop_dispatch& all, cudaStream_t stream) {
@@ -25,11 +27,17 @@ int launch_two_hop_dispatch(const epcomm_cuda_two_hop_dispatch& all, cudaStream_
     return cudaErrorInvalidValue;
 }
 
-int load_two_hop_dispatch() {
-    int error = load(two_hop_dispatch_kernel<0>);
-    if (error == 0) error = load(two_hop_dispatch_kernel<1>);
-    if (error == 0) error = load(two_hop_dispatch_kernel<2>);
+template <class Kind>
+int load_two_hop_dispatch_kind() {
+    int error = load(two_hop_dispatch_kernel<Kind, 0>);
+    if (error == 0) error = load(two_hop_dispatch_kernel<Kind, 1>);
+    if (error == 0) error = load(two_hop_dispatch_kernel<Kind, 2>);
     return error;
+}
+
+int load_two_hop_dispatch() {
+    const int error = load_two_hop_dispatch_kind<ByProxy>();
+    return error == 0 ? load_two_hop_dispatch_kind<ByNic>() : error;
 }
 
 }  // namespace epcomm

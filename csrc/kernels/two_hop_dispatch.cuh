@@ -72,7 +72,7 @@ __device__ __forceinline__ void write_record_labels(const TwoHop& hop, uint8_t* 
 }
 
 /// Role: write the records for other nodes; the warp that completes a chunk sends it.
-template <int packing>
+template <class Kind, int packing>
 __device__ inline bool send_records(const TwoHop& hop) {
     const epcomm_cuda_dispatch& call = hop.all.call;
     const epcomm_cuda_rail& rail = hop.all.rail;
@@ -101,7 +101,7 @@ __device__ inline bool send_records(const TwoHop& hop) {
         write_record_labels(hop, record, node, labels_of_token(call, token));
         move_with_scales<packing>(move, call.row_in_bytes, call.row.scale_bytes / 4, power_of_two,
                                   hop.area);
-        if (!written(call.world, rail, node, found.slot, records, layout.bytes, hop.what)) {
+        if (!written<Kind>(call.world, rail, node, found.slot, records, layout.bytes, hop.what)) {
             return false;
         }
     }
@@ -211,6 +211,7 @@ __device__ __forceinline__ void forward_record(const TwoHop& hop, int node, int 
 }
 
 /// Role: forward what arrives, first chunks of all peers first.
+template <class Kind>
 __device__ inline bool forward_records(const TwoHop& hop) {
     const epcomm_cuda_rail& rail = hop.all.rail;
     const epcomm_chunking& chunking = rail.chunking;
@@ -225,7 +226,9 @@ __device__ inline bool forward_records(const TwoHop& hop) {
         const epcomm_chunk_item found = epcomm_item_of(&chunking, item);
         const int node = epcomm_receive_node(&chunking, found.step);
         if (found.slot >= received[epcomm_peer_index(chunking.node, node)]) continue;
-        if (!arrivals.wait(hop.all.call.world, rail, node, found.slot, hop.what)) return false;
+        if (!arrivals.wait<Kind>(hop.all.call.world, rail, node, found.slot, hop.what)) {
+            return false;
+        }
         delay_row(hop.all.call.world, item);
         forward_record(hop, node, found.slot);
     }
@@ -238,7 +241,7 @@ __host__ __device__ inline int64_t two_hop_dispatch_shared(const epcomm_cuda_dis
            (packing == 0 ? 0 : int64_t(call.num_warps) * call.row.scale_bytes);
 }
 
-template <int packing>
+template <class Kind, int packing>
 __global__ void __launch_bounds__(kTwoHopThreads, 1)
     two_hop_dispatch_kernel(const __grid_constant__ epcomm_cuda_two_hop_dispatch all) {
     extern __shared__ __align__(128) uint8_t shared_bytes[];
@@ -258,9 +261,10 @@ __global__ void __launch_bounds__(kTwoHopThreads, 1)
               call.announce ? EPCOMM_CUDA_STAMP_START : EPCOMM_CUDA_STAMP_PLACED);
     }
     Waiting what = {call.announcement.op, EPCOMM_PHASE_ANNOUNCE, epoch,
-                    &all.rail.fabric.state->failed};
+                    fabric_failed<Kind>(all.rail)};
     if (call.announce && blockIdx.x == 0 &&
-        !announce_world(world, all.rail, call.announcement, call.announcement.status, {}, what)) {
+        !announce_world<Kind>(world, all.rail, call.announcement, call.announcement.status, {},
+                              what)) {
         return;
     }
     if (!wait_announced(world, epoch, what)) return;
@@ -275,10 +279,10 @@ __global__ void __launch_bounds__(kTwoHopThreads, 1)
         clear_unused(call, targets[world.local_rank]);
         what.phase = EPCOMM_PHASE_DATA;
         const TwoHop hop = {all, targets, area, what};
-        bool ok = send_records<packing>(hop);
+        bool ok = send_records<Kind, packing>(hop);
         if (ok) {
             store_near<packing>(hop);
-            ok = forward_records(hop);
+            ok = forward_records<Kind>(hop);
         }
         if (!__syncthreads_and(ok)) return;
     }

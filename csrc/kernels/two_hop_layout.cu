@@ -12,9 +12,15 @@ int launch_two_hop_layout(const epcomm_cuda_two_hop_layout& all, cudaStream_t st
     while (warps > 1 && 4 * TwoHopLayoutShared::ints(all, warps) > shared_limit()) warps /= 2;
     const int64_t bytes = 4 * TwoHopLayoutShared::ints(all, warps);
     if (bytes > shared_limit()) return cudaErrorInvalidValue;
-    return launch(two_hop_layout_kernel, all, all.call.num_blocks, 32 * warps, bytes, stream);
+    return with_fabric_kind(all.rail, [&](auto kind) {
+        return launch(two_hop_layout_kernel<decltype(kind)>, all, all.call.num_blocks, 32 * warps,
+                      bytes, stream);
+    });
 }
 
-int load_two_hop_layout() { return load(two_hop_layout_kernel); }
+int load_two_hop_layout() {
+    const int error = load(two_hop_layout_kernel<ByProxy>);
+    return error == 0 ? load(two_hop_layout_kernel<ByNic>) : error;
+}
 
 }  // namespace epcomm

@@ -73,6 +73,7 @@ __device__ inline void count_two_hop_block(const epcomm_cuda_two_hop_layout& all
 }
 
 /// Role (block 0): sum all blocks' counts, announce them, hand on what the rail peers announce.
+template <class Kind>
 __device__ inline bool announce_two_hop(const epcomm_cuda_two_hop_layout& all,
                                         const TwoHopLayoutShared& shared, const Waiting& what) {
     const epcomm_cuda_world& world = all.call.world;
@@ -85,8 +86,8 @@ __device__ inline bool announce_two_hop(const epcomm_cuda_two_hop_layout& all,
     __syncthreads();
     const bool bad = own_control(world)->bad_choice != INT32_MAX;
     const int status = bad ? int(EPCOMM_STATUS_REFUSED) : all.call.announcement.status;
-    return announce_world(world, all.rail, all.call.announcement, status, {shared.counts, 0, bins},
-                          what);
+    return announce_world<Kind>(world, all.rail, all.call.announcement, status,
+                                {shared.counts, 0, bins}, what);
 }
 
 /// Turn the per-warp counts into the first number of every warp's share, in place.
@@ -130,6 +131,7 @@ __device__ inline void find_two_hop_bases(const epcomm_cuda_two_hop_layout& all,
     if (leads) count_records(call.world, all.rail, epoch, all.hops.sent, all.hops.received);
 }
 
+template <class Kind>
 __global__ void __launch_bounds__(256, 1)
     two_hop_layout_kernel(const __grid_constant__ epcomm_cuda_two_hop_layout all) {
     extern __shared__ __align__(128) uint8_t shared_bytes[];
@@ -140,14 +142,14 @@ __global__ void __launch_bounds__(256, 1)
     const uint64_t epoch = begin_call(world);
     if (epoch == 0) return;
     const Waiting what = {call.announcement.op, EPCOMM_PHASE_ANNOUNCE, epoch,
-                          &all.rail.fabric.state->failed};
+                          fabric_failed<Kind>(all.rail)};
     const bool leads = blockIdx.x == 0, timed = leads && threadIdx.x == 0;
 
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_START);
     count_two_hop_block(all, shared);
     delay(world, kDelayCounted);
     bool ok = meet(world, what);
-    if (ok && leads) ok = announce_two_hop(all, shared, what);
+    if (ok && leads) ok = announce_two_hop<Kind>(all, shared, what);
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_COUNTED);
     ok = ok && wait_announced(world, epoch, what);
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);

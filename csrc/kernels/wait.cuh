@@ -51,18 +51,27 @@ __device__ inline void report_abort(const epcomm_cuda_world& world) {
 /// the copy engines' commands.
 constexpr uint64_t kLookAtHostNs = 1000000;
 
+/// Nothing to do while waiting.
+struct NoLook {
+    __device__ void operator()(uint32_t) const {}
+};
+
 /// Spin until `*counter` is at least `expected` (acquire). False: gave up, or another rank did.
+/// `look(n)` is called now and then, with n = 0, 1, ...
+template <class Look = NoLook>
 __device__ inline bool wait_counter(const epcomm_cuda_world& world, const uint64_t* counter,
-                                    uint64_t expected, int rank, const Waiting& what) {
+                                    uint64_t expected, int rank, const Waiting& what,
+                                    const Look& look = Look()) {
     constexpr int kPolls = 64;
     if (load_acquire(counter) >= expected) return true;
     const epcomm_cuda_control* own = own_control(world);
     const uint64_t start = now_ns();
     uint64_t looked = start;
-    while (true) {
+    for (uint32_t turn = 0;; ++turn) {
         for (int i = 0; i < kPolls; ++i) {
             if (load_acquire(counter) >= expected) return true;
         }
+        look(turn);
         if (load_acquire(&own->aborted.value) != 0) {
             report_abort(world);
             return false;

@@ -2,6 +2,17 @@
 
 #include <sched.h>
 
+#include <algorithm>
+
+#include "give_way.h"
+
+namespace epcomm {
+
+/// Dynamic shared memory of a block, as kernels declare it.
+thread_local uint8_t shared_bytes[192 * 1024] __align__(128);
+
+}  // namespace epcomm
+
 namespace emulation {
 
 thread_local Block* block = nullptr;
@@ -23,6 +34,18 @@ void make_meeting(Meeting& meeting, int size) {
 }
 
 }  // namespace
+
+void give_way() {
+    if (block == nullptr) {
+        sched_yield();
+    } else {
+        yield();
+    }
+}
+
+void maybe_give_way() {
+    if (block != nullptr && block->random() % 4 == 0) yield();
+}
 
 /// Run one thread block to its end; on a thread of its own.
 void run_block(Block& of) {

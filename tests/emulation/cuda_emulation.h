@@ -18,6 +18,8 @@
 #include <thread>
 #include <vector>
 
+#include "give_way.h"
+
 #define __device__
 #define __host__
 #define __global__
@@ -79,6 +81,9 @@ struct Block {
 };
 
 extern thread_local Block* block;
+
+/// Run one thread block to its end; on a thread of its own.
+void run_block(Block& of);
 
 inline void yield() { swapcontext(&block->current->context, &block->scheduler); }
 
@@ -185,7 +190,7 @@ inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 template <typename T, typename U>
 T atomicAdd(T* at, U value) {
-    if (emulation::block->random() % 4 == 0) emulation::yield();
+    emulation::maybe_give_way();
     return __atomic_fetch_add(at, T(value), __ATOMIC_SEQ_CST);
 }
 inline int atomicMin(int* at, int value) {
@@ -200,7 +205,7 @@ inline int atomicCAS(int* at, int expected, int value) {
     return expected;
 }
 inline unsigned atomicInc(unsigned* at, unsigned limit) {
-    if (emulation::block->random() % 4 == 0) emulation::yield();
+    emulation::maybe_give_way();
     unsigned seen = __atomic_load_n(at, __ATOMIC_SEQ_CST);
     while (!__atomic_compare_exchange_n(at, &seen, seen >= limit ? 0 : seen + 1, false,
                                         __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {

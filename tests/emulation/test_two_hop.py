@@ -1,6 +1,7 @@
 """The kernels of the two-hop path, run on the host, equal the oracle byte for byte.
 
-The emulated fabric delivers chunks late and in any order, and ranks drift by a call.
+Over emulated proxies, which deliver chunks late and in any order, and over emulated NICs, to which
+the kernels post by themselves. Ranks drift by a call.
 """
 
 import importlib.util
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from cases import check_case, config_of, queue_dispatch
+from fabrics import Nics, Proxies
 from world import EmulatedWorld
 
 from epcomm.native import constants
@@ -21,49 +23,59 @@ _MODULE = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(_MODULE)
 #: The CUDA path has no LogFMT on the wire.
 CASES = {n: c for n, c in _MODULE.CASES.items() if "logfmt" not in (c.wire or "")}
+over_both = pytest.mark.parametrize("fabric", [Proxies, Nics])
 
 
 @pytest.mark.timeout(120)
+@over_both
 @pytest.mark.parametrize("name", CASES)
-def test_equals_oracle(emulated, name):
+def test_equals_oracle(emulated, name, fabric):
     case = replace(CASES[name], ranks_per_node=2)
-    check_case(EmulatedWorld(emulated, 2, 4, config_of(case, 4)), case)
+    check_case(EmulatedWorld(emulated, 2, 4, config_of(case, 4), fabric=fabric()), case)
 
 
 @pytest.mark.timeout(120)
+@over_both
 @pytest.mark.parametrize(("ranks_per_node", "num_ranks"), [(1, 2), (1, 4), (3, 6), (2, 6)])
 @pytest.mark.parametrize("layout", ["rank", "expert"])
-def test_every_shape_of_world(emulated, ranks_per_node, num_ranks, layout):
+def test_every_shape_of_world(emulated, ranks_per_node, num_ranks, layout, fabric):
     case = replace(
         CASES["different token counts"], ranks_per_node=ranks_per_node, layout=layout, alignment=1,
         tokens=(13, 0, 7, 2), num_bias=1, row_weights=True,
     )  # fmt: skip
-    check_case(EmulatedWorld(emulated, ranks_per_node, num_ranks, config_of(case, num_ranks)), case)
+    config = config_of(case, num_ranks)
+    world = EmulatedWorld(emulated, ranks_per_node, num_ranks, config, fabric=fabric())
+    check_case(world, case)
 
 
 @pytest.mark.timeout(120)
+@over_both
 @pytest.mark.parametrize("wire", ["f32", "bf16"])
-def test_nodes_are_added_in_their_order(emulated, wire):
+def test_nodes_are_added_in_their_order(emulated, wire, fabric):
     # In float32 and over four nodes another order of additions shows.
     case = replace(
         CASES["f32"], ranks_per_node=1, experts_per_rank=2, num_topk=6, tokens=(9, 5), wire=wire
     )
-    check_case(EmulatedWorld(emulated, 1, 4, config_of(case, 4)), case)
+    check_case(EmulatedWorld(emulated, 1, 4, config_of(case, 4), fabric=fabric()), case)
 
 
 @pytest.mark.timeout(120)
+@over_both
 @pytest.mark.parametrize("seed", range(3))
-def test_many_chunks_in_any_order(emulated, seed):
+def test_many_chunks_in_any_order(emulated, seed, fabric):
     # Chunks of one record, more blocks than cores, ranks of one token and of many.
     case = replace(CASES["bf16"], ranks_per_node=2, tokens=(31, 1), seed=seed, num_topk=4)
-    world = EmulatedWorld(emulated, 2, 4, config_of(case, 4), chunk_records=1, blocks=3)
+    world = EmulatedWorld(
+        emulated, 2, 4, config_of(case, 4), chunk_records=1, blocks=3, fabric=fabric()
+    )
     check_case(world, case, seed=seed)
 
 
 @pytest.mark.timeout(120)
-def test_silent_rank_is_named_on_both_nodes(emulated):
+@over_both
+def test_silent_rank_is_named_on_both_nodes(emulated, fabric):
     case = replace(CASES["bf16"], ranks_per_node=2)
-    world = EmulatedWorld(emulated, 2, 4, config_of(case, 4), timeout=1.0)
+    world = EmulatedWorld(emulated, 2, 4, config_of(case, 4), timeout=1.0, fabric=fabric())
     queue_dispatch(world, case)
     silent = world.ranks[3]
     silent.queue = []
@@ -75,11 +87,12 @@ def test_silent_rank_is_named_on_both_nodes(emulated):
 
 
 @pytest.mark.timeout(120)
-def test_lost_chunk_is_named_after_its_source(emulated):
+@over_both
+def test_lost_chunk_is_named_after_its_source(emulated, fabric):
     case = replace(CASES["bf16"], ranks_per_node=2)
-    world = EmulatedWorld(emulated, 2, 4, config_of(case, 4), timeout=1.0)
+    silent = fabric(silent={0: 1})  # its announcement arrives, and nothing else
+    world = EmulatedWorld(emulated, 2, 4, config_of(case, 4), timeout=1.0, fabric=silent)
     queue_dispatch(world, case)
-    world.ranks[0].silent_after = 1  # its announcement arrives, and nothing else
     world.run()
     for rank in world.ranks[2:]:
         assert rank.report["failed"]
@@ -88,9 +101,10 @@ def test_lost_chunk_is_named_after_its_source(emulated):
 
 
 @pytest.mark.timeout(120)
-def test_refused_and_disagreeing_calls_move_nothing(emulated):
+@over_both
+def test_refused_and_disagreeing_calls_move_nothing(emulated, fabric):
     case = replace(CASES["bf16"], ranks_per_node=2)
-    world = EmulatedWorld(emulated, 2, 4, config_of(case, 4))
+    world = EmulatedWorld(emulated, 2, 4, config_of(case, 4), fabric=fabric())
     inputs = queue_dispatch(world, case, refusing=2)
     world.run(1)
     for rank in world.ranks:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fabrics import CHANNELS, Fabric, Member, Proxies, aligned, declare
 
 from epcomm import native
 from epcomm.backend import Config
@@ -25,7 +26,6 @@ from epcomm.topology import Topology, make_topology
 
 ROOT = Path(__file__).parents[2]
 _FORMAT = {torch.float32: WireFormat.F32, torch.bfloat16: WireFormat.BF16}
-_RING_SLOTS = 256
 
 
 @cache
@@ -35,13 +35,18 @@ def build(folder: str) -> ctypes.CDLL:
     command = [
         *os.environ.get("CXX", "g++").split(),
         *("-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-ffp-contract=off"),
-        *("-Wno-attributes", "-Wno-unknown-pragmas"),
+        *("-Wno-attributes", "-Wno-unknown-pragmas", "-DEPCOMM_EMULATED"),
+        # No thread-local variable has a constructor; templates would call what does not exist.
+        "-fno-extern-tls-init",
         f"-I{ROOT / 'tests/emulation'}",
         f"-I{ROOT / 'csrc/include'}",
         *(
             "-x",
             "c++",
             str(ROOT / "tests/emulation/two_hop.cc"),
+            str(ROOT / "tests/emulation/cuda_emulation.cc"),
+            str(ROOT / "tests/emulation/emulated_nics.cc"),
+            str(ROOT / "csrc/emulated/engine.cc"),
             str(ROOT / "csrc/cuda/describe.cu"),
         ),
         *("-o", str(output)),
@@ -50,7 +55,10 @@ def build(folder: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(output))
     library.epcomm_cuda_control_bytes.restype = ctypes.c_int64
     library.epcomm_cuda_window_parts.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
-    library.emulate.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint64]
+    pointer = ctypes.c_void_p
+    library.emulate.argtypes = [pointer, pointer, ctypes.c_int32, pointer, ctypes.c_uint64]
+    library.emulate.restype = None
+    declare(library)
     return library
 
 
@@ -64,24 +72,12 @@ class _Launch(ctypes.Structure):
     ]
 
 
-class _Rank(ctypes.Structure):
+class _Stream(ctypes.Structure):
     _fields_ = [
         ("launches", ctypes.POINTER(_Launch)),
         ("num_launches", ctypes.c_int32),
-        ("node", ctypes.c_int32),
-        ("fabric", ctypes.c_void_p),
-        ("regions", ctypes.c_void_p),
-        ("rail", ctypes.c_void_p),
-        ("silent_after", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
     ]
-
-
-def aligned(nbytes: int) -> np.ndarray:
-    """Zeroed bytes on a 128-byte boundary."""
-    raw = np.zeros(nbytes + 128, np.uint8)
-    start = -raw.ctypes.data % 128
-    return raw[start : start + nbytes]
 
 
 class EmulatedWorld:
@@ -98,17 +94,24 @@ class EmulatedWorld:
         blocks: int = 2,
         timeout: float = 60.0,
         window_bytes: int = 1 << 20,
+        fabric: Fabric | None = None,
     ) -> None:
         self.library = library
         self.dtypes = {
             name.removeprefix("cuda_"): native.make_dtype(fields, end.offset)
             for name, (*fields, end) in native.read_fields("epcomm_cuda_fields", library).items()
         }
+        self.constants = native.read_constants("epcomm_cuda_constants", library)
         self.config, self.blocks = config, blocks
         self.ranks = [
             EmulatedRank(self, make_topology(r, [0] * num_ranks, ranks_per_node), chunk_records)
             for r in range(num_ranks)
         ]
+        self.members = (Member * num_ranks)()
+        for rank, member in zip(self.ranks, self.members, strict=True):
+            rank.fill_member(member)
+        self.fabric: Fabric = Proxies() if fabric is None else fabric
+        self.fabric.make(library, self.members)
         for rank in self.ranks:
             rank.windows = [aligned(window_bytes) for _ in range(2)]
         for rank in self.ranks:
@@ -117,7 +120,7 @@ class EmulatedWorld:
     def run(self, seed: int = 0) -> None:
         """Run what every rank has queued, all at once."""
         rng = np.random.default_rng(seed)
-        table = (_Rank * len(self.ranks))()
+        table = (_Stream * len(self.ranks))()
         keep: list[Any] = []
         for entry, rank in zip(table, self.ranks, strict=True):
             launches = (_Launch * len(rank.queue))()
@@ -125,15 +128,17 @@ class EmulatedWorld:
                 launch.kind, launch.blocks, launch.warps = kind, self.blocks, warps
                 launch.delay_us = int(rng.integers(0, 3000))
                 launch.call = call.ctypes.data
-            regions = np.array([rank.regions[i].ctypes.data for i in range(5)], np.uint64)
-            ranks_N = np.array(rank.topology.rail, np.int32)
-            keep += [launches, regions, ranks_N, list(rank.queue)]
+            keep += [launches, list(rank.queue)]
             entry.launches, entry.num_launches = launches, len(rank.queue)
-            entry.node, entry.fabric = rank.topology.node, rank.fabric.ctypes.data
-            entry.regions, entry.rail = regions.ctypes.data, ranks_N.ctypes.data
-            entry.silent_after = rank.silent_after
             rank.queue = []
-        self.library.emulate(ctypes.addressof(table), len(self.ranks), seed)
+        self.library.emulate(
+            ctypes.addressof(table),
+            ctypes.addressof(self.members),
+            len(self.ranks),
+            self.fabric.nics,
+            seed,
+        )
+        self.fabric.finish()
 
 
 class EmulatedRank:
@@ -141,10 +146,11 @@ class EmulatedRank:
 
     def __init__(self, world: EmulatedWorld, topology: Topology, chunk_records: int) -> None:
         self.world, self.topology, self.config = world, topology, world.config
-        self.silent_after = -1
         self.number = 0
         config, d = world.config, world.dtypes
-        self.plan = rail.plan_rail(topology, config, chunk_records=chunk_records, num_channels=2)
+        self.plan = rail.plan_rail(
+            topology, config, chunk_records=chunk_records, num_channels=CHANNELS
+        )
         R, E = topology.num_ranks, config.num_experts
         self.control = aligned(world.library.epcomm_cuda_control_bytes(topology.num_nodes, R, E))
         offset = d["control"].fields["bad_choice"][1]
@@ -157,24 +163,21 @@ class EmulatedRank:
         self.windows: list[np.ndarray] = []
         self.queue: list[tuple[int, np.ndarray, int]] = []
         self.keep: list[Any] = []
-        self._make_fabric()
+        self.state = aligned(fabric_dtypes["state"].itemsize)
 
-    def _make_fabric(self) -> None:
-        d = fabric_dtypes
-        ring = np.zeros((), d["ring"])
-        slots, state = aligned(16 * _RING_SLOTS), aligned(d["state"].itemsize)
-        producer = aligned(128)
-        ring["slots"], ring["producer"] = slots.ctypes.data, producer.ctypes.data
-        ring["consumer"] = state.ctypes.data + d["state"].fields["consumers"][1]  # type: ignore[index]
-        ring["num_slots"] = _RING_SLOTS
-        self.fabric = np.zeros((), d["fabric"])
-        rings = self.fabric["rings"].view(np.uint8).reshape(-1)
-        rings[: d["ring"].itemsize] = np.frombuffer(ring.tobytes(), np.uint8)
-        self.fabric["state"], self.fabric["timeout_ns"] = state.ctypes.data, 10**10
-        self.fabric["num_rings"], self.fabric["num_channels"] = 1, 2
-        self.fabric["num_nodes"], self.fabric["node"] = self.topology.num_nodes, self.topology.node
-        self.state = state
-        self.keep += [slots, producer]
+    def fill_member(self, member: Member) -> None:
+        """Say where this rank is in the fabric."""
+        regions = [self.regions[i] for i in range(len(self.regions))]
+        tables = (
+            np.array(self.topology.rail, np.int32),
+            np.array([region.ctypes.data for region in regions], np.uint64),
+            np.array([region.nbytes for region in regions], np.uint64),
+        )
+        member.node, member.num_nodes = self.topology.node, self.topology.num_nodes
+        member.rail, member.regions, member.sizes = (table.ctypes.data for table in tables)
+        member.num_regions, member.silent_after = len(regions), -1
+        member.state = self.state.ctypes.data
+        self.keep += tables
 
     def connect(self, timeout: float) -> None:
         """Fill in the blocks that name other ranks' memory."""
@@ -200,8 +203,7 @@ class EmulatedRank:
         rail.fill_rail(
             self.rail_block,
             self.plan,
-            self.fabric.tobytes(),
-            None,
+            *world.fabric.structs(topology.rank),
             {i: region.ctypes.data for i, region in self.regions.items()},
             {name: array.ctypes.data for name, array in arrays.items()},
         )
@@ -212,6 +214,12 @@ class EmulatedRank:
     def error(self) -> np.ndarray:
         """The error record that the kernels wrote."""
         return self.report["error"].view(self.world.dtypes["error"]).reshape(())
+
+    @property
+    def fabric_error(self) -> np.ndarray:
+        """What the fabric says of its failure; status 0: it works."""
+        start, size = fabric_dtypes["state"].fields["error"][1], fabric_dtypes["error"].itemsize  # type: ignore[index]
+        return self.state[start : start + size].view(fabric_dtypes["error"])[0]
 
     # Calls --------------------------------------------------------------------------------
 
