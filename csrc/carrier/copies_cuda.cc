@@ -1,14 +1,16 @@
 // The job `copies`: copies between GPU memory of the ranks of virtual nodes, with their signals.
 //
 // Every (peer, channel) has a stream; a put is a copy on it, by a copy engine where the driver lets
-// us ask for one. Its signal is a second copy, of 8 bytes, behind the first on the same stream: of
-// the counter's new value, which this process knows because nobody else raises that counter. So
-// the value is stored, never added, and a repeated store could not count twice. An event behind
-// the last copy of a batch tells when it has completed.
+// us ask for one. Its signal is a store by the stream, behind the copy: of the counter's new value,
+// which this process knows because nobody else raises that counter. So the value is stored, never
+// added, and a repeated store could not count twice. An event behind the last operation of a batch
+// tells when it has completed.
 //
 // The receiver's kernel may be running while the copies land. It relies on the order of a stream:
-// a copy starts when the one before it has ended and its bytes are visible.
+// the store comes when the copy has ended, behind a barrier of system scope that the driver puts
+// before it.
 
+#include <dlfcn.h>
 #include <linux/futex.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -62,6 +64,31 @@ cudaError_t copy_device(void* to, const void* from, size_t bytes, cudaStream_t s
     return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
 }
 
+/// The driver's store in order of a stream, which the runtime does not have.
+class StreamStore {
+ public:
+    StreamStore() {
+        void* driver = dlopen("libcuda.so.1", RTLD_NOW);
+        store_ = driver == nullptr
+                     ? nullptr
+                     : reinterpret_cast<Store>(dlsym(driver, "cuStreamWriteValue64_v2"));
+        if (store_ == nullptr) {
+            throw std::runtime_error(
+                "transport local-cuda: the driver has no stream memory "
+                "operations; install one of CUDA 12 or newer");
+        }
+    }
+
+    /// Returns 0 or a code that is a cudaError_t's too.
+    int operator()(cudaStream_t stream, uint64_t* address, uint64_t value) const {
+        return store_(stream, reinterpret_cast<uintptr_t>(address), value, 0);
+    }
+
+ private:
+    using Store = int (*)(cudaStream_t, unsigned long long, uint64_t, unsigned);
+    Store store_;
+};
+
 /// The regions of a rank, as this process reaches them.
 class Regions {
  public:
@@ -104,24 +131,17 @@ class Regions {
     std::vector<cudaIpcMemHandle_t> handles_;
 };
 
-struct Started {
-    uint64_t token;
-    uint64_t* value;  ///< pinned: what its signal's copy reads
-};
-
 /// Operations of one stream up to one event.
 struct Batch {
     cudaStream_t stream;
     cudaEvent_t event;
-    std::vector<Started> operations;
+    std::vector<uint64_t> tokens;
 };
 
 /// One lane's operations: from its ring to streams, and back to its ring of completions.
 struct Lane {
     CopyLane* shared;
     uint64_t taken = 0;
-    uint64_t* values = nullptr;  ///< pinned, one for each operation under way
-    std::vector<uint64_t*> values_free;
     std::vector<cudaEvent_t> events, events_free;
     std::vector<Batch> open;  ///< of the round in progress
     std::deque<Batch> under_way;
@@ -157,7 +177,6 @@ class Copies {
         }
         for (Lane& lane : lanes_) {
             for (cudaEvent_t event : lane.events) cudaEventDestroy(event);
-            cudaFreeHost(lane.values);
         }
     }
 
@@ -200,13 +219,9 @@ class Copies {
         Lane& lane = lanes_[size_t(number)];
         lane.shared = memory_.lane(number);
         const size_t count = setup_.num_slots;
-        require(cudaHostAlloc(reinterpret_cast<void**>(&lane.values), count * sizeof(uint64_t),
-                              cudaHostAllocPortable),
-                "cudaHostAlloc");
         for (size_t i = 0; i < count; ++i) {
             cudaEvent_t event;
             require(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
-            lane.values_free.push_back(lane.values + i);
             lane.events.push_back(event);
         }
         lane.events_free = lane.events;
@@ -227,8 +242,7 @@ class Copies {
         const auto& theirs = regions_[size_t(peer)][EPCOMM_FABRIC_SIGNALS];
         cudaError_t error = copy_device(scratch, theirs.start, EPCOMM_FABRIC_UNIT, stream);
         if (error == cudaSuccess) {
-            error = cudaMemcpyAsync(scratch, lanes_[0].values, sizeof(uint64_t),
-                                    cudaMemcpyHostToDevice, stream);
+            error = cudaError_t(store_(stream, reinterpret_cast<uint64_t*>(scratch), 0));
         }
         if (error == cudaSuccess) error = cudaEventRecord(lanes_[0].events[0], stream);
         if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
@@ -247,7 +261,7 @@ class Copies {
         for (Batch& batch : lane->open) {
             const cudaError_t error = cudaEventRecord(batch.event, batch.stream);
             if (error != cudaSuccess) {
-                lane->done.push_back({batch.operations[0].token, false, int32_t(error), 0});
+                lane->done.push_back({batch.tokens[0], false, int32_t(error), 0});
             }
             lane->under_way.push_back(std::move(batch));
         }
@@ -269,27 +283,23 @@ class Copies {
                             local.start + command.local.offset, command.bytes, stream);
             if (error != cudaSuccess) return int32_t(error);
         }
-        uint64_t* value = lane->values_free.back();
-        lane->values_free.pop_back();
-        batch_of(lane, stream)->operations.push_back({operation.token, value});
+        batch_of(lane, stream)->tokens.push_back(operation.token);
         if (command.op == EPCOMM_FABRIC_PUT) return 0;
-        return signal(lane, command, theirs[EPCOMM_FABRIC_SIGNALS], stream, value);
+        return signal(lane, command, theirs[EPCOMM_FABRIC_SIGNALS], stream);
     }
 
-    static int32_t signal(Lane* lane, const Command& command, const Regions::Mapping& signals,
-                          cudaStream_t stream, uint64_t* value) {
+    int32_t signal(Lane* lane, const Command& command, const Regions::Mapping& signals,
+                   cudaStream_t stream) const {
         const uint64_t at = uint64_t(command.signal) * sizeof(uint64_t);
         if (at + sizeof(uint64_t) > signals.bytes) return kOutOfRange;
         uint64_t& raised = lane->raised[uint64_t(command.peer) << 32 | uint64_t(command.signal)];
         raised += command.op == EPCOMM_FABRIC_PUT_SIGNAL ? 1 : command.value;
-        *value = raised;
-        return int32_t(cudaMemcpyAsync(signals.start + at, value, sizeof(uint64_t),
-                                       cudaMemcpyHostToDevice, stream));
+        return store_(stream, reinterpret_cast<uint64_t*>(signals.start + at), raised);
     }
 
     static Batch* batch_of(Lane* lane, cudaStream_t stream) {
         for (Batch& batch : lane->open) {
-            if (batch.stream == stream && batch.operations.size() < kBatch) return &batch;
+            if (batch.stream == stream && batch.tokens.size() < kBatch) return &batch;
         }
         // There are as many events as operations may be under way.
         lane->open.push_back({stream, lane->events_free.back(), {}});
@@ -305,9 +315,8 @@ class Copies {
                 ++i;
                 continue;
             }
-            for (const Started& started : batch.operations) {
-                lane->done.push_back({started.token, state == cudaSuccess, int32_t(state), 0});
-                lane->values_free.push_back(started.value);
+            for (const uint64_t token : batch.tokens) {
+                lane->done.push_back({token, state == cudaSuccess, int32_t(state), 0});
             }
             lane->events_free.push_back(batch.event);
             lane->under_way.erase(lane->under_way.begin() + ptrdiff_t(i));
@@ -336,6 +345,7 @@ class Copies {
         }
     }
 
+    StreamStore store_;
     CopySetup setup_;
     CopyMemory memory_;
     std::vector<Regions> regions_;  ///< by node
