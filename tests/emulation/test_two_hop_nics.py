@@ -1,4 +1,4 @@
-"""The kernels of the two-hop path over emulated NICs that misbehave, break, and count near a wrap."""
+"""The two-hop kernels over emulated NICs that misbehave, break, and count near a wrap."""
 
 from dataclasses import replace
 
@@ -103,7 +103,7 @@ def test_dead_nic_is_an_error_of_its_peer_and_ends_everybody(emulated):
 
 @pytest.mark.timeout(60)
 def test_no_room_in_a_queue_is_an_error_at_the_deadline(emulated):
-    # What rank 0 puts to the other node stays under way; its ring holds an announcement and a chunk.
+    # What rank 0 puts to the other node stays under way; its ring has room for two operations.
     nics = Nics(silent={0: 1}, blocks=4, timeout=0.5)
     world = run_two_dispatches(emulated, nics, chunk_records=1)
     sender = world.ranks[0]
