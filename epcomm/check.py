@@ -20,6 +20,12 @@ _WIRE = {
     "logfmt10": WireFormat.LOGFMT10,
 }
 _LAYOUTS = ("rank", "expert")
+_ROW_ALIGN = constants["limit_row_align"]
+_ROWS = (torch.bfloat16, torch.float32)
+_WEIGHTS = (torch.float32,)
+_INDICES = (torch.int64, torch.int32)
+_CODES = (torch.float8_e4m3fn,)
+_SCALES = (torch.float32, torch.int32)
 
 
 def check_config(config: Config, num_ranks: int) -> None:
@@ -100,26 +106,50 @@ def check_tensor(
     """
     if not isinstance(value, torch.Tensor) and hasattr(value, "__cuda_array_interface__"):
         value = torch.from_dlpack(value)
+    # The questions that tell whether anything is wrong are fewer than those that tell what.
+    if (
+        isinstance(value, torch.Tensor)
+        and value.dtype in dtypes
+        and _has_shape(value.shape, shape)
+        and value.device == _device(device)
+        and value.is_contiguous()
+    ):
+        return value.detach() if value.requires_grad else value
+    raise _tensor_error(name, value, dtypes, shape, device)
+
+
+_device = lru_cache(torch.device)
+
+
+def _has_shape(got: Sequence[int], want: Sequence[int | None]) -> bool:
+    matches = len(got) == len(want)
+    for g, w in zip(got, want):  # noqa: B905 -- keywords take as long as the loop
+        matches = matches and (g == w or w is None)
+    return matches
+
+
+def _tensor_error(
+    name: str,
+    value: Any,
+    dtypes: Sequence[torch.dtype],
+    shape: Sequence[int | None],
+    device: str,
+) -> Exception:
+    """What is wrong with a tensor."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        return TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
         expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{name}: expected dtype {expected}, got {str(value.dtype)[6:]}")
-    matches = value.ndim == len(shape)
-    if matches:
-        for got, want in zip(value.shape, shape, strict=True):
-            matches = matches and (want is None or got == want)
-    if not matches:
+        return TypeError(f"{name}: expected dtype {expected}, got {str(value.dtype)[6:]}")
+    if not _has_shape(value.shape, shape):
         expected = ", ".join("*" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name}: expected shape [{expected}], got {list(value.shape)}")
+        return ValueError(f"{name}: expected shape [{expected}], got {list(value.shape)}")
     if value.device != torch.device(device):
-        raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
-    if not value.is_contiguous():
-        raise ValueError(
-            f"{name}: expected a contiguous tensor, got strides {list(value.stride())}; "
-            "pass .contiguous()"
-        )
-    return value.detach() if value.requires_grad else value
+        return ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
+    return ValueError(
+        f"{name}: expected a contiguous tensor, got strides {list(value.stride())}; "
+        "pass .contiguous()"
+    )
 
 
 def check_rows(
@@ -135,11 +165,10 @@ def check_rows(
         TypeError, ValueError: as check_tensor; its memory starts between two units.
     """
     rows = check_tensor(name, value, dtypes, shape, device=config.device)
-    unit = constants["limit_row_align"]
-    if config.device != "cpu" and rows.data_ptr() % unit:
+    if config.device != "cpu" and rows.data_ptr() % _ROW_ALIGN:
         raise ValueError(
-            f"{name}: expected memory that starts at a multiple of {unit} bytes, got one "
-            f"{rows.data_ptr() % unit} bytes after one; pass {name}.clone()"
+            f"{name}: expected memory that starts at a multiple of {_ROW_ALIGN} bytes, got one "
+            f"{rows.data_ptr() % _ROW_ALIGN} bytes after one; pass {name}.clone()"
         )
     return rows
 
@@ -155,7 +184,7 @@ def check_handle(handle: Any, owner: object) -> Handle:
         raise TypeError(f"handle: expected an epcomm Handle, got {type(handle).__name__}")
     if handle._owner is not owner:
         raise ValueError("handle: it belongs to another buffer")
-    if handle.released:
+    if handle._state is None:
         raise ValueError("handle: it was released and cannot be used any more")
     return handle
 
@@ -163,16 +192,18 @@ def check_handle(handle: Any, owner: object) -> Handle:
 def _check_packed(x: Any, config: Config) -> tuple[torch.Tensor, torch.Tensor, WireFormat]:
     if len(x) != 2:
         raise TypeError(f"x: expected a tensor or a pair (x, scales), got a tuple of {len(x)}")
-    q = check_rows("x[0]", x[0], [torch.float8_e4m3fn], (None, config.hidden), config)
+    q = check_rows("x[0]", x[0], _CODES, (None, config.hidden), config)
     tiles = -(-config.hidden // constants["limit_tile"])
     scales = x[1]
-    # UE8M0: four exponents to an int32.
-    words = -(-tiles // 4) if "int32" in str(getattr(scales, "dtype", "")) else tiles
+    # UE8M0: four exponents to an int32; arrays of other libraries name their types differently.
+    dtype = getattr(scales, "dtype", None)
+    if dtype is not torch.float32 and "int32" in str(dtype):
+        tiles = -(-tiles // 4)
     scales = check_tensor(
         "x[1] (scales)",
         scales,
-        [torch.float32, torch.int32],
-        (q.shape[0], words),
+        _SCALES,
+        (q.shape[0], tiles),
         device=config.device,
     )
     packed = WireFormat.FP8 if scales.dtype == torch.float32 else WireFormat.FP8_UE8M0
@@ -187,7 +218,7 @@ def row_format(dtype: torch.dtype, quantize: Any) -> WireFormat:
     """
     if quantize is None:
         return WireFormat.BF16 if dtype == torch.bfloat16 else WireFormat.F32
-    if quantize not in list(_QUANTIZE):
+    if quantize not in list(_QUANTIZE):  # of any type, hashable or not
         raise ValueError(f"quantize: expected None or one of {list(_QUANTIZE)}, got {quantize!r}")
     return _QUANTIZE[quantize]
 
@@ -202,7 +233,7 @@ def _check_rows(
             raise ValueError(f"quantize: {quantize!r} given, but x is packed already")
         rows, scales, fmt = _check_packed(x, config)
     else:
-        rows = check_rows("x", x, [torch.bfloat16, torch.float32], (None, config.hidden), config)
+        rows = check_rows("x", x, _ROWS, (None, config.hidden), config)
         fmt = row_format(rows.dtype, quantize)
     if rows.shape[0] > config.max_tokens:
         raise ValueError(
@@ -252,7 +283,7 @@ def check_dispatch(
     choices = (num_tokens, config.num_topk)
     if topk_weights is not None:
         topk_weights = check_tensor(
-            "topk_weights", topk_weights, [torch.float32], choices, device=config.device
+            "topk_weights", topk_weights, _WEIGHTS, choices, device=config.device
         )
     if handle is not None:
         check_handle(handle, owner)
@@ -268,9 +299,7 @@ def check_dispatch(
             rows, scales, fmt, None, topk_weights, handle.layout, routes.alignment, fixed, handle
         )
     check_layout(layout)
-    topk_idx = check_tensor(
-        "topk_idx", topk_idx, [torch.int64, torch.int32], choices, device=config.device
-    )
+    topk_idx = check_tensor("topk_idx", topk_idx, _INDICES, choices, device=config.device)
     check_int("alignment", alignment, 1, constants["limit_max_alignment"])
     if layout == "rank" and alignment != 1:
         raise ValueError(f"alignment: {alignment} given, but only layout 'expert' has padding")
@@ -308,24 +337,24 @@ def check_combine(
     """
     check_handle(handle, owner)
     received = (handle.num_rows, config.hidden)
-    rows = check_rows("x", x, [torch.bfloat16, torch.float32], received, config)
+    rows = check_rows("x", x, _ROWS, received, config)
     if weights is not None:
         weights = check_tensor(
-            "weights", weights, [torch.float32], (handle.num_rows,), device=config.device
+            "weights", weights, _WEIGHTS, (handle.num_rows,), device=config.device
         )
     if topk_weights is not None:
         by_expert = handle.layout == "expert"
         shape = (handle.num_rows,) if by_expert else (handle.num_rows, config.num_topk)
         topk_weights = check_tensor(
-            "topk_weights", topk_weights, [torch.float32], shape, device=config.device
+            "topk_weights", topk_weights, _WEIGHTS, shape, device=config.device
         )
     result = (handle.num_tokens, config.hidden)
     biases = () if bias is None else tuple(bias) if isinstance(bias, tuple | list) else (bias,)
     if len(biases) > 2:
         raise ValueError(f"bias: expected at most two tensors, got {len(biases)}")
-    biases = tuple(check_rows("bias", one, [rows.dtype], result, config) for one in biases)
+    biases = tuple(check_rows("bias", one, (rows.dtype,), result, config) for one in biases)
     if out is not None:
-        out = check_rows("out", out, [rows.dtype], result, config)
+        out = check_rows("out", out, (rows.dtype,), result, config)
     if wire is None:
         wire = "bf16" if rows.dtype == torch.bfloat16 else "f32"
     if wire not in list(_WIRE):
