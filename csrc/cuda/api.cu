@@ -30,8 +30,10 @@ int gpu_error() {
     // Another thread may be capturing a graph, which says nothing about the GPU.
     const bool captures =
         error >= cudaErrorStreamCaptureUnsupported && error <= cudaErrorStreamCaptureWrongThread;
-    if (error == cudaSuccess || error == cudaErrorNotReady || captures) return cudaSuccess;
-    return error;
+    if (error == cudaSuccess) return cudaSuccess;
+    if (error != cudaErrorNotReady && !captures) return error;
+    cudaGetLastError();  // not the next launch's error
+    return cudaSuccess;
 }
 
 }  // namespace
@@ -84,6 +86,15 @@ int epcomm_cuda_launch_combine(const epcomm_cuda_combine* call, epcomm_cuda_sequ
     return error == 0 ? epcomm::leave(sequence, stream) : error;
 }
 
+int epcomm_cuda_launch_first(const epcomm_cuda_layout* layout, epcomm_cuda_dispatch* call,
+                             epcomm_cuda_sequence* sequence, void* stream) {
+    call->announcement = layout->announcement;
+    call->number = layout->number;
+    call->routes = layout->routes;
+    const int error = epcomm::launch_layout(*layout, static_cast<cudaStream_t>(stream));
+    return error == 0 ? epcomm_cuda_launch_dispatch(call, sequence, stream) : error;
+}
+
 int epcomm_cuda_load_two_hop(void) {
     int error = epcomm::load_two_hop_layout();
     if (error == 0) error = epcomm::load_two_hop_dispatch();
@@ -116,18 +127,6 @@ int epcomm_cuda_copy(void* to, const void* from, uint64_t bytes, void* stream) {
 
 int epcomm_cuda_launch_calibrate(const epcomm_cuda_calibrate* call, void* stream) {
     return epcomm::launch_calibrate(*call, static_cast<cudaStream_t>(stream));
-}
-
-int epcomm_cuda_order(void* first, void* then) {
-    cudaEvent_t event;
-    cudaError_t error = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
-    if (error != cudaSuccess) return error;
-    error = cudaEventRecord(event, static_cast<cudaStream_t>(first));
-    if (error == cudaSuccess) {
-        error = cudaStreamWaitEvent(static_cast<cudaStream_t>(then), event, 0);
-    }
-    cudaEventDestroy(event);  // freed once it has happened
-    return error;
 }
 
 int epcomm_cuda_versions(int32_t* driver, int32_t* runtime) {

@@ -165,7 +165,17 @@ constexpr epcomm_field kFields[] = {
     FIELD(sequence, stream),
     FIELD(sequence, used),
     FIELD(sequence, capture),
+    FIELD(sequence, next),
     END(sequence),
+    FIELD(view, data),
+    FIELD(view, ndim),
+    FIELD(view, code),
+    FIELD(view, bits),
+    FIELD(view, extents),
+    END(view),
+    FIELD(loan, holders),
+    FIELD(loan, views),
+    END(loan),
     FIELD(calibrate, from),
     FIELD(calibrate, to),
     FIELD(calibrate, from_rows),
@@ -182,7 +192,7 @@ constexpr epcomm_constant kConstants[] = {
 #define CONSTANT(name) {#name, EPCOMM_CUDA_##name},
     CONSTANT(MAX_LOCAL) CONSTANT(MAX_DESTS) CONSTANT(MAX_EXPERTS) CONSTANT(OK) CONSTANT(REFUSED)
         CONSTANT(MISMATCH) CONSTANT(GROW) CONSTANT(FIXED_ROWS) CONSTANT(TIMEOUT) CONSTANT(ABORTED)
-            CONSTANT(FABRIC) CONSTANT(STALE) CONSTANT(STAMPS) CONSTANT(TIMED_CALLS)
+            CONSTANT(FABRIC) CONSTANT(STALE) CONSTANT(VIEWS) CONSTANT(STAMPS) CONSTANT(TIMED_CALLS)
                 CONSTANT(STAMP_START) CONSTANT(STAMP_COUNTED) CONSTANT(STAMP_ANNOUNCED)
                     CONSTANT(STAMP_PLACED) CONSTANT(STAMP_MOVED) CONSTANT(STAMP_END)
 #undef CONSTANT

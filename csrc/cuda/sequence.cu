@@ -22,6 +22,7 @@ int leave(epcomm_cuda_sequence* sequence, void* stream) {
     int error = find_capture(static_cast<cudaStream_t>(stream), &capture);
     if (error != 0) return error;
     const int inside = capture != 0;
+    if (!inside && sequence->next != nullptr) sequence->done[0] = sequence->next;
     error = cudaEventRecord(static_cast<cudaEvent_t>(sequence->done[inside]),
                             static_cast<cudaStream_t>(stream));
     sequence->stream[inside] = stream;
@@ -36,20 +37,12 @@ extern "C" {
 
 int epcomm_cuda_sequence_open(epcomm_cuda_sequence* sequence) {
     *sequence = {};
-    for (void*& done : sequence->done) {
-        cudaEvent_t event;
-        const cudaError_t error = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
-        if (error != cudaSuccess) return error;
-        done = event;
-    }
-    return cudaSuccess;
+    return epcomm_cuda_event_open(&sequence->done[1]);
 }
 
 void epcomm_cuda_sequence_close(epcomm_cuda_sequence* sequence) {
-    for (void*& done : sequence->done) {
-        if (done != nullptr) cudaEventDestroy(static_cast<cudaEvent_t>(done));
-        done = nullptr;
-    }
+    if (sequence->done[1] != nullptr) epcomm_cuda_event_close(sequence->done[1]);
+    *sequence = {};
 }
 
 int epcomm_cuda_enter(epcomm_cuda_sequence* sequence, void* stream, uint64_t* capture) {
@@ -60,6 +53,42 @@ int epcomm_cuda_enter(epcomm_cuda_sequence* sequence, void* stream, uint64_t* ca
     if (inside && sequence->capture != *capture) return cudaSuccess;
     return cudaStreamWaitEvent(static_cast<cudaStream_t>(stream),
                                static_cast<cudaEvent_t>(sequence->done[inside]), 0);
+}
+
+int epcomm_cuda_order(void* first, void* then) {
+    void* event = nullptr;
+    int error = epcomm_cuda_event_open(&event);
+    if (error != cudaSuccess) return error;
+    error = epcomm_cuda_event_record(event, first);
+    if (error == cudaSuccess) error = epcomm_cuda_event_wait(event, then);
+    epcomm_cuda_event_close(event);  // freed once it has happened
+    return error;
+}
+
+int epcomm_cuda_event_open(void** event) {
+    cudaEvent_t made = nullptr;
+    const cudaError_t error = cudaEventCreateWithFlags(&made, cudaEventDisableTiming);
+    *event = made;
+    return error;
+}
+
+int epcomm_cuda_event_close(void* event) {
+    return cudaEventDestroy(static_cast<cudaEvent_t>(event));
+}
+
+int epcomm_cuda_event_record(void* event, void* stream) {
+    return cudaEventRecord(static_cast<cudaEvent_t>(event), static_cast<cudaStream_t>(stream));
+}
+
+int epcomm_cuda_event_wait(void* event, void* stream) {
+    return cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), static_cast<cudaEvent_t>(event),
+                               0);
+}
+
+int epcomm_cuda_event_query(void* event) {
+    const cudaError_t error = cudaEventQuery(static_cast<cudaEvent_t>(event));
+    if (error == cudaErrorNotReady) cudaGetLastError();  // not the next launch's error
+    return error;
 }
 
 }  // extern "C"

@@ -259,6 +259,7 @@ typedef struct {
     void* stream[2];   ///< it ran on
     int32_t used[2];   ///< there was one
     uint64_t capture;  ///< the capture that `done[1]` belongs to
+    void* next;        ///< cudaEvent_t of the caller's to be done[0] of the call being made
 } epcomm_cuda_sequence;
 
 EPCOMM_API int epcomm_cuda_sequence_open(epcomm_cuda_sequence* sequence);
@@ -275,6 +276,55 @@ EPCOMM_API int epcomm_cuda_launch_dispatch(const epcomm_cuda_dispatch* call,
                                            epcomm_cuda_sequence* sequence, void* stream);
 EPCOMM_API int epcomm_cuda_launch_combine(const epcomm_cuda_combine* call,
                                           epcomm_cuda_sequence* sequence, void* stream);
+
+/// Both kernels of a first dispatch: `call` gets its announcement, number and routes from `layout`.
+EPCOMM_API int epcomm_cuda_launch_first(const epcomm_cuda_layout* layout,
+                                        epcomm_cuda_dispatch* call, epcomm_cuda_sequence* sequence,
+                                        void* stream);
+
+/// Events without timing. `query` returns cudaErrorNotReady before the event has happened.
+EPCOMM_API int epcomm_cuda_event_open(void** event);
+EPCOMM_API int epcomm_cuda_event_close(void* event);
+EPCOMM_API int epcomm_cuda_event_record(void* event, void* stream);
+EPCOMM_API int epcomm_cuda_event_wait(void* event, void* stream);
+EPCOMM_API int epcomm_cuda_event_query(void* event);
+
+/// Part of a window as a tensor library may adopt it: DLPack's DLManagedTensor, and its extents.
+typedef struct epcomm_cuda_view {
+    void* data;
+    int32_t device_type;
+    int32_t device;
+    int32_t ndim;
+    uint8_t code;  ///< kind of number
+    uint8_t bits;
+    uint16_t lanes;
+    int64_t* shape;    ///< `extents`
+    int64_t* strides;  ///< null: contiguous
+    uint64_t byte_offset;
+    void* context;                              ///< the loan
+    void (*destroy)(struct epcomm_cuda_view*);  ///< called by the library that adopted it, once
+    int64_t extents[2];
+} epcomm_cuda_view;
+
+enum { EPCOMM_CUDA_VIEWS = 5 };  ///< parts of a window that may be tensors at a time
+
+/// A window and the tensors made of it. Each of `views` is for one of them; those of one loan are
+/// gone before the window is lent again.
+typedef struct {
+    int32_t holders;  ///< tensors that live, and the buffer until it closes the loan (atomic)
+    void* memory;
+    epcomm_cuda_view views[EPCOMM_CUDA_VIEWS];
+} epcomm_cuda_loan;
+
+/// A loan of `memory` made by cudaMalloc on a device (-1: tests, of the host's); null: no host
+/// memory.
+EPCOMM_API epcomm_cuda_loan* epcomm_cuda_loan_open(void* memory, int32_t device);
+
+/// Count a view that is about to be adopted.
+EPCOMM_API void epcomm_cuda_loan_lend(epcomm_cuda_view* view);
+
+/// The buffer lends it no more: the memory is freed, now or with the last tensor.
+EPCOMM_API void epcomm_cuda_loan_close(epcomm_cuda_loan* loan);
 
 /// Copy device memory, in order of the stream.
 EPCOMM_API int epcomm_cuda_copy(void* to, const void* from, uint64_t bytes, void* stream);

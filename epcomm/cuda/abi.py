@@ -47,6 +47,7 @@ def _declare() -> None:
     for name in ("layout", "dispatch", "combine"):
         for kind in (name, f"two_hop_{name}"):
             getattr(library, f"epcomm_cuda_launch_{kind}").argtypes = [ctypes.c_void_p] * 3
+    library.epcomm_cuda_launch_first.argtypes = [ctypes.c_void_p] * 4
     library.epcomm_cuda_sequence_open.argtypes = [ctypes.c_void_p]
     library.epcomm_cuda_sequence_close.argtypes = [ctypes.c_void_p]
     library.epcomm_cuda_sequence_close.restype = None
@@ -59,6 +60,16 @@ def _declare() -> None:
     ]
     library.epcomm_cuda_launch_calibrate.argtypes = [ctypes.c_void_p] * 2
     library.epcomm_cuda_order.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.epcomm_cuda_event_open.argtypes = [ctypes.c_void_p]
+    library.epcomm_cuda_event_close.argtypes = [ctypes.c_void_p]
+    library.epcomm_cuda_event_record.argtypes = [ctypes.c_void_p] * 2
+    library.epcomm_cuda_event_wait.argtypes = [ctypes.c_void_p] * 2
+    library.epcomm_cuda_event_query.argtypes = [ctypes.c_void_p]
+    library.epcomm_cuda_loan_open.argtypes = [ctypes.c_void_p, ctypes.c_int32]
+    library.epcomm_cuda_loan_open.restype = ctypes.c_void_p
+    library.epcomm_cuda_loan_lend.restype = None  # takes a reference as it is
+    library.epcomm_cuda_loan_close.argtypes = [ctypes.c_void_p]
+    library.epcomm_cuda_loan_close.restype = None
     library.epcomm_cuda_versions.argtypes = [ctypes.POINTER(ctypes.c_int32)] * 2
     library.epcomm_cuda_error_text.argtypes = [ctypes.c_int]
     library.epcomm_cuda_error_text.restype = ctypes.c_char_p

@@ -4,8 +4,6 @@ Everything here is asynchronous on the caller's stream but for :meth:`Engine.wai
 """
 
 import ctypes
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import cupy
@@ -14,136 +12,22 @@ import torch
 from cupy.cuda import runtime
 
 from .. import native
-from ..topology import Topology
 from . import abi
+from .forms import Agreed, Block, CombineForm, DispatchForm
 from .memory import AllGather, DeviceBlock, PinnedBlock, SharedBlock
 from .requirements import debug_delay_ns
+from .routes import Routes, RoutesMemory, Shape
 from .scaleout import ScaleOut
 from .two_hop import Hops
 
+_KERNELS = ("first", "layout", "dispatch", "combine")
+_LAUNCH: dict[str, Any] = {
+    name: getattr(native.library, f"epcomm_cuda_launch_{name}", None)
+    for name in (*_KERNELS, *(f"two_hop_{kernel}" for kernel in _KERNELS[1:]))
+}
 
-@dataclass(frozen=True)
-class Shape:
-    """What a buffer was made for: ranks R, experts E, choices K."""
-
-    topology: Topology
-    num_experts: int
-    num_topk: int
-
-    @property
-    def rank(self) -> int:
-        """This rank."""
-        return self.topology.rank
-
-    @property
-    def num_ranks(self) -> int:
-        """R."""
-        return self.topology.num_ranks
-
-    @property
-    def world_size(self) -> tuple[int, int, int]:
-        """What the size of an announcement depends on: N, R, E."""
-        return self.topology.num_nodes, self.num_ranks, self.num_experts
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How kernels are laid out on the GPU.
-
-    Attributes:
-        num_sms: thread blocks of a call; all must be resident at once.
-        dispatch_warps, packing_warps: warps of a dispatch block that moves rows as they are, or
-            packs them to FP8.
-        dispatch_stages: rows in flight per warp, fewer where they do not fit.
-        combine_warps: warps of a combine block.
-    """
-
-    num_sms: int = 16
-    dispatch_warps: int = 8
-    packing_warps: int = 14
-    dispatch_stages: int = 2
-    combine_warps: int = 20
-
-
-class Routes:
-    """Device arrays a dispatch leaves for the calls that use its routes again.
-
-    Attributes:
-        memory: one allocation, int64: 8 bytes per (token, copy) [T, D]; then, int32, rows at every
-            rank [R], first row of every local expert and the end [E/R + 1], rows of every local
-            expert [E/R], the dispatch's verdict [1].
-        topk_idx: global expert ids, int64 [T, K].
-        number: of the dispatch.
-        layout: as in the protocol's enumerators.
-        block: ``epcomm_cuda_routes``.
-        hops: with several nodes, what the second hop needs.
-    """
-
-    hops: Hops | None = None
-
-    def __init__(
-        self, shape: Shape, topk_idx: torch.Tensor, max_dests: int, layout: int, number: int
-    ) -> None:
-        num_tokens = topk_idx.shape[0]
-        R, local = shape.num_ranks, shape.num_experts // shape.num_ranks
-        num_counts = R + 2 * local + 2
-        self.memory = torch.empty(
-            num_tokens * max_dests + (num_counts + 1) // 2,
-            dtype=torch.int64,
-            device=topk_idx.device,
-        )
-        self.topk_idx = topk_idx
-        self.number = number
-        self.layout = layout
-        self.num_tokens = num_tokens
-        self.max_dests = max_dests
-        self._rank = shape.rank
-        self._groups = slice(R + local + 1, R + 2 * local + 1)
-        dests = self.memory.data_ptr()
-        counts = dests + 8 * num_tokens * max_dests
-        self.block = abi.structures["routes"](
-            topk_idx.data_ptr(),
-            dests,
-            counts,
-            counts + 4 * R,
-            counts + 4 * self._groups.start,
-            counts + 4 * self._groups.stop,
-            num_tokens,
-            max_dests,
-        )
-
-    @property
-    def dest_ranks(self) -> torch.Tensor:
-        """Rank of every copy, or -1, int16 [T, D]."""
-        dests = self.memory[: self.num_tokens * self.max_dests].view(torch.int16)
-        return dests.view(self.num_tokens, self.max_dests, 4)[..., 0]
-
-    @property
-    def _counts(self) -> torch.Tensor:
-        return self.memory[self.num_tokens * self.max_dests :].view(torch.int32)
-
-    @property
-    def tokens_per_expert(self) -> torch.Tensor:
-        """Rows of every local expert without padding, int32 [E/R], on the device."""
-        return self._counts[self._groups]
-
-    def count_rows(self) -> int:
-        """Rows of this rank's output (waits for the device)."""
-        return int(self._counts[self._rank])
-
-
-@dataclass
-class Agreed:
-    """Arguments of a call that all ranks must share; numbers as in the protocol's enumerators."""
-
-    op: int
-    format: int
-    layout: int
-    alignment: int = 1
-    with_weights: bool = False
-    fixed_rows: int = -1
-    wire: int = 0
-    handle_number: int = 0
+#: Device addresses: rows, scales and top-k weights, 0 for what there is not.
+Data = tuple[int, int, int]
 
 
 class Engine:
@@ -193,16 +77,15 @@ class Engine:
         self._no_rows = cupy.zeros(R, np.int32)
         self._block_bins = cupy.empty((max_sms, sum(shape.world_size)), np.int32)
         self.windows: list[DeviceBlock] = []
-        self.free_windows = 0  # that this rank will announce
+        self.free_windows = 0  # that this rank announces
         L = shape.topology.ranks_per_node
         self._table = np.zeros((L, max_windows), np.uint64)
         self._device_table = cupy.zeros((L, max_windows), np.uint64)
         runtime.deviceSynchronize()
-        world = self._make_world(controls, timeout)
-        # Parameter blocks are filled in anew for every call: a launch copies what it needs.
-        self._layout = abi.structures["layout"](world=world)
-        self._dispatch = abi.structures["dispatch"](world=world)
-        self._combine = abi.structures["combine"](world=world)
+        #: ``epcomm_cuda_world``, the same for all calls.
+        self.world = self._make_world(controls, timeout)
+        self._capture = ctypes.c_uint64()
+        self._capture_at = ctypes.addressof(self._capture)
 
     def _share(self, num_bytes: int) -> tuple[DeviceBlock, list[int]]:
         """A block on every rank: this rank's, and the node's addresses here.
@@ -261,10 +144,14 @@ class Engine:
 
     def enter(self, stream: int) -> bool:
         """Let ``stream`` wait for the last call; whether it is being captured into a graph."""
-        capture = ctypes.c_uint64()
-        code = native.library.epcomm_cuda_enter(self._sequence_at, stream, ctypes.byref(capture))
-        abi.check(code, "ordering streams")
-        return capture.value != 0
+        code = native.library.epcomm_cuda_enter(self._sequence_at, stream, self._capture_at)
+        if code != 0:
+            abi.check(code, "ordering streams")
+        return self._capture.value != 0
+
+    def note_end(self, event: int) -> None:
+        """Record this CUDA event after the kernels launched from now on, but for captured ones."""
+        self._sequence.next = event
 
     @staticmethod
     def order(first: int, then: int) -> None:
@@ -274,92 +161,93 @@ class Engine:
     @staticmethod
     def copy(to: int, source: torch.Tensor, stream: int) -> None:
         """Copy a contiguous tensor to a device address, in order of the stream."""
-        nbytes = source.numel() * source.element_size()
-        code = native.library.epcomm_cuda_copy(to, source.data_ptr(), nbytes, stream)
+        code = native.library.epcomm_cuda_copy(to, source.data_ptr(), source.nbytes, stream)
         abi.check(code, "copying rows to a window")
 
     # Launches -------------------------------------------------------------------------------
 
-    def _announce(self, call: Any, agreed: Agreed, num_tokens: int, window: int | None) -> Any:
-        """Fill in the announcement. No window: this rank has none that will do, so all grow."""
-        announcement = call.announcement
-        announcement.op = agreed.op
-        announcement.format = agreed.format
-        announcement.layout = agreed.layout
-        announcement.alignment = agreed.alignment
-        announcement.with_weights = agreed.with_weights
-        announcement.fixed_rows = agreed.fixed_rows
-        announcement.wire = agreed.wire
-        announcement.handle_epoch = agreed.handle_number
+    def _announce(self, block: Block, num_tokens: int, handle: int, window: int | None) -> None:
+        """Fill in what calls announce differently. No window: this rank has none that will do."""
+        announcement = block.announcement
         announcement.num_tokens = num_tokens
+        announcement.handle_epoch = handle
         announcement.window_fd = self.free_windows
-        announcement.window_serial = 0 if window is None else window
-        announcement.window_bytes = 0 if window is None else self.windows[window].num_bytes
-        call.number = self.number
-        return announcement
+        if window is None:
+            announcement.window_serial = announcement.window_bytes = 0
+        else:
+            announcement.window_serial = window
+            announcement.window_bytes = self.windows[window].num_bytes
+        block.call.number = self.number
 
-    def _launch(self, name: str, call: Any, stream: int, hops: Hops | None = None) -> None:
-        address = ctypes.addressof(call)
+    def _launch(self, name: str, block: Block, stream: int, hops: Hops | None = None) -> None:
+        address = block.address
         if self.scale_out is not None:
-            address = self.scale_out.blocks.extend(name, call, hops)
+            address = self.scale_out.blocks.extend(name, block.call, hops)
             name = f"two_hop_{name}"
-        function = getattr(native.library, f"epcomm_cuda_launch_{name}")
-        abi.check(function(address, self._sequence_at, stream), f"launching {name}")
+        code = _LAUNCH[name](address, self._sequence_at, stream)
+        if code != 0:
+            abi.check(code, f"launching {name}")
 
-    def row(self, fmt: int, hidden: int, layout: int, *, topk: bool, weights: bool) -> Any:
-        """Describe an output row (``epcomm_cuda_row``)."""
-        return abi.structures["row"](
-            row_bytes=native.library.epcomm_payload_bytes(fmt, hidden),
-            scale_bytes=native.library.epcomm_scale_bytes(fmt, hidden),
-            num_topk=self.shape.num_topk,
-            layout=layout,
-            with_topk=topk,
-            with_weights=weights,
-        )
-
-    @staticmethod
-    @lru_cache(maxsize=256)
-    def parts(row: Any, num_rows: int) -> Any:
-        """Where the parts of ``num_rows`` rows lie in a window (``epcomm_cuda_parts``).
-
-        ``row`` is one of a buffer's few, which it keeps: results are remembered by its identity.
-        """
-        parts = abi.structures["parts"]()
-        native.library.epcomm_cuda_window_parts(
-            ctypes.addressof(row), num_rows, ctypes.addressof(parts)
-        )
-        return parts
-
-    def max_dests(self, layout: int) -> int:
-        """D: copies of a token at most."""
-        by_expert = layout == native.constants["LAYOUT_EXPERT"]
-        if by_expert or self.scale_out is not None:
-            return self.shape.num_topk
-        return min(self.shape.num_topk, self.shape.num_ranks)
-
-    def layout(
+    def dispatch(
         self,
-        agreed: Agreed,
-        row: Any,
+        form: DispatchForm,
         topk_idx: torch.Tensor,
         window: int | None,
-        tuning: Tuning,
         stream: int,
+        data: Data,
+        memory: RoutesMemory,
     ) -> Routes:
-        """Count, announce and place: the first half of a first dispatch, which starts a call."""
+        """Count, announce and place, then move the rows: a first dispatch.
+
+        Args:
+            form: of the call.
+            topk_idx: int64 [T, K].
+            window: to receive into; None: there is none that will do.
+            stream: address of the call's, which is torch's current stream.
+            data: what to move.
+            memory: for the routes.
+        """
         self.number += 1
         routes = Routes(
-            self.shape, topk_idx, self.max_dests(agreed.layout), agreed.layout, self.number
+            self.shape, topk_idx, form.max_dests, form.by_expert, self.number, memory, stream
         )
-        if self.scale_out is not None:
-            routes.hops = self.scale_out.make_hops(routes.num_tokens, agreed.layout)
-        call = self._layout
-        self._announce(call, agreed, routes.num_tokens, window)
-        call.row = row
-        call.routes = routes.block
-        call.num_blocks = tuning.num_sms
-        self._launch("layout", call, stream, routes.hops)
+        first = form.first
+        assert first is not None
+        self._announce(first, routes.num_tokens, 0, window)
+        first.call.routes = routes.block
+        moves = self._fill(form, data)
+        if self.scale_out is None:
+            code = _LAUNCH["first"](first.address, moves.address, self._sequence_at, stream)
+            if code != 0:
+                abi.check(code, "launching a first dispatch")
+            return routes
+        routes.hops = self.scale_out.make_hops(routes.num_tokens, form.agreed.layout)
+        self._launch("layout", first, stream, routes.hops)
+        self._announce(moves, routes.num_tokens, 0, window)
+        moves.call.routes = routes.block
+        self._launch("dispatch", moves, stream, routes.hops)
         return routes
+
+    def dispatch_again(
+        self,
+        form: DispatchForm,
+        routes: Routes,
+        window: int | None,
+        stream: int,
+        data: Data,
+    ) -> None:
+        """Announce and move the rows along routes that are known. Arguments as of dispatch."""
+        self.number += 1
+        moves = self._fill(form, data)
+        self._announce(moves, routes.num_tokens, routes.number, window)
+        moves.call.routes = routes.block
+        self._launch("dispatch", moves, stream, routes.hops)
+
+    @staticmethod
+    def _fill(form: DispatchForm, data: Data) -> Block:
+        call = form.data.call
+        call.x, call.scales, call.topk_weights = data
+        return form.data
 
     def wait_prepared(self, timeout: float) -> int:
         """Wait for the verdict on the last dispatch. Returns 0, 1 (failed) or 2 (too late).
@@ -367,55 +255,20 @@ class Engine:
         Raises:
             RuntimeError: the GPU failed.
         """
-        code = native.library.epcomm_cuda_wait_prepared(
+        code: int = native.library.epcomm_cuda_wait_prepared(
             self._report.pointer, self.number, int(timeout * 1e9)
         )
-        abi.check(max(0, -code), "a call")
-        return int(code)
-
-    def dispatch(
-        self,
-        agreed: Agreed,
-        row: Any,
-        routes: Routes,
-        window: int | None,
-        tuning: Tuning,
-        stream: int,
-        *,
-        x: int,
-        row_in_bytes: int,
-        input_format: int,
-        scales: int = 0,
-        topk_weights: int = 0,
-        announce: bool = False,
-    ) -> None:
-        """Move the rows. Pointers are device addresses; ``announce``: cached routes, a new call."""
-        self.number += announce
-        call = self._dispatch
-        self._announce(call, agreed, routes.num_tokens, window)
-        call.row = row
-        call.routes = routes.block
-        call.x = x
-        call.scales = scales
-        call.topk_weights = topk_weights
-        call.row_in_bytes = row_in_bytes
-        call.input_format = input_format
-        call.announce = announce
-        call.num_blocks = tuning.num_sms
-        packs = input_format != agreed.format
-        call.num_warps = tuning.packing_warps if packs else tuning.dispatch_warps
-        call.stages = tuning.dispatch_stages
-        self._launch("dispatch", call, stream, routes.hops)
+        if code < 0:
+            abi.check(-code, "a call")
+        return code
 
     def combine(
         self,
-        agreed: Agreed,
+        form: CombineForm,
         routes: Routes,
         window: int | None,
-        tuning: Tuning,
         stream: int,
         *,
-        row_bytes: int,
         out: int,
         rows_offset: int = 0,
         weights_offset: int = -1,
@@ -425,8 +278,9 @@ class Engine:
     ) -> None:
         """Sum the rows of every token. ``weights_offset`` < 0: rows carry no weight."""
         self.number += 1
-        call = self._combine
-        announcement = self._announce(call, agreed, routes.num_tokens, window)
+        block = form.block
+        self._announce(block, routes.num_tokens, routes.number, window)
+        announcement, call = block.announcement, block.call
         announcement.rows_offset = rows_offset
         announcement.row_weights = weights_offset >= 0
         announcement.weights_offset = max(weights_offset, 0)
@@ -434,24 +288,19 @@ class Engine:
         call.routes = routes.block
         call.bias[0] = bias[0] if bias else 0
         call.bias[1] = bias[1] if len(bias) > 1 else 0
-        call.out = out
-        call.topk_weights = topk_weights
-        call.row_bytes = row_bytes
-        call.layout = routes.layout
-        call.num_blocks = tuning.num_sms
-        call.num_threads = 32 * tuning.combine_warps
-        self._launch("combine", call, stream, routes.hops)
+        call.out, call.topk_weights = out, topk_weights
+        self._launch("combine", block, stream, routes.hops)
 
     def refuse(self, op: int, reason: str, stream: int) -> None:
         """Take part in a call as the rank whose arguments were refused: nobody moves data."""
         self.number += 1
-        combines = op == native.constants["OP_COMBINE"]
-        call = abi.structures["combine" if combines else "dispatch"](world=self._dispatch.world)
-        announcement = self._announce(call, Agreed(op, 0, 0), 0, None)
-        announcement.status = native.constants["STATUS_REFUSED"]
-        announcement.reason = reason.encode()[: native.constants["REASON_BYTES"]]
-        call.num_blocks = 1
-        if combines:
+        name = "combine" if op == native.constants["OP_COMBINE"] else "dispatch"
+        block = Block(name, self.world, Agreed(op, 0, 0), 1)
+        self._announce(block, 0, 0, None)
+        block.announcement.status = native.constants["STATUS_REFUSED"]
+        block.announcement.reason = reason.encode()[: native.constants["REASON_BYTES"]]
+        call = block.call
+        if name == "combine":
             call.num_threads = 32
             call.routes.max_dests = 1
         else:
@@ -459,7 +308,7 @@ class Engine:
             call.announce = 1
             call.routes.rows = self._no_rows.data.ptr
             call.row_in_bytes = 16
-        self._launch("combine" if combines else "dispatch", call, stream)
+        self._launch(name, block, stream)
 
     # Errors and lifetime --------------------------------------------------------------------
 

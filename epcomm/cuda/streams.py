@@ -1,30 +1,88 @@
 """On which streams a buffer's calls run, and what must outlive them there."""
 
+import ctypes
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
+from .. import native
 from ..results import Event
-from .engine import Engine, Routes
+from . import abi
+from .engine import Engine
+from .routes import Routes
 
 #: The current stream's address without making a Stream object, where this torch offers it.
 _find_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
     lambda index: torch.cuda.current_stream(index).cuda_stream
 )
+_NOT_READY = 600  # cudaErrorNotReady
+
+
+class _Events:
+    """CUDA events that no result holds, to be recorded again; making one takes a microsecond."""
+
+    def __init__(self) -> None:
+        self._idle: list[int] = []
+        self._closed = False
+        self._close: Any = native.library.epcomm_cuda_event_close
+
+    def take(self) -> int:
+        """The address of one."""
+        return self._idle.pop() if self._idle else self.make()
+
+    @staticmethod
+    def make() -> int:
+        """The address of a new one."""
+        event = ctypes.c_void_p()
+        code = native.library.epcomm_cuda_event_open(ctypes.byref(event))
+        abi.check(code, "making an event")
+        assert event.value is not None
+        return event.value
+
+    def give_back(self, event: int) -> None:
+        """Nobody asks for it any more."""
+        if self._closed:
+            self._close(event)
+        else:
+            self._idle.append(event)
+
+    def end(self, event: int) -> None:
+        """Free one."""
+        self._close(event)
+
+    def close(self) -> None:
+        """Free them, those of results when these are gone."""
+        self._closed = True
+        while self._idle:
+            self._close(self._idle.pop())
 
 
 class CudaEvent(Event):
-    """When a call has completed on its stream."""
+    """When a call has completed on its stream.
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._event = torch.cuda.Event()
-        self._event.record(stream)
+    Args:
+        address: of the CUDA event.
+        give_back: called with it in the end.
+    """
+
+    def __init__(self, address: int, give_back: Callable[[int], None]) -> None:
+        self.address = address
+        self._give_back = give_back
 
     def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self._event)
+        stream = _find_stream(torch.cuda.current_device())
+        code = native.library.epcomm_cuda_event_wait(self.address, stream)
+        abi.check(code, "waiting for a call")
 
     def query(self) -> bool:
-        return self._event.query()
+        code = native.library.epcomm_cuda_event_query(self.address)
+        abi.check(0 if code == _NOT_READY else code, "a call")
+        return bool(code == 0)
+
+    def __del__(self) -> None:
+        self._give_back(self.address)
 
 
 class Calls:
@@ -35,7 +93,9 @@ class Calls:
 
     Attributes:
         stream: of the call.
+        address: of that stream.
         caller: the caller's current stream.
+        caller_address: of that.
         capturing: whether it is being captured into a CUDA graph.
     """
 
@@ -44,22 +104,44 @@ class Calls:
         self._index: int = engine.device.index
         self._own = torch.cuda.Stream(engine.device)
         self.stream = self.caller = torch.cuda.current_stream(engine.device)
-        self._caller_address: int = self.caller.cuda_stream
+        self.address = self.caller_address = self.caller.cuda_stream
         self.capturing = False
+        self._events = _Events()
+        self._event: CudaEvent | None = None
 
-    def begin(self, async_op: bool) -> int:
-        """Start a call; returns its stream's address."""
+    def find_stream(self, async_op: bool) -> int:
+        """Find the stream of a call and let it wait for the last call; returns its address."""
         address: int = _find_stream(self._index)
-        if address != self._caller_address:
+        if address != self.caller_address:
             self.caller = torch.cuda.current_stream(self._index)
-            self._caller_address = address
+            self.caller_address = address
         self.stream = self.caller
         if async_op:
             self.stream, own = self._own, self._own.cuda_stream
             self._engine.order(address, own)
             address = own
+        self.address = address
         self.capturing = self._engine.enter(address)
         return address
+
+    def begin(self, async_op: bool) -> int:
+        """As ``find_stream``, for a call that launches kernels and has an event."""
+        address = self.find_stream(async_op)
+        event = self._event = CudaEvent(self._events.take(), self._events.give_back)
+        self._engine.note_end(event.address)
+        return address
+
+    def event(self) -> CudaEvent:
+        """When the kernels launched for this call are done."""
+        event = self._event
+        assert event is not None
+        self._event = None
+        if self.capturing:
+            # One that a graph holds says nothing outside of it, and is not recorded again.
+            event = CudaEvent(self._events.make(), self._events.end)
+            code = native.library.epcomm_cuda_event_record(event.address, self.address)
+            abi.check(code, "recording an event")
+        return event
 
     def on_stream(self) -> AbstractContextManager[None]:
         """Makes tensors made inside belong to the call's stream."""
@@ -73,9 +155,9 @@ class Calls:
             if tensor is not None and tensor.numel():
                 tensor.record_stream(self.stream)
 
-    def keep_routes(self, routes: Routes, made_on: torch.cuda.Stream) -> None:
-        """As ``keep`` for a handle, made on another call's stream."""
-        if made_on == self.stream:
+    def keep_routes(self, routes: Routes, made_on: int) -> None:
+        """As ``keep`` for a handle, made on another call's stream, which has this address."""
+        if made_on == self.address:
             return
         hops = () if routes.hops is None else tuple(routes.hops.arrays.values())
         for tensor in (routes.memory, routes.topk_idx, *hops):
@@ -90,3 +172,8 @@ class Calls:
     def synchronize(self) -> None:
         """Wait for the calls made so far."""
         self.stream.synchronize()
+
+    def close(self) -> None:
+        """Free the events that nobody holds."""
+        self._event = None
+        self._events.close()

@@ -1,61 +1,98 @@
 """Windows on loan: a call's rows live in one, and tensors made from it keep it lent."""
 
-import weakref
-from collections.abc import Callable
+import ctypes
+from functools import cache
+from typing import Any
 
 import torch
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
+from .. import native
+from . import abi
 from .engine import Engine
 from .streams import Calls
 
-#: Integers as wide as an element: NumPy's names for types know neither BF16 nor FP8.
-_INTEGER = {1: ("|u1", torch.uint8), 2: ("<i2", torch.int16), 4: ("<i4", torch.int32)}
-_INTEGER[8] = ("<i8", torch.int64)
+#: Integers as wide as an element, for types that this torch does not pass by DLPack.
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_NAME = ctypes.c_char_p(b"dltensor")
+_make_capsule: Any = ctypes.pythonapi["PyCapsule_New"]  # not the one that others declare
+_make_capsule.restype = ctypes.py_object
+_read_capsule: Any = ctypes.pythonapi["PyCapsule_GetPointer"]
+_read_capsule.restype = ctypes.c_void_p
+_read_capsule.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
-class _Loan:
-    """What every tensor over a lent window keeps alive; the window goes back when it dies."""
+_lend: Any = native.library.epcomm_cuda_loan_lend
 
 
-class _Part:
-    """Part of a lent window as torch may adopt it."""
+@cache
+def _kind_of(dtype: torch.dtype) -> tuple[int, int, torch.dtype | None]:
+    """DLPack's code and bits of a type; the type to view it as where DLPack lacks it."""
+    try:
+        capsule = to_dlpack(torch.zeros(1, dtype=dtype))
+        view = abi.structures["view"].from_address(_read_capsule(capsule, b"dltensor"))
+        kind = view.code, view.bits, None
+        if from_dlpack(capsule).dtype == dtype:
+            return kind
+    except (RuntimeError, BufferError, TypeError):
+        pass
+    code, bits, _ = _kind_of(_INTEGER[dtype.itemsize])
+    return code, bits, dtype
 
-    def __init__(self, pointer: int, shape: tuple[int, ...], typestr: str, loan: _Loan) -> None:
-        self.loan = loan
-        self.__cuda_array_interface__ = {
-            "shape": shape,
-            "typestr": typestr,
-            "data": (pointer, False),
-            "strides": None,
-            "version": 3,
-        }
 
-
-class Lease:
-    """A window lent for one call's rows.
+class Window:
+    """One of this rank's windows; several tensors may show parts of it at a time.
 
     Attributes:
         serial: its number.
         nbytes: its size.
+        pointer: its address.
+        loan: ``epcomm_cuda_loan``; the window is lent while it has holders beside the buffer.
+        last_stream: address of the stream that last used its rows, or None.
     """
 
-    def __init__(self, engine: Engine, serial: int, give_back: Callable[[int], None]) -> None:
-        self.serial = serial
+    def __init__(self, engine: Engine, serial: int) -> None:
         block = engine.windows[serial]
-        self.nbytes = block.num_bytes
-        self._pointer = block.pointer
-        self._device = engine.device
-        self._loan = _Loan()
-        weakref.finalize(self._loan, give_back, serial).atexit = False
+        self.serial, self.nbytes, self.pointer = serial, block.num_bytes, block.pointer
+        self.last_stream: int | None = None
+        address = native.library.epcomm_cuda_loan_open(block.pointer, engine.device.index)
+        if not address:
+            raise MemoryError("no host memory for a window")
+        self._address: int = address
+        self.loan = abi.structures["loan"].from_address(address)
+        view, start = abi.structures["view"], abi.structures["loan"].views.offset
+        views = [
+            view.from_address(address + start + i * ctypes.sizeof(view))
+            for i in range(abi.constants["VIEWS"])
+        ]
+        # With references, which spare a conversion for every call.
+        self._views = [(one, one.extents, ctypes.byref(one)) for one in views]
+        self._used = 0  # views of the present loan
+
+    def lend(
+        self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, stream: int
+    ) -> torch.Tensor:
+        """The first tensor of a new loan, used on the stream at this address."""
+        self._used = 0
+        self.last_stream = stream
+        return self.tensor(offset, shape, dtype)
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor over part of the window; it keeps the window lent."""
-        if 0 in shape:
-            return torch.empty(shape, dtype=dtype, device=self._device)
-        typestr, integer = _INTEGER[dtype.itemsize]
-        part = _Part(self._pointer + offset, shape, typestr, self._loan)
-        tensor = torch.as_tensor(part, device=self._device)
-        return tensor if dtype == integer else tensor.view(dtype)
+        code, bits, seen_as = _kind_of(dtype)
+        view, extents, reference = self._views[self._used]
+        self._used += 1
+        view.data = self.pointer + offset
+        view.code, view.bits, view.ndim = code, bits, len(shape)
+        extents[0], extents[1] = shape[0], shape[-1]
+        _lend(reference)
+        tensor = from_dlpack(_make_capsule(reference, _NAME, None))
+        return tensor if seen_as is None else tensor.view(seen_as)
+
+    def close(self) -> None:
+        """Free the memory, or let the last tensor do so."""
+        native.library.epcomm_cuda_loan_close(self._address)
 
 
 class WindowPool:
@@ -66,85 +103,77 @@ class WindowPool:
 
     Attributes:
         largest: bytes of the largest window; the same on all ranks.
+        num_left: windows of that size, not for graphs, that are free beside the one borrowed last.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._free: list[int] = []
-        self._free_for_graphs: list[int] = []
-        self._for_graphs: set[int] = set()
-        self._sizes: dict[int, int] = {}
-        self._streams: dict[int, torch.cuda.Stream] = {}  # that last used a window's rows
-        self._closed = False
+        self._windows: list[Window] = []
+        self._for_graphs: list[Window] = []
         self.largest = 0
+        self.num_left = 0
 
     @property
-    def num_free(self) -> int:
-        """Windows of the largest size that this rank has not lent."""
-        largest = self.largest
-        return sum([self._sizes[serial] == largest for serial in self._free])
+    def _all(self) -> list[Window]:
+        return self._windows + self._for_graphs
 
     def count(self, nbytes: int) -> int:
         """Windows of at least ``nbytes``, lent or not; the same on all ranks."""
-        return sum([size >= nbytes for size in self._sizes.values()])
+        return sum([window.nbytes >= nbytes for window in self._all])
 
     def add(self, nbytes: int) -> None:
         """One more window on every rank. Collective."""
-        serial = self._engine.add_window(nbytes)
-        self._sizes[serial] = nbytes
-        self.largest = max(self.largest, nbytes)
-        self._free.append(serial)
+        window = Window(self._engine, self._engine.add_window(nbytes))
+        self.largest = max(self.largest, window.nbytes)
+        self._windows.append(window)
 
-    def lease(self, nbytes: int, calls: Calls) -> Lease | None:
-        """The largest free window, or None if none of at least ``nbytes`` is free."""
-        serial = self.borrow(nbytes, calls)
-        if serial is None:
-            return None
-        (self._free_for_graphs if serial in self._for_graphs else self._free).remove(serial)
-        self._streams[serial] = calls.caller
-        return Lease(self._engine, serial, self._give_back)
+    def borrow(self, nbytes: int, calls: Calls) -> Window | None:
+        """The largest free window, or None if none of at least ``nbytes`` is free.
 
-    def borrow(self, nbytes: int, calls: Calls) -> int | None:
-        """As ``lease``, for the length of one call: the next borrower's call waits for this one."""
-        serial = self._best(self._free_for_graphs if calls.capturing else self._free, nbytes)
-        if serial is None and calls.capturing:
-            serial = self._best(self._free, nbytes)
-            if serial is not None:
-                self._free.remove(serial)
-                self._free_for_graphs.append(serial)
-                self._for_graphs.add(serial)
+        It is free again once the call is made, unless a tensor of it has been: the next borrower's
+        call waits for this one.
+        """
+        window = self._find_free(nbytes)
+        if calls.capturing:
+            return self._reserve(window, nbytes)
         # Whoever let go of the rows may still be reading them on another stream.
-        last = self._streams.get(serial) if serial is not None else None
-        if last is not None and not calls.capturing and last != calls.stream:
-            self._engine.order(last.cuda_stream, calls.stream.cuda_stream)
-        return serial
+        if window is not None and window.last_stream not in (None, calls.address):
+            self._engine.order(window.last_stream, calls.address)
+        return window
 
-    def _best(self, free: list[int], nbytes: int) -> int | None:
-        serial = max(free, key=self._sizes.__getitem__, default=None)
-        return None if serial is None or self._sizes[serial] < nbytes else serial
+    def _find_free(self, nbytes: int) -> Window | None:
+        best, size, left, largest = None, nbytes - 1, 0, self.largest
+        for window in self._windows:
+            if window.loan.holders == 1:
+                left += window.nbytes == largest
+                if window.nbytes > size:
+                    best, size = window, window.nbytes
+        self.num_left = left - (size == largest)
+        return best
 
-    def _give_back(self, serial: int) -> None:
-        if self._closed:
-            self._engine.windows[serial].close()
-        elif serial in self._for_graphs:
-            self._free_for_graphs.append(serial)
-        else:
-            self._free.append(serial)
+    def _reserve(self, window: Window | None, nbytes: int) -> Window | None:
+        """A window for graphs; ``window`` becomes one if none of them is free."""
+        free = [w for w in self._for_graphs if w.loan.holders == 1 and w.nbytes >= nbytes]
+        if free:
+            return max(free, key=lambda w: w.nbytes)
+        if window is not None:
+            self._windows.remove(window)
+            self._for_graphs.append(window)
+        return window
 
     def close(self) -> None:
         """Free the windows; those on loan when their last tensor is gone."""
-        self._closed = True
-        for serial in self._free + self._free_for_graphs:
-            self._engine.windows[serial].close()
-        self._free.clear()
-        self._free_for_graphs.clear()
+        for window in self._all:
+            window.close()
+        self._windows.clear()
+        self._for_graphs.clear()
 
-    def find(self, tensor: torch.Tensor) -> tuple[int, int] | None:
-        """The window of this pool a tensor lies in: (serial, byte offset), or None."""
+    def find(self, tensor: torch.Tensor) -> tuple[Window, int] | None:
+        """The window of this pool a tensor lies in, and its byte offset there; or None."""
         begin = tensor.data_ptr()
-        end = begin + tensor.numel() * tensor.element_size()
-        for serial in self._sizes:
-            block = self._engine.windows[serial]
-            if block.pointer <= begin and end <= block.pointer + block.num_bytes:
-                return serial, begin - block.pointer
+        end = begin + tensor.nbytes
+        for windows in (self._windows, self._for_graphs):
+            for window in windows:
+                if window.pointer <= begin and end <= window.pointer + window.nbytes:
+                    return window, begin - window.pointer
         return None

@@ -154,18 +154,18 @@ class Spy:
     """Gets the handle of a dispatch whose refusal may be raised before the call returns."""
 
     def __init__(self, buffer):
-        self.backend = buffer._backend
+        self.dispatches = buffer._backend._dispatches
         self.buffer = buffer
 
     def handle_of(self, x, topk_idx, **options):
         handles = []
-        make = self.backend._result
-        self.backend._result = lambda *parts: (
+        make = self.dispatches._result
+        self.dispatches._result = lambda *parts: (
             handles.extend(part for part in parts if isinstance(part, epcomm.Handle))
             or make(*parts)
         )
         raised_by(lambda: self.buffer.dispatch(x, topk_idx, **options))
-        self.backend._result = make
+        self.dispatches._result = make
         return handles[0]
 
 
