@@ -1,0 +1,279 @@
+"""A CUDA buffer of one rank without a GPU: host memory, and a library whose launches are noted.
+
+All that needs a device is replaced; the Python between a user's call and a launch is the real one,
+and so are the library's structures and the tensors made of windows.
+"""
+
+import ctypes
+import importlib
+import sys
+import types
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from epcomm import native
+from epcomm.cuda import abi
+
+RANKS, RANK = 4, 1
+#: Streams of the stand-in for torch.cuda, by address.
+_STREAMS: dict[int, "Stream"] = {}
+
+
+class Stream:
+    """Stands for torch.cuda.Stream."""
+
+    def __init__(self, device: Any = None, address: int | None = None) -> None:
+        self.cuda_stream = 1000 + len(_STREAMS) if address is None else address
+        self.synchronized = 0
+        _STREAMS[self.cuda_stream] = self
+
+    def synchronize(self) -> None:
+        self.synchronized += 1
+
+
+@dataclass
+class Launch:
+    """A launch: kernels in order, each with its parameters (``epcomm_cuda_layout`` and so on)."""
+
+    names: tuple[str, ...]
+    blocks: tuple[Any, ...]
+    stream: int
+    event: int
+
+    @property
+    def announcement(self) -> Any:
+        return self.blocks[0].announcement
+
+
+@dataclass
+class Gpu:
+    """What the library would do on a GPU, and what it was asked for.
+
+    Attributes:
+        rows: that the next first dispatches report for this rank and the fullest.
+        verdicts: of the next calls judged; then OK, or GROW where no window was announced.
+        free_windows: of the rank that has fewest; None: of this one.
+        capturing: whether streams are.
+    """
+
+    rows: tuple[int, int] = (5, 7)
+    verdicts: list[str] = field(default_factory=list)
+    free_windows: int | None = None
+    capturing: bool = False
+    launches: list[Launch] = field(default_factory=list)
+    copies: list[tuple[int, int, int, int]] = field(default_factory=list)
+    ordered: list[tuple[int, int]] = field(default_factory=list)
+    kept: list[tuple[int, int]] = field(default_factory=list)  # tensors' addresses, by stream
+    waited: int = 0
+    events: set[int] = field(default_factory=set)
+    stream: int = 0  # the caller's current one
+    memory: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def allocate(self, num_bytes: int) -> int:
+        array = np.zeros(num_bytes + 256, np.uint8)
+        address = -(-array.ctypes.data // 256) * 256
+        self.memory[address] = array
+        return address
+
+
+class Library:
+    """libepcomm, but for what calls CUDA."""
+
+    def __init__(self, gpu: Gpu, real: Any) -> None:
+        self.gpu, self._real = gpu, real
+        self._next_event = 1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def _note(self, sequence: int, stream: int, **kernels: int) -> int:
+        blocks = []
+        for name, address in kernels.items():
+            structure = abi.structures[name]
+            blocks.append(structure.from_buffer_copy(ctypes.string_at(
+                address, ctypes.sizeof(structure))))  # fmt: skip
+        event = abi.structures["sequence"].from_address(sequence).next
+        self.gpu.launches.append(Launch(tuple(kernels), tuple(blocks), stream, event))
+        self._judge(blocks[0])
+        return 0
+
+    def _judge(self, block: Any) -> None:
+        """What the kernels would report of this call."""
+        announcement = block.announcement
+        verdict = "OK" if announcement.window_bytes else "GROW"
+        if self.gpu.verdicts:
+            verdict = self.gpu.verdicts.pop(0)
+        report = abi.structures["report"].from_address(block.world.report)
+        report.prepared, report.epoch = block.number, block.number
+        report.verdict = abi.constants[verdict]
+        report.rows, report.max_rows = self.gpu.rows
+        report.bad_choice = -1
+        free = self.gpu.free_windows
+        report.free_windows = announcement.window_fd if free is None else free
+        if verdict not in ("OK", "GROW"):
+            report.refusals += 1
+
+    def epcomm_cuda_load(self) -> int:
+        return 0
+
+    def epcomm_cuda_sequence_open(self, sequence: int) -> int:
+        return 0
+
+    def epcomm_cuda_sequence_close(self, sequence: int) -> None:
+        pass
+
+    def epcomm_cuda_enter(self, sequence: int, stream: int, capture: int) -> int:
+        ctypes.c_uint64.from_address(capture).value = int(self.gpu.capturing)
+        return 0
+
+    def epcomm_cuda_order(self, first: int, then: int) -> int:
+        self.gpu.ordered.append((first, then))
+        return 0
+
+    def epcomm_cuda_copy(self, to: int, source: int, num_bytes: int, stream: int) -> int:
+        self.gpu.copies.append((to, source, num_bytes, stream))
+        return 0
+
+    def epcomm_cuda_launch_first(self, layout: int, call: int, sequence: int, stream: int) -> int:
+        # As in csrc/cuda/api.cu.
+        given, moves = (abi.structures[n].from_address(a)
+                        for n, a in (("layout", layout), ("dispatch", call)))  # fmt: skip
+        moves.announcement, moves.routes = given.announcement, given.routes
+        moves.number = given.number
+        return self._note(sequence, stream, layout=layout, dispatch=call)
+
+    def epcomm_cuda_launch_dispatch(self, call: int, sequence: int, stream: int) -> int:
+        return self._note(sequence, stream, dispatch=call)
+
+    def epcomm_cuda_launch_combine(self, call: int, sequence: int, stream: int) -> int:
+        return self._note(sequence, stream, combine=call)
+
+    def epcomm_cuda_wait_prepared(self, report: int, number: int, timeout_ns: int) -> int:
+        assert abi.structures["report"].from_address(report).prepared == number
+        self.gpu.waited += 1
+        return 0
+
+    def epcomm_cuda_event_open(self, event: Any) -> int:
+        self.gpu.events.add(self._next_event)
+        event._obj.value = self._next_event
+        self._next_event += 1
+        return 0
+
+    def epcomm_cuda_event_close(self, event: int) -> int:
+        self.gpu.events.remove(event)
+        return 0
+
+    def epcomm_cuda_event_record(self, event: int, stream: int) -> int:
+        assert event in self.gpu.events
+        return 0
+
+    def epcomm_cuda_loan_open(self, memory: int, device: int) -> int:
+        return self._real.epcomm_cuda_loan_open(memory, -1)
+
+
+class _Array:
+    """Stands for cupy.ndarray."""
+
+    def __init__(self, address: int) -> None:
+        self.data = types.SimpleNamespace(ptr=address)
+
+    def set(self, values: np.ndarray) -> None:
+        ctypes.memmove(self.data.ptr, values.ctypes.data, values.nbytes)
+
+    def fill(self, value: int) -> None:
+        pass
+
+
+def _fake_cupy(gpu: Gpu) -> dict[str, types.ModuleType]:
+    cupy, cuda, runtime = (types.ModuleType(n) for n in ("cupy", "cupy.cuda", "cupy.cuda.runtime"))
+
+    def zeros(shape: Any, dtype: Any) -> _Array:
+        return _Array(gpu.allocate(int(np.prod(shape)) * np.dtype(dtype).itemsize))
+
+    cupy.__dict__.update(cuda=cuda, zeros=zeros, empty=zeros, ndarray=lambda *_: _Array(0))
+    cuda.__dict__.update(
+        runtime=runtime,
+        UnownedMemory=lambda *_: None,
+        MemoryPointer=lambda *_: None,
+        Device=lambda _: types.SimpleNamespace(use=lambda: None),
+    )
+    runtime.__dict__.update(
+        malloc=gpu.allocate,
+        hostAlloc=lambda n, _: gpu.allocate(n),
+        free=lambda _: None,
+        freeHost=lambda _: None,
+        memset=lambda *_: None,
+        memcpy=lambda to, source, n, _: ctypes.memmove(to, source, n),
+        deviceSynchronize=lambda: None,
+        memcpyDeviceToHost=2,
+        ipcGetMemHandle=lambda address: address.to_bytes(8, "little"),
+        ipcOpenMemHandle=lambda handle: int.from_bytes(handle, "little"),
+        ipcCloseMemHandle=lambda _: None,
+        CUDARuntimeError=type("CUDARuntimeError", (RuntimeError,), {}),
+    )
+    return {"cupy": cupy, "cupy.cuda": cuda, "cupy.cuda.runtime": runtime}
+
+
+class _Bootstrap:
+    """All ranks say what this one says."""
+
+    rank, size = RANK, RANKS
+
+    def allgather(self, item: Any) -> list[Any]:
+        return [item] * RANKS
+
+    def hosts(self) -> list[object]:
+        return ["here"] * RANKS
+
+    def close(self) -> None:
+        pass
+
+
+def make_buffer(monkeypatch: Any, gpu: Gpu, **config: int) -> Any:
+    """A Buffer of rank RANK of RANKS on one node, on tensors of the host.
+
+    The modules that it uses are imported anew, and forgotten when ``monkeypatch`` is undone.
+    """
+    import epcomm.buffer
+    import epcomm.cuda
+
+    for name in _modules():
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(epcomm.cuda, name.rpartition(".")[2], raising=False)
+    for name, module in _fake_cupy(gpu).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(native, "library", Library(gpu, native.library))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    current = lambda device=None: _STREAMS.get(gpu.stream) or Stream(address=gpu.stream)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda t, s: gpu.kept.append((t.data_ptr(), s.cuda_stream))
+    )
+    backend = importlib.import_module("epcomm.cuda.backend")
+    streams = importlib.import_module("epcomm.cuda.streams")
+    device = importlib.import_module("epcomm.cuda.device")
+    monkeypatch.setattr(streams, "_find_stream", lambda _: gpu.stream)
+    monkeypatch.setattr(
+        backend, "check_device", lambda *_: device.Device(0, "a GPU", num_sms=16, max_sms=132)
+    )
+    monkeypatch.setattr(epcomm.buffer, "make_bootstrap", lambda *_: _Bootstrap())
+    buffer = epcomm.buffer.Buffer(
+        None, **{"hidden": 256, "num_experts": 16, "num_topk": 3, "max_tokens": 64, **config},
+        backend="cuda",
+    )  # fmt: skip
+    buffer.config = replace(buffer.config, device="cpu")
+    buffer._backend._combines._device = torch.device("cpu")
+    for name in _modules():
+        # Of this buffer alone: the next one, or a test with a GPU, imports its own.
+        del sys.modules[name]
+        delattr(epcomm.cuda, name.rpartition(".")[2])
+    return buffer
+
+
+def _modules() -> list[str]:
+    """Names of the back end's modules, but for the one that knows the library's structures."""
+    return [n for n in sys.modules if n.startswith("epcomm.cuda.") and n != abi.__name__]

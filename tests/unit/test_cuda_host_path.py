@@ -1,0 +1,499 @@
+"""From a call of a CUDA buffer to the launch of its kernels, with stand-ins for the GPU.
+
+What the kernels make of their parameters is for tests/gpu.
+"""
+
+import ctypes
+import gc
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import epcomm
+from epcomm import native
+from epcomm.cuda import abi
+
+if not abi.available:
+    pytest.skip("libepcomm was built without CUDA", allow_module_level=True)
+
+from cuda_stand_ins import RANKS, Gpu, make_buffer
+
+from epcomm.native import constants
+
+TOKENS, HIDDEN, TOPK, LOCAL = 6, 256, 3, 4
+WORDS = (HIDDEN + 127) // 128
+
+
+@pytest.fixture
+def gpu():
+    return Gpu()
+
+
+@pytest.fixture
+def buffer(monkeypatch, gpu):
+    return make_buffer(monkeypatch, gpu)
+
+
+def inputs(form="bf16"):
+    if form == "pair":
+        rows = torch.zeros(TOKENS, HIDDEN, dtype=torch.float8_e4m3fn)
+        return rows, torch.zeros(TOKENS, WORDS)
+    if form == "ue8m0 pair":
+        rows = torch.zeros(TOKENS, HIDDEN, dtype=torch.float8_e4m3fn)
+        return rows, torch.zeros(TOKENS, 1, dtype=torch.int32)
+    return torch.zeros(TOKENS, HIDDEN, dtype=torch.float32 if form == "f32" else torch.bfloat16)
+
+
+def choices(dtype=torch.int64):
+    return torch.arange(TOKENS * TOPK, dtype=dtype).view(TOKENS, TOPK) % 16
+
+
+WEIGHTS = torch.ones(TOKENS, TOPK)
+
+
+def window_of(buffer, serial):
+    """(address, bytes) of a window."""
+    block = buffer._backend._engine.windows[serial]
+    return block.pointer, block.num_bytes
+
+
+# Dispatch ----------------------------------------------------------------------------------
+
+
+def test_first_call_makes_windows_once_all_ranks_ask_for_them(buffer, gpu):
+    got = buffer.dispatch(inputs(), choices(), WEIGHTS)
+    asked, moved = gpu.launches
+    assert asked.names == moved.names == ("layout", "dispatch")
+    assert asked.announcement.window_bytes == 0
+    address, num_bytes = window_of(buffer, moved.announcement.window_serial)
+    assert moved.announcement.window_bytes == num_bytes
+    assert moved.announcement.window_fd == 3  # of four
+    assert got.x.data_ptr() == address
+    assert [b.number for b in asked.blocks] == [1, 1]
+    assert [b.number for b in moved.blocks] == [2, 2]
+    buffer.dispatch(inputs(), choices(), WEIGHTS)
+    assert len(gpu.launches) == 3
+
+
+FORMS = {
+    "bf16": ({}, "BF16", "BF16"),
+    "f32": ({}, "F32", "F32"),
+    "pair": ({}, "FP8", "FP8"),
+    "ue8m0 pair": ({}, "FP8_UE8M0", "FP8_UE8M0"),
+    "packed": ({"quantize": "fp8"}, "BF16", "FP8"),
+    "packed by expert": ({"quantize": "fp8_ue8m0", "layout": "expert", "alignment": 4},
+                         "BF16", "FP8_UE8M0"),
+    "fixed": ({"fixed_rows": 9}, "BF16", "BF16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", FORMS)
+def test_parameters_of_a_dispatch(buffer, gpu, name, weighted):
+    options, given, sent = FORMS[name]
+    x, topk_idx = inputs(name), choices()
+    weights = WEIGHTS if weighted else None
+    buffer.dispatch(inputs(), choices())  # another form's parameters are not left in these
+    got = buffer.dispatch(x, topk_idx, weights, **options)
+    again = buffer.dispatch(
+        x, topk_weights=weights, handle=got.handle, quantize=options.get("quantize")
+    )
+    layout, first = gpu.launches[-2].blocks
+    (cached,) = gpu.launches[-1].blocks
+    routes = got.handle._state.routes
+    rows, scales = x if isinstance(x, tuple) else (x, None)
+    by_expert = options.get("layout") == "expert"
+    for block in (layout, first, cached):
+        announced, row = block.announcement, block.row
+        assert announced.op == constants["OP_CACHED_DISPATCH" if block is cached else "OP_DISPATCH"]
+        assert announced.format == constants[f"FORMAT_{sent}"]
+        assert announced.layout == constants["LAYOUT_EXPERT" if by_expert else "LAYOUT_RANK"]
+        assert announced.alignment == options.get("alignment", 1)
+        assert announced.fixed_rows == options.get("fixed_rows", -1)
+        assert announced.with_weights == row.with_weights == weighted
+        assert announced.num_tokens == TOKENS
+        assert announced.handle_epoch == (routes.number if block is cached else 0)
+        assert announced.status == constants["STATUS_OK"]
+        assert row.row_bytes == native.library.epcomm_payload_bytes(announced.format, HIDDEN)
+        assert row.scale_bytes == native.library.epcomm_scale_bytes(announced.format, HIDDEN)
+        assert (row.num_topk, row.layout, row.with_topk) == (TOPK, announced.layout, 1)
+        assert block.num_blocks == 16
+        assert (block.world.rank, block.world.num_ranks) == (1, RANKS)
+        assert bytes(block.routes) == bytes(routes.block)
+    assert layout.number == first.number == cached.number - 1
+    for block in (first, cached):
+        assert block.x == rows.data_ptr()
+        assert (block.scales or 0) == (0 if scales is None else scales.data_ptr())
+        assert (block.topk_weights or 0) == (weights.data_ptr() if weighted else 0)
+        assert block.row_in_bytes == rows.shape[1] * rows.element_size()
+        assert block.input_format == constants[f"FORMAT_{given}"]
+        assert block.announce == (block is cached)
+        assert block.num_warps == (8 if given == sent else 14)
+    serials = {block.announcement.window_serial for block in (first, cached)}
+    assert len(serials) == 2  # the first result still holds its own
+    assert again.x.shape == got.x.shape == (options.get("fixed_rows", 5), HIDDEN)
+
+
+def test_routes_lie_apart_in_memory_that_handles_keep(buffer, gpu):
+    results = [buffer.dispatch(inputs(), choices()) for _ in range(3)]
+    spans = []
+    for got in results:
+        routes = got.handle._state.routes
+        block, memory = routes.block, routes.memory
+        dests = block.dests
+        assert (block.num_tokens, block.max_dests) == (TOKENS, TOPK)
+        assert dests % 128 == memory.data_ptr() % 128
+        starts = [block.rows, block.group_start, block.group_count, block.verdict]
+        sizes = [4 * n for n in (RANKS, LOCAL + 1, LOCAL, 1)]
+        assert starts[0] == dests + 8 * TOKENS * TOPK
+        for (start, following), size in zip(itertools.pairwise(starts), sizes, strict=False):
+            assert start + size == following
+        end = starts[-1] + sizes[-1]
+        assert memory.data_ptr() <= dests < end <= memory.data_ptr() + memory.nbytes
+        spans.append((dests, end))
+        counts = np.ctypeslib.as_array((ctypes.c_int32 * LOCAL).from_address(starts[2]))
+        counts[:] = [4, 3, 2, 1]
+        assert routes.tokens_per_expert.tolist() == [4, 3, 2, 1]
+        np.ctypeslib.as_array((ctypes.c_int32 * RANKS).from_address(starts[0]))[:] = range(RANKS)
+        assert routes.count_rows() == 1
+    spans.sort()
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+def test_narrow_ids_are_widened(buffer, gpu):
+    got = buffer.dispatch(inputs(), choices(torch.int32))
+    routes = got.handle._state.routes
+    assert routes.topk_idx.dtype == torch.int64
+    assert gpu.launches[-1].blocks[0].routes.topk_idx == routes.topk_idx.data_ptr()
+
+
+# Windows and results -----------------------------------------------------------------------
+
+
+def test_tensors_lie_where_the_kernels_write(buffer, gpu):
+    gpu.rows = (5, 7)
+    got = buffer.dispatch(inputs("pair"), choices(), WEIGHTS)
+    window, _ = window_of(buffer, gpu.launches[-1].announcement.window_serial)
+    parts = abi.structures["parts"]()
+    row = gpu.launches[-1].blocks[1].row
+    native.library.epcomm_cuda_window_parts(ctypes.addressof(row), 5, ctypes.addressof(parts))
+    for tensor, offset, shape, dtype in (
+        (got.x, parts.rows, (5, HIDDEN), torch.float8_e4m3fn),
+        (got.scales, parts.scales, (5, WORDS), torch.float32),
+        (got.topk_idx, parts.topk_idx, (5, TOPK), torch.int64),
+        (got.topk_weights, parts.topk_weights, (5, TOPK), torch.float32),
+        (got.source, parts.source, (5, 2), torch.int32),
+    ):
+        assert tensor.data_ptr() == window + offset
+        assert tensor.shape == shape
+        assert tensor.dtype == dtype
+        assert tensor.is_contiguous()
+    got.source[:] = 3  # and they are that memory, not a copy
+    assert ctypes.c_int32.from_address(window + parts.source).value == 3
+
+
+@pytest.mark.parametrize("kept", ["x", "scales", "topk_idx", "topk_weights", "source"])
+def test_a_window_is_lent_while_any_tensor_of_it_lives(buffer, gpu, kept):
+    got = buffer.dispatch(inputs("pair"), choices(), WEIGHTS)
+    lent = gpu.launches[-1].announcement.window_serial
+    view = getattr(got, kept)[1:, :1]
+    del got
+    gc.collect()
+    for _ in range(6):
+        buffer.dispatch(inputs("pair"), choices(), WEIGHTS)
+        assert gpu.launches[-1].announcement.window_serial != lent
+    del view
+    serials = []
+    held = []
+    for _ in range(4):
+        held.append(buffer.dispatch(inputs("pair"), choices(), WEIGHTS))
+        serials.append(gpu.launches[-1].announcement.window_serial)
+    assert lent in serials
+
+
+def test_a_result_keeps_its_window_for_labels_asked_for_late(buffer, gpu):
+    got = buffer.dispatch(inputs(), choices())
+    lent = gpu.launches[-1].announcement.window_serial
+    got.x = None  # type: ignore[assignment]
+    for _ in range(4):
+        buffer.dispatch(inputs(), choices())
+        assert gpu.launches[-1].announcement.window_serial != lent
+    address, num_bytes = window_of(buffer, lent)
+    assert address < got.source.data_ptr() < address + num_bytes
+
+
+def test_results_without_rows_hold_a_window_too(buffer, gpu):
+    gpu.rows = (0, 7)
+    results = [buffer.dispatch(inputs("pair"), choices()) for _ in range(4)]
+    assert [r.x.shape for r in results] == [(0, HIDDEN)] * 4
+    assert {tuple(r.source.shape) for r in results} == {(0, 2)}
+    serials = [launch.announcement.window_serial for launch in gpu.launches[1:]]
+    assert len(set(serials)) == 4
+
+
+def test_where_all_windows_are_held_all_ranks_make_another(buffer, gpu):
+    held = [buffer.dispatch(inputs(), choices()) for _ in range(5)]
+    sizes = [launch.announcement.window_bytes > 0 for launch in gpu.launches]
+    assert sizes == [False, True, True, True, True, False, True]
+    assert len({h.x.data_ptr() for h in held}) == 5
+
+
+def test_fixed_rows_cannot_ask_for_a_window(buffer, gpu):
+    held = [buffer.dispatch(inputs(), choices(), fixed_rows=9) for _ in range(4)]
+    with pytest.raises(MemoryError, match="held by an earlier result"):
+        buffer.dispatch(inputs(), choices(), fixed_rows=9)
+    assert gpu.launches[-1].announcement.status == constants["STATUS_REFUSED"]
+    del held
+    assert buffer.dispatch(inputs(), choices(), fixed_rows=9).x.shape == (9, HIDDEN)
+
+
+def test_results_outlive_the_buffer(buffer, gpu):
+    got = buffer.dispatch(inputs(), choices())
+    event = got.event
+    buffer.close()
+    assert gpu.events  # of the result
+    got.x[:] = 1
+    assert got.source.shape == (5, 2)
+    del got, event
+    assert not gpu.events
+
+
+def test_counts_of_a_result_are_its_own(buffer, gpu):
+    backend = buffer._backend
+    backend._engine.local_expert_rows[:] = [3, 1, 0, 1]
+    first = buffer.dispatch(inputs(), choices())
+    backend._engine.local_expert_rows[:] = 9
+    again = buffer.dispatch(inputs(), handle=first.handle)
+    assert first.tokens_per_expert.tolist() == [3, 1, 0, 1]
+    first.tokens_per_expert[:] = 0
+    assert again.tokens_per_expert.tolist() == [3, 1, 0, 1]
+    assert again.tokens_per_expert.dtype == torch.int32
+
+
+# Waiting -----------------------------------------------------------------------------------
+
+
+def test_cached_calls_wait_only_where_a_rank_may_have_no_window_left(buffer, gpu):
+    handle = buffer.dispatch(inputs(), choices()).handle
+    gpu.free_windows = 2
+    buffer.dispatch(inputs(), choices())  # tells that every rank has two more
+    waited = gpu.waited
+    seen = []
+    for _ in range(5):
+        buffer.dispatch(inputs(), handle=handle)
+        seen.append(gpu.waited - waited)
+    assert seen == [0, 0, 1, 1, 1]  # the third has waited, and may count on two more again
+
+
+def test_fixed_rows_wait_for_nothing_once_there_are_windows(buffer, gpu):
+    buffer.dispatch(inputs(), choices(), fixed_rows=9)
+    waited = gpu.waited
+    handle = buffer.dispatch(inputs(), choices(), fixed_rows=9).handle
+    buffer.dispatch(inputs(), handle=handle)
+    assert gpu.waited == waited
+
+
+# Combine -----------------------------------------------------------------------------------
+
+
+def test_parameters_of_a_combine(buffer, gpu):
+    handle = buffer.dispatch(inputs(), choices(), WEIGHTS).handle
+    y = buffer.combine_input(handle)
+    bias = tuple(torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16) for _ in range(2))
+    weights, topk_weights = torch.ones(5), torch.ones(5, TOPK)
+    got = buffer.combine(y, handle, weights=weights, topk_weights=topk_weights, bias=bias)
+    (block,) = gpu.launches[-1].blocks
+    announced, routes = block.announcement, handle._state.routes
+    window, _ = window_of(buffer, announced.window_serial)
+    assert y.data_ptr() == window
+    assert announced.op == constants["OP_COMBINE"]
+    assert announced.format == announced.wire == constants["FORMAT_BF16"]
+    assert (announced.with_weights, announced.row_weights) == (1, 1)
+    assert announced.handle_epoch == routes.number
+    assert announced.rows_offset == 0
+    assert bytes(block.routes) == bytes(routes.block)
+    assert (block.out, block.topk_weights) == (got.x.data_ptr(), got.topk_weights.data_ptr())
+    assert list(block.bias) == [b.data_ptr() for b in bias]
+    assert (block.row_bytes, block.num_threads) == (2 * HIDDEN, 640)
+    assert [copy[:3] for copy in gpu.copies] == [
+        (window + announced.weights_offset, weights.data_ptr(), 20),
+        (window + announced.topk_offset, topk_weights.data_ptr(), 60),
+    ]
+    # A plain combine along the same lines has none of that.
+    out = torch.empty(TOKENS, HIDDEN, dtype=torch.bfloat16)
+    buffer.combine(y, handle, out=out)
+    (block,) = gpu.launches[-1].blocks
+    assert (block.announcement.with_weights, block.announcement.row_weights) == (0, 0)
+    assert block.out == out.data_ptr()
+    assert not any(block.bias)
+    assert not block.topk_weights
+    assert len(gpu.copies) == 2
+
+
+def test_rows_of_a_dispatch_are_combined_in_place_and_others_copied(buffer, gpu):
+    got = buffer.dispatch(inputs(), choices())
+    received = gpu.launches[-1].announcement.window_serial
+    buffer.combine(got.x, got.handle)
+    assert gpu.launches[-1].announcement.window_serial == received
+    assert not gpu.copies
+    y = torch.zeros(5, HIDDEN, dtype=torch.bfloat16)
+    buffer.combine(y, got.handle)
+    announced = gpu.launches[-1].announcement
+    assert announced.window_serial != received
+    window, _ = window_of(buffer, announced.window_serial)
+    assert gpu.copies == [(window + announced.rows_offset, y.data_ptr(), y.nbytes, 0)]
+    with_weights = torch.ones(5)
+    buffer.combine(got.x, got.handle, weights=with_weights)
+    # A window has room for weights only where rows begin it and it is large enough.
+    announced = gpu.launches[-1].announcement
+    assert announced.row_weights == 1
+    assert announced.window_serial != received
+
+
+def test_a_wider_combine_makes_larger_windows(buffer, gpu):
+    got = buffer.dispatch(inputs(), choices())
+    gpu.rows = (5000, 5000)
+    got = buffer.dispatch(inputs(), choices())
+    launches = len(gpu.launches)
+    buffer.combine(torch.zeros(5000, HIDDEN), got.handle)
+    asked, moved = gpu.launches[launches:]
+    assert asked.announcement.window_bytes == 0
+    assert moved.announcement.window_bytes >= 5000 * HIDDEN * 4
+
+
+# Streams, events, graphs -------------------------------------------------------------------
+
+
+def test_what_a_call_uses_lives_as_long_as_it_runs(buffer, gpu):
+    x, topk_idx = inputs(), choices()
+    got = buffer.dispatch(x, topk_idx)
+    assert gpu.launches[-1].stream == 0
+    assert not gpu.kept
+    gpu.stream = 77
+    buffer.combine(got.x, got.handle)
+    assert gpu.launches[-1].stream == 77
+    routes = got.handle._state.routes
+    assert set(gpu.kept) == {(t.data_ptr(), 77) for t in (routes.memory, topk_idx)}
+    gpu.kept.clear()
+    got = buffer.dispatch(x, handle=got.handle, async_op=True)
+    own = gpu.launches[-1].stream
+    assert own not in (0, 77)
+    assert (77, own) in gpu.ordered
+    assert set(gpu.kept) == {(t.data_ptr(), own) for t in (routes.memory, topk_idx, x)}
+
+
+def test_a_window_last_used_on_another_stream_is_waited_for(buffer, gpu):
+    gpu.stream = 5
+    buffer.dispatch(inputs(), choices())
+    gpu.ordered.clear()
+    buffer.dispatch(inputs(), choices())
+    assert not gpu.ordered
+    gpu.stream = 6
+    buffer.dispatch(inputs(), choices())
+    assert gpu.ordered == [(5, 6)]
+
+
+def test_an_event_is_recorded_again_only_when_nobody_holds_it(buffer, gpu):
+    kept = [buffer.dispatch(inputs(), choices()) for _ in range(3)]
+    events = [launch.event for launch in gpu.launches]
+    # One for each call, a repeated one included.
+    assert len(set(events)) == 3
+    assert set(events) == {result.event.address for result in kept}
+    combined = buffer.combine(kept[0].x, kept[0].handle)
+    assert combined.event.address not in events
+    address = kept[1].event.address
+    del kept[1]
+    fresh = buffer.dispatch(inputs(), choices())
+    assert fresh.event.address == gpu.launches[-1].event == address
+    assert len(gpu.events) == 4
+
+
+def test_captured_calls_have_windows_and_events_of_their_own(buffer, gpu):
+    warm = buffer.dispatch(inputs(), choices(), fixed_rows=9)
+    made = len(gpu.events)
+    del warm
+    gpu.capturing = True
+    got = buffer.dispatch(inputs(), choices(), fixed_rows=9)
+    captured = gpu.launches[-1]
+    reserved, event = captured.announcement.window_serial, got.event.address
+    assert event != captured.event
+    assert len(gpu.events) == made + 1
+    memory = got.handle._state.routes.memory
+    del got
+    assert event not in gpu.events
+    gpu.capturing = False
+    for _ in range(4):
+        later = buffer.dispatch(inputs(), choices(), fixed_rows=9)
+        assert gpu.launches[-1].announcement.window_serial != reserved
+        assert later.handle._state.routes.memory is not memory
+    gpu.capturing = True
+    buffer.dispatch(inputs(), choices(), fixed_rows=9)
+    assert gpu.launches[-1].announcement.window_serial == reserved
+
+
+def test_what_has_to_wait_cannot_be_captured(buffer, gpu):
+    got = buffer.dispatch(inputs(), choices())
+    launches = len(gpu.launches)
+    gpu.capturing = True
+    with pytest.raises(RuntimeError, match="fixed_rows"):
+        buffer.dispatch(inputs(), choices())
+    with pytest.raises(RuntimeError, match="windows are too small"):
+        buffer.combine(torch.zeros(5, HIDDEN).repeat(2000, 1)[:5], wide_handle(buffer, got))
+    assert len(gpu.launches) == launches
+
+
+def wide_handle(buffer, got):
+    """A handle whose fullest rank's rows fit no window to combine from."""
+    state = got.handle._state
+    state.max_rows = 10**6
+    return got.handle
+
+
+# Refusals ----------------------------------------------------------------------------------
+
+
+def test_refused_arguments_are_announced_with_the_reason(buffer, gpu):
+    handle = buffer.dispatch(inputs(), choices()).handle
+    with pytest.raises(TypeError, match="topk_idx"):
+        buffer.dispatch(inputs(), choices().float())
+    refused = gpu.launches[-1]
+    assert refused.names == ("dispatch",)
+    assert refused.announcement.op == constants["OP_DISPATCH"]
+    assert refused.announcement.status == constants["STATUS_REFUSED"]
+    assert refused.announcement.reason.startswith(b"topk_idx: expected dtype")
+    assert refused.blocks[0].announce == 1
+    with pytest.raises(ValueError, match="x"):
+        buffer.combine(torch.zeros(4, HIDDEN, dtype=torch.bfloat16), handle)
+    assert gpu.launches[-1].names == ("combine",)
+    assert gpu.launches[-1].announcement.status == constants["STATUS_REFUSED"]
+    # The next call's announcement is not refused.
+    buffer.dispatch(inputs(), handle=handle)
+    assert gpu.launches[-1].announcement.status == constants["STATUS_OK"]
+
+
+def test_a_dispatch_refused_by_the_kernels_is_raised(buffer, gpu):
+    buffer.dispatch(inputs(), choices())
+    gpu.verdicts = ["FIXED_ROWS"]
+    with pytest.raises(ValueError, match="fixed_rows: None is too few"):
+        buffer.dispatch(inputs(), choices())
+    buffer.dispatch(inputs(), choices())  # acknowledged
+
+
+def test_a_refusal_nobody_waited_for_is_raised_once_by_a_later_call(buffer, gpu):
+    buffer.dispatch(inputs(), choices(), fixed_rows=9)
+    report = buffer._backend._engine.report
+    report.refused_verdict, report.refused_choice = abi.constants["FIXED_ROWS"], -1
+    gpu.verdicts = ["FIXED_ROWS"]
+    with pytest.raises(ValueError, match="fixed_rows: too few in an earlier dispatch"):
+        buffer.dispatch(inputs(), choices(), fixed_rows=9)
+    buffer.dispatch(inputs(), choices(), fixed_rows=9)
+    buffer.check()
+
+
+def test_a_closed_or_broken_buffer_refuses_calls(buffer, gpu):
+    buffer._backend._engine.report.failed = 1
+    with pytest.raises(epcomm.BufferClosedError, match="an earlier call failed"):
+        buffer.dispatch(inputs(), choices())
+    assert not gpu.launches
