@@ -79,10 +79,10 @@ def check_fabric(fabric: Any, backend: str, bootstrap: Bootstrap) -> None:
     name, _, arguments = str(fabric).partition(" ")
     if name not in _FABRICS or (arguments and name in _PLAIN_FABRICS):
         raise ValueError(f"fabric: expected one of {', '.join(_FABRICS)}, got {fabric!r}")
-    if name not in _FABRICS_OF[backend]:
+    known = _FABRICS_OF["cuda" if backend == "cuda" else "cpu"]
+    if name not in known:
         raise ValueError(
-            f"fabric: expected one of {', '.join(_FABRICS_OF[backend])} for backend {backend!r}, "
-            f"got {fabric!r}"
+            f"fabric: expected one of {', '.join(known)} for backend {backend!r}, got {fabric!r}"
         )
     if fabric == "mpi" and not isinstance(bootstrap, MpiBootstrap):
         raise ValueError("fabric: 'mpi' needs an mpi4py communicator as group")
