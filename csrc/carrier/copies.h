@@ -5,10 +5,9 @@
 // full, and each side keeps its own places.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include "../fabric/atomics.h"
 #include "../fabric/transport.h"
+#include "ipc.h"
 
 namespace epcomm::carrier {
 
@@ -18,13 +17,7 @@ constexpr int32_t kOutOfRange = -2;  ///< vendor code of a completion that is no
 struct CopyAddress {
     int32_t pid;
     int32_t node;
-    struct Entry {
-        int32_t registered;
-        int32_t reserved;
-        uint64_t offset;  ///< of the region in the allocation that the handle names
-        uint64_t bytes;
-        cudaIpcMemHandle_t handle;
-    } regions[EPCOMM_FABRIC_MAX_REGIONS];
+    IpcMemory regions[EPCOMM_FABRIC_MAX_REGIONS];
 };
 
 /// The setup: this, then the addresses of all nodes' ranks, the own one included.

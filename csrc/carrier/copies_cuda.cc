@@ -12,8 +12,6 @@
 
 #include <dlfcn.h>
 #include <linux/futex.h>
-#include <string.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -23,6 +21,7 @@
 
 #include "carrier.h"
 #include "copies.h"
+#include "shared_memory.h"
 
 namespace epcomm::carrier {
 
@@ -35,12 +34,6 @@ using fabric::Operation;
 constexpr size_t kBatch = 16;           ///< operations of one event
 constexpr int64_t kSpinNs = 200'000;    ///< without work, before the first nap
 constexpr int64_t kNapNs = 50'000'000;  ///< until the session is looked at again
-
-void require(cudaError_t error, const char* what) {
-    if (error == cudaSuccess) return;
-    throw std::runtime_error(std::string("transport local-cuda: ") + what + ": " +
-                             cudaGetErrorString(error));
-}
 
 /// A copy between places of GPUs. By default a copy within one GPU runs on its SMs, where it
 /// competes with the kernel that waits for it; copy engines are asked for where that is possible.
@@ -97,38 +90,17 @@ class Regions {
         uint64_t bytes = 0;
     };
 
-    ~Regions() {
-        for (void* base : opened_) cudaIpcCloseMemHandle(base);
-    }
-
     void open(const CopyAddress& address) {
         for (int id = 0; id < EPCOMM_FABRIC_MAX_REGIONS; ++id) {
-            const CopyAddress::Entry& entry = address.regions[id];
-            if (entry.registered == 0) continue;
-            void* base = base_of(entry.handle);
-            regions_[id] = {static_cast<uint8_t*>(base) + entry.offset, entry.bytes};
+            regions_[id] = {memory_.open(address.regions[id]), address.regions[id].bytes};
         }
     }
 
     const Mapping& operator[](int32_t id) const { return regions_[id]; }
 
  private:
-    /// Regions may lie in one allocation, which can be opened once only.
-    void* base_of(const cudaIpcMemHandle_t& handle) {
-        for (size_t i = 0; i < opened_.size(); ++i) {
-            if (memcmp(&handles_[i], &handle, sizeof handle) == 0) return opened_[i];
-        }
-        void* base = nullptr;
-        require(cudaIpcOpenMemHandle(&base, handle, cudaIpcMemLazyEnablePeerAccess),
-                "cudaIpcOpenMemHandle; all ranks must be on one machine");
-        opened_.push_back(base);
-        handles_.push_back(handle);
-        return base;
-    }
-
+    IpcMappings memory_;
     Mapping regions_[EPCOMM_FABRIC_MAX_REGIONS];
-    std::vector<void*> opened_;
-    std::vector<cudaIpcMemHandle_t> handles_;
 };
 
 /// Operations of one stream up to one event.
@@ -353,25 +325,10 @@ class Copies {
     std::vector<cudaStream_t> streams_;
 };
 
-/// The shared memory of a session.
-class Mapping {
- public:
-    Mapping(int fd, uint64_t bytes) : bytes_(bytes) {
-        start_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-        if (start_ == MAP_FAILED) throw std::runtime_error("transport local-cuda: mmap failed");
-    }
-    ~Mapping() { munmap(start_, bytes_); }
-    void* start() const { return start_; }
-
- private:
-    void* start_;
-    uint64_t bytes_;
-};
-
 void run(const std::string& bytes, const std::vector<int>& fds, Session& session) {
     constexpr int kLooks = 1024;
     const auto& setup = *reinterpret_cast<const CopySetup*>(bytes.data());
-    const Mapping mapping(fds.at(0), CopyMemory::bytes(setup.num_lanes, setup.num_slots));
+    const SharedMapping mapping(fds.at(0), CopyMemory::bytes(setup.num_lanes, setup.num_slots));
     Copies copies(bytes, mapping.start());
     session.ready();
     int64_t last_work = fabric::now_ns();

@@ -4,11 +4,8 @@
 // threads only hand operations over, in shared memory, and call nothing of CUDA, which could wait
 // for a kernel of this rank that waits for them.
 
-#include <cuda_runtime.h>
-#include <dlfcn.h>
 #include <linux/futex.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -18,6 +15,7 @@
 
 #include "../carrier/carrier.h"
 #include "../carrier/copies.h"
+#include "../carrier/shared_memory.h"
 #include "peer_process.h"
 #include "transport.h"
 
@@ -32,56 +30,6 @@ using carrier::CopySetup;
 
 constexpr int32_t kPeerGone = -1, kCarrierGone = -3;  // vendor codes that are no cudaError_t
 
-void require(cudaError_t error, const char* what) {
-    if (error == cudaSuccess) return;
-    throw std::runtime_error(std::string("transport local-cuda: ") + what + ": " +
-                             cudaGetErrorString(error));
-}
-
-/// Start of the allocation a device pointer lies in: an IPC handle names whole allocations. The
-/// runtime has no such query, so the driver, which is loaded anyway, is asked.
-uint64_t allocation_start(const void* pointer) {
-    using Query = int (*)(unsigned long long*, size_t*, unsigned long long);
-    void* driver = dlopen("libcuda.so.1", RTLD_NOW);
-    const auto query = driver == nullptr
-                           ? nullptr
-                           : reinterpret_cast<Query>(dlsym(driver, "cuMemGetAddressRange_v2"));
-    unsigned long long start = 0;
-    size_t bytes = 0;
-    if (query == nullptr || query(&start, &bytes, reinterpret_cast<uintptr_t>(pointer)) != 0) {
-        throw std::runtime_error("transport local-cuda: a region is not device memory");
-    }
-    return start;
-}
-
-/// Memory that this process shares with its carrier.
-class SharedMemory {
- public:
-    explicit SharedMemory(uint64_t bytes) : bytes_(bytes) {
-        fd_ = memfd_create("epcomm-copies", MFD_CLOEXEC);
-        if (fd_ >= 0 && ftruncate(fd_, int64_t(bytes)) == 0) {
-            start_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
-        }
-        if (start_ != MAP_FAILED) return;
-        const std::string why = strerror(errno);
-        if (fd_ >= 0) close(fd_);
-        throw std::runtime_error("transport local-cuda: memory to share with the carrier: " + why);
-    }
-    SharedMemory(const SharedMemory&) = delete;
-    SharedMemory& operator=(const SharedMemory&) = delete;
-    ~SharedMemory() {
-        munmap(start_, bytes_);
-        close(fd_);
-    }
-    int fd() const { return fd_; }
-    void* start() const { return start_; }
-
- private:
-    uint64_t bytes_;
-    int fd_ = -1;
-    void* start_ = MAP_FAILED;
-};
-
 class LocalCuda : public Transport {
  public:
     ~LocalCuda() override { close(); }
@@ -92,14 +40,8 @@ class LocalCuda : public Transport {
                                      " must be memory of one and the same GPU");
         }
         device_ = region.device;
-        require(cudaSetDevice(device_), "cudaSetDevice");
-        CopyAddress::Entry& entry = mine_.regions[region.id];
-        const uint64_t start = allocation_start(region.pointer);
-        require(cudaIpcGetMemHandle(&entry.handle, reinterpret_cast<void*>(start)),
-                "cudaIpcGetMemHandle; memory must come from cudaMalloc");
-        entry.registered = 1;
-        entry.offset = reinterpret_cast<uintptr_t>(region.pointer) - start;
-        entry.bytes = region.bytes;
+        carrier::require(cudaSetDevice(device_), "cudaSetDevice");
+        mine_.regions[region.id] = carrier::export_memory(region.pointer, region.bytes);
     }
 
     void open(const Plan& plan) override {
@@ -108,7 +50,8 @@ class LocalCuda : public Transport {
         mine_.node = plan.node;
         peers_.resize(size_t(plan.num_nodes));
         while (num_slots_ < uint32_t(plan.max_in_flight)) num_slots_ *= 2;
-        memory_ = std::make_unique<SharedMemory>(CopyMemory::bytes(plan.num_lanes, num_slots_));
+        memory_ =
+            std::make_unique<carrier::SharedMemory>(CopyMemory::bytes(plan.num_lanes, num_slots_));
         lanes_.resize(size_t(plan.num_lanes));
         const CopyMemory places(memory_->start(), num_slots_);
         for (int32_t i = 0; i < plan.num_lanes; ++i) lanes_[size_t(i)].shared = places.lane(i);
@@ -223,7 +166,7 @@ class LocalCuda : public Transport {
     int32_t device_ = -1;
     uint32_t num_slots_ = 1;
     std::vector<PeerProcess> peers_;
-    std::unique_ptr<SharedMemory> memory_;
+    std::unique_ptr<carrier::SharedMemory> memory_;
     std::vector<Lane> lanes_;
     std::unique_ptr<carrier::Carrier> carrier_;
 };
