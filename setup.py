@@ -108,6 +108,12 @@ class BuildLibrary(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
 
+    def copy_extensions_to_source(self) -> None:
+        """For an editable installation: the carrier beside the library."""
+        super().copy_extensions_to_source()
+        built = Path(self.build_lib) / "epcomm/epcomm-carrier"
+        self.copy_file(str(built), str(ROOT / "epcomm/epcomm-carrier"))
+
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
