@@ -9,6 +9,7 @@
 
 namespace epcomm::fabric::ibv {
 
+struct Ah;
 struct Device;
 struct Mr;
 struct Pd;

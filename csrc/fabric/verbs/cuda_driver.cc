@@ -33,28 +33,4 @@ const CudaDriver& cuda_driver() {
     return loaded;
 }
 
-CudaContext::CudaContext(int32_t ordinal) {
-    const CudaDriver& cuda = cuda_driver();
-    void* context = nullptr;
-    check_cuda(cuda.device_get(&device_, ordinal), "cuDeviceGet");
-    check_cuda(cuda.retain(&context, device_), "cuDevicePrimaryCtxRetain");
-    if (const int result = cuda.push(context); result != 0) {
-        cuda.release(device_);
-        check_cuda(result, "cuCtxPushCurrent");
-    }
-}
-
-CudaContext::~CudaContext() {
-    void* context = nullptr;
-    cuda_driver().pop(&context);
-    cuda_driver().release(device_);
-}
-
-void check_cuda(int result, const char* call) {
-    if (result != 0) {
-        throw std::runtime_error(std::string(call) + " failed (CUresult " + std::to_string(result) +
-                                 ")");
-    }
-}
-
 }  // namespace epcomm::fabric

@@ -1,8 +1,10 @@
-// The few calls of the CUDA driver that the verbs transport makes, opened at run time.
+// The few calls of the CUDA driver that transports over network cards make, opened at run time.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
+
+#include <string>
 
 namespace epcomm::fabric {
 
@@ -17,8 +19,16 @@ namespace epcomm::fabric {
     X(pop, "cuCtxPopCurrent_v2", (void** context))                                            \
     X(export_range, "cuMemGetHandleForAddressRange",                                          \
       (void* handle, uint64_t pointer, size_t bytes, int type, unsigned long long flags))     \
+    X(alloc, "cuMemAlloc_v2", (uint64_t* pointer, size_t bytes))                              \
+    X(free, "cuMemFree_v2", (uint64_t pointer))                                               \
+    X(set_attribute, "cuPointerSetAttribute",                                                 \
+      (const void* value, int attribute, uint64_t pointer))                                   \
     X(host_alloc, "cuMemHostAlloc", (void**, size_t bytes, unsigned flags))                   \
     X(host_free, "cuMemFreeHost", (void*))                                                    \
+    X(host_register, "cuMemHostRegister_v2", (void*, size_t bytes, unsigned flags))           \
+    X(host_unregister, "cuMemHostUnregister", (void*))                                        \
+    X(host_pointer, "cuMemHostGetDevicePointer_v2",                                           \
+      (uint64_t* pointer, void* host, unsigned flags))                                        \
     X(stream_create, "cuStreamCreate", (void** stream, unsigned flags))                       \
     X(stream_destroy, "cuStreamDestroy_v2", (void* stream))                                   \
     X(stream_wait, "cuStreamSynchronize", (void* stream))                                     \
@@ -48,5 +58,8 @@ class CudaContext {
 
 /// Throws std::runtime_error naming the call if `result` is not 0.
 void check_cuda(int result, const char* call);
+
+/// A device's PCI address as the kernel writes it, such as 0000:1b:00.0.
+std::string gpu_address(int32_t ordinal);
 
 }  // namespace epcomm::fabric

@@ -53,8 +53,8 @@ NicName parse_nic(const std::string& text) {
     if (colon != std::string::npos) {
         name.port = atoi(text.c_str() + colon + 1);
         if (name.port <= 0 || name.port > 255) {
-            throw std::runtime_error("verbs option nic: expected device or device:port, got \"" +
-                                     text + "\"");
+            throw std::runtime_error("option nic: expected device or device:port, got \"" + text +
+                                     "\"");
         }
     }
     return name;
@@ -67,8 +67,8 @@ std::vector<NicName> named(const std::vector<std::string>& texts,
     for (const std::string& text : texts) {
         names.push_back(parse_nic(text));
         if (std::find(devices.begin(), devices.end(), names.back().device) == devices.end()) {
-            throw std::runtime_error("verbs option nic: there is no device \"" +
-                                     names.back().device + "\" here; there are: " + join(devices));
+            throw std::runtime_error("option nic: there is no device \"" + names.back().device +
+                                     "\" here; there are: " + join(devices));
         }
     }
     return names;
@@ -156,10 +156,11 @@ void find_gid(Nic* nic, const VerbsOptions& options) {
     });
     if (found != entries.end()) {
         nic->gid = found->gid;
+        nic->roce_v2 = nic->ethernet() && found->type == "RoCE v2";
         nic->gid_text = gid_to_text(found->gid) + (found->type.empty() ? "" : ", " + found->type);
     } else if (options.gid >= 0) {
-        throw std::runtime_error("verbs option gid: " + label(nic->name) +
-                                 " has no address at index " + std::to_string(options.gid));
+        throw std::runtime_error("option gid: " + label(nic->name) + " has no address at index " +
+                                 std::to_string(options.gid));
     } else if (nic->ethernet()) {
         throw std::runtime_error(label(nic->name) +
                                  " has no usable GID: give its network interface an IP address");
@@ -193,7 +194,7 @@ std::vector<NicName> choose_nics(const Sysfs& sysfs, const std::vector<std::stri
     if (!options.nic_map.empty()) {
         if (size_t(options.local_rank) >= options.nic_map.size()) {
             throw std::runtime_error(
-                "verbs option nic_map: it has " + std::to_string(options.nic_map.size()) +
+                "option nic_map: it has " + std::to_string(options.nic_map.size()) +
                 " entries, and this is local rank " + std::to_string(options.local_rank));
         }
         return named(split_plus(options.nic_map[size_t(options.local_rank)]), devices);
@@ -250,14 +251,15 @@ std::vector<std::string> list_devices() {
     return names;
 }
 
-Nic open_nic(const NicName& name, const VerbsOptions& options) {
+Nic open_nic(const NicName& name, const VerbsOptions& options, OpenDevice open) {
     const ibv::Library& verbs = ibv::library();
+    if (open == nullptr) open = verbs.open_device;
     Nic nic;
     nic.name = name;
     int count = 0;
     ibv::Device** list = verbs.get_device_list(&count);
     for (int i = 0; list != nullptr && i < count; ++i) {
-        if (name.device == verbs.get_device_name(list[i])) nic.context = verbs.open_device(list[i]);
+        if (name.device == verbs.get_device_name(list[i])) nic.context = open(list[i]);
     }
     const int error = errno;
     if (list != nullptr) verbs.free_device_list(list);

@@ -53,6 +53,7 @@ struct Nic {
     int32_t gid_index = 0;
     ibv::Gid gid{};
     std::string gid_text;
+    bool roce_v2 = false;  ///< packets to and from this address are UDP
 
     bool ethernet() const { return port.link_layer == ibv::kLinkEthernet; }
     /// As requester and as responder.
@@ -65,8 +66,12 @@ struct Nic {
 /// Names of the devices that libibverbs has a driver for.
 std::vector<std::string> list_devices();
 
+/// Opens a device; null with errno set if that fails.
+using OpenDevice = ibv::Context* (*)(ibv::Device*);
+
 /// Throws std::runtime_error naming the device, the port or the GID index that does not work.
-Nic open_nic(const NicName& name, const VerbsOptions& options);
+/// `open`: how; null means ibv_open_device.
+Nic open_nic(const NicName& name, const VerbsOptions& options, OpenDevice open = nullptr);
 
 void close_nic(Nic* nic);
 

@@ -25,7 +25,9 @@ namespace epcomm::fabric::ibv {
     X(int, destroy_cq, (Cq*))                                     \
     X(Qp*, create_qp, (Pd*, QpInitAttr*))                         \
     X(int, destroy_qp, (Qp*))                                     \
-    X(int, modify_qp, (Qp*, QpAttr*, int mask))
+    X(int, modify_qp, (Qp*, QpAttr*, int mask))                   \
+    X(Ah*, create_ah, (Pd*, AddressAttr*))                        \
+    X(int, destroy_ah, (Ah*))
 
 struct Library {
 #define EPCOMM_IBV_POINTER(result, name, parameters) result(*name) parameters;

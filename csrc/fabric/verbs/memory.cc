@@ -38,21 +38,11 @@ ibv::Mr* by_dmabuf(const Nic& nic, const Region& region) {
     if (ibv::library().reg_dmabuf_mr == nullptr) {
         throw std::runtime_error("libibverbs is older than rdma-core 34");
     }
-    const CudaContext context(region.device);
-    // The driver exports whole pages of the host's size.
-    const uint64_t page = uint64_t(sysconf(_SC_PAGESIZE));
-    const uint64_t address = reinterpret_cast<uint64_t>(region.pointer);
-    const uint64_t start = address / page * page;
-    const uint64_t bytes = (address - start + region.bytes + page - 1) / page * page;
-    constexpr int kDmabufFd = 1;
-    int fd = -1;
-    check_cuda(cuda_driver().export_range(&fd, start, bytes, kDmabufFd, 0),
-               "cuMemGetHandleForAddressRange");
-    ibv::Mr* key = ibv::library().reg_dmabuf_mr(nic.pd, address - start, region.bytes, address, fd,
-                                                access_for(nic));
-    const int error = errno;
-    close(fd);
-    if (key == nullptr) throw std::runtime_error(strerror(error));
+    const Dmabuf file(region.device, region.pointer, region.bytes);
+    ibv::Mr* key = ibv::library().reg_dmabuf_mr(nic.pd, file.offset(), region.bytes,
+                                                reinterpret_cast<uint64_t>(region.pointer),
+                                                file.fd(), access_for(nic));
+    if (key == nullptr) throw std::runtime_error(strerror(errno));
     return key;
 }
 
@@ -100,6 +90,28 @@ void try_way(Registration how, const std::vector<Nic>& nics, RegisteredRegion* r
 
 }  // namespace
 
+std::string gpu_of(const std::vector<Region>& regions) {
+    for (const Region& region : regions) {
+        if (region.memory == Memory::kCuda) return gpu_address(region.device);
+    }
+    return "";
+}
+
+Dmabuf::Dmabuf(int32_t device, const void* pointer, uint64_t bytes) {
+    const CudaContext context(device);
+    // The driver exports whole pages of the host's size.
+    const uint64_t page = uint64_t(sysconf(_SC_PAGESIZE));
+    const uint64_t address = reinterpret_cast<uint64_t>(pointer);
+    const uint64_t start = address / page * page;
+    const uint64_t whole = (address - start + bytes + page - 1) / page * page;
+    constexpr int kDmabufFd = 1;
+    check_cuda(cuda_driver().export_range(&fd_, start, whole, kDmabufFd, 0),
+               "cuMemGetHandleForAddressRange");
+    offset_ = address - start;
+}
+
+Dmabuf::~Dmabuf() { close(fd_); }
+
 ibv::Mr* register_host_memory(const Nic& nic, void* pointer, uint64_t bytes) {
     try {
         return by_pointer(nic, pointer, bytes);
@@ -112,13 +124,14 @@ ibv::Mr* register_host_memory(const Nic& nic, void* pointer, uint64_t bytes) {
 }
 
 RegisteredRegion register_region(const Region& region, const std::vector<Nic>& nics,
-                                 Registration wanted) {
+                                 Registration wanted, Copies copies) {
     const bool cuda = region.memory == Memory::kCuda;
     std::vector<Registration> ways;
     if (cuda)
-        ways = {Registration::kDmabuf, Registration::kPeermem, Registration::kBounce};
+        ways = {Registration::kDmabuf, Registration::kPeermem};
     else
         ways = {Registration::kAuto};
+    if (cuda && copies == Copies::kAllowed) ways.push_back(Registration::kBounce);
     // Bounce may be asked for anywhere; what is only for devices does not concern host memory.
     if (wanted == Registration::kBounce || (cuda && wanted != Registration::kAuto)) ways = {wanted};
     RegisteredRegion registered;

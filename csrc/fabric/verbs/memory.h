@@ -24,12 +24,35 @@ struct RegisteredRegion {
     std::string report;
 };
 
+/// Whether a region may be reached through a copy in host memory, which proxies keep.
+enum class Copies { kAllowed, kRefused };
+
 /// Try the ways from the best to the last, or only the one that is asked for. A way counts only if
 /// every card takes it. Throws std::runtime_error with what each said.
 RegisteredRegion register_region(const Region& region, const std::vector<Nic>& nics,
-                                 Registration wanted);
+                                 Registration wanted, Copies copies = Copies::kAllowed);
 
 void unregister_region(RegisteredRegion* region);
+
+/// Address of the GPU that the regions are on, such as 0000:1b:00.0; empty if all are the host's.
+std::string gpu_of(const std::vector<Region>& regions);
+
+/// GPU memory as a file that a network card's driver takes.
+class Dmabuf {
+ public:
+    /// Throws std::runtime_error if the driver does not export it.
+    Dmabuf(int32_t device, const void* pointer, uint64_t bytes);
+    ~Dmabuf();
+    Dmabuf(const Dmabuf&) = delete;
+    Dmabuf& operator=(const Dmabuf&) = delete;
+    int fd() const { return fd_; }
+    /// Where in the file the memory starts: whole pages are exported.
+    uint64_t offset() const { return offset_; }
+
+ private:
+    int fd_ = -1;
+    uint64_t offset_ = 0;
+};
 
 /// Register host memory on one card; throws with the limits that may be the cause.
 ibv::Mr* register_host_memory(const Nic& nic, void* pointer, uint64_t bytes);

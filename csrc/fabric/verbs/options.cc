@@ -13,8 +13,8 @@ namespace {
 
 [[noreturn]] void refuse(const std::string& name, const std::string& value,
                          const std::string& expected) {
-    throw std::runtime_error("verbs option " + name + ": expected " + expected + ", got \"" +
-                             value + "\"");
+    throw std::runtime_error("option " + name + ": expected " + expected + ", got \"" + value +
+                             "\"");
 }
 
 std::vector<std::string> split(const std::string& text, char separator) {
@@ -107,8 +107,8 @@ VerbsOptions parse_verbs_options(const std::string& text) {
         if (equals == std::string::npos || reader == readers().end()) {
             std::string names;
             for (const auto& entry : readers()) names += (names.empty() ? "" : ", ") + entry.first;
-            throw std::runtime_error("verbs option \"" + item +
-                                     "\": expected name=value with one of " + names);
+            throw std::runtime_error("option \"" + item + "\": expected name=value with one of " +
+                                     names);
         }
         reader->second(&options, name, item.substr(equals + 1));
     }

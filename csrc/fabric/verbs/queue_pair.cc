@@ -16,15 +16,6 @@ namespace {
 
 // An operation is at most a write and a signal.
 constexpr int32_t kRequestsPerOperation = 2;
-constexpr uint32_t kPsnMask = 0xffffff;
-
-uint32_t draw_psn(uint32_t index) {
-    // Different in each life of a queue pair number, so that a late packet of an earlier one is
-    // not taken for one of this.
-    timespec now{};
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint32_t(now.tv_nsec) * 2654435761u + index * 40503u) & kPsnMask;
-}
 
 }  // namespace
 
@@ -73,16 +64,7 @@ QueuePair::QueuePair(const Nic& nic, ibv::Cq* queue, QueueMemory memory, const Q
         ibv::library().destroy_qp(queue_pair_);
         throw;
     }
-    endpoint_.number = queue_pair_->qp_num;
-    endpoint_.first_psn = draw_psn(plan.index);
-    endpoint_.mtu = nic.port.active_mtu;
-    for (uint32_t mtu = ibv::kMtu256; options.mtu > 0 && mtu <= ibv::kMtu4096; ++mtu) {
-        if (128 << mtu <= options.mtu) endpoint_.mtu = std::min<uint32_t>(nic.port.active_mtu, mtu);
-    }
-    endpoint_.max_reads = uint32_t(std::min(nic.device.max_qp_rd_atom, 16));
-    endpoint_.gid = nic.gid;
-    endpoint_.lid = nic.port.lid;
-    endpoint_.ethernet = nic.ethernet();
+    endpoint_ = make_endpoint(nic, options, queue_pair_->qp_num, plan.index);
     endpoint_.nic = uint8_t(plan.nic);
     under_way_.resize(size_t(plan.depth));
     batch_.reserve(size_t(plan.depth * kRequestsPerOperation));
@@ -123,11 +105,7 @@ ibv::QpAttr QueuePair::address_of(const Endpoint& remote) const {
 }
 
 void QueuePair::connect(const Endpoint& remote, std::vector<RemoteRegion> regions, bool notices) {
-    if ((remote.ethernet != 0) != nic_.ethernet()) {
-        throw std::runtime_error(nic_.name.device + " and the card of node " +
-                                 std::to_string(plan_.peer) +
-                                 " are of different networks, InfiniBand and Ethernet");
-    }
+    check_same_network(nic_, remote, plan_.peer);
     regions_ = std::move(regions);
     notices_ = notices;
     if (notices) {
@@ -150,8 +128,8 @@ void QueuePair::connect(const Endpoint& remote, std::vector<RemoteRegion> region
     attributes.rnr_retry = uint8_t(options_.rnr_retries);
     attributes.sq_psn = endpoint_.first_psn;
     // More than the responder keeps would corrupt what it replays.
-    attributes.max_rd_atomic = uint8_t(
-        std::min<uint32_t>({uint32_t(nic_.device.max_qp_init_rd_atom), remote.max_reads, 16u}));
+    attributes.max_rd_atomic = uint8_t(std::min<uint32_t>(
+        {uint32_t(nic_.device.max_qp_init_rd_atom), remote.max_reads, uint32_t(kMaxReads)}));
     modify(&attributes,
            ibv::kMaskState | ibv::kMaskTimeout | ibv::kMaskRetries | ibv::kMaskRnrRetries |
                ibv::kMaskSendPsn | ibv::kMaskMaxReadAtomic,

@@ -19,22 +19,11 @@
 #include <memory>
 #include <vector>
 
+#include "endpoint.h"
 #include "failure.h"
 #include "memory.h"
 
 namespace epcomm::fabric {
-
-/// What one side's card and queue pair are called by the other.
-struct Endpoint {
-    uint32_t number;
-    uint32_t first_psn;
-    uint32_t mtu;  ///< ibv enumerator
-    uint32_t max_reads;
-    ibv::Gid gid;
-    uint16_t lid;
-    uint8_t ethernet;
-    uint8_t nic;  ///< which of its rank's cards
-};
 
 /// A region of the peer as this connection sees it.
 struct RemoteRegion {

@@ -40,30 +40,6 @@ struct PeerAddress {
     std::vector<RegionTable> regions;  ///< by card
 };
 
-template <class Item>
-void append_bytes(std::string* to, const Item& item) {
-    to->append(reinterpret_cast<const char*>(&item), sizeof item);
-}
-
-class AddressReader {
- public:
-    AddressReader(const std::string& text, size_t node) : text_(text), node_(node) {}
-    template <class Item>
-    void read(Item* item) {
-        if (text_.size() - at_ < sizeof *item) {
-            throw std::runtime_error("node " + std::to_string(node_) +
-                                     " sent an address of another version of this library");
-        }
-        memcpy(item, text_.data() + at_, sizeof *item);
-        at_ += sizeof *item;
-    }
-
- private:
-    const std::string& text_;
-    size_t node_;
-    size_t at_ = 0;
-};
-
 PeerAddress read_address(const std::string& text, size_t node, int32_t num_channels) {
     PeerAddress address;
     AddressReader reader(text, node);
@@ -122,7 +98,6 @@ class Verbs : public Transport, private Receiver {
     void make_blocks();
     void make_queue_pairs();
     void decide_notices();
-    std::string find_gpu() const;
     uint32_t nic_of(int32_t channel) const { return uint32_t(size_t(channel) % nics_.size()); }
     int32_t depth() const;
     QueuePair* pair(int32_t peer, int32_t channel) const {
@@ -165,23 +140,8 @@ void Verbs::open(const Plan& plan) {
     make_queue_pairs();
 }
 
-std::string Verbs::find_gpu() const {
-    for (const Region& region : wanted_) {
-        if (region.memory != Memory::kCuda) continue;
-        int device = 0;
-        char address[32] = {};
-        check_cuda(cuda_driver().device_get(&device, region.device), "cuDeviceGet");
-        check_cuda(cuda_driver().device_get_pci(address, sizeof address, device),
-                   "cuDeviceGetPCIBusId");
-        // The kernel writes it in small letters.
-        for (char* c = address; *c != 0; ++c) *c = char(tolower(*c));
-        return address;
-    }
-    return "";
-}
-
 void Verbs::open_nics() {
-    if (options_.pci.empty()) options_.pci = find_gpu();
+    if (options_.pci.empty()) options_.pci = gpu_of(wanted_);
     const auto names = choose_nics(Sysfs(), list_devices(), options_);
     // Queue pairs keep references to what is in here.
     nics_.reserve(names.size());
@@ -216,7 +176,7 @@ void Verbs::decide_notices() {
         if (region.mirror != nullptr) why_notices_ = "memory is reached through a copy";
     }
     if (options_.signal == SignalBy::kAtomic && !why_notices_.empty()) {
-        throw std::runtime_error("verbs option signal: atomic is not possible, " + why_notices_);
+        throw std::runtime_error("option signal: atomic is not possible, " + why_notices_);
     }
     if (options_.signal == SignalBy::kImmediate) why_notices_ = "asked for";
 }
@@ -315,7 +275,7 @@ void Verbs::connect(const std::vector<std::string>& addresses) {
             signals->mirror == nullptr) {
             throw std::runtime_error("node " + std::to_string(peer) +
                                      " cannot raise signals in a GPU's memory (no atomics); give "
-                                     "every rank the verbs option signal=immediate");
+                                     "every rank the option signal=immediate");
         }
         notices_ = notices_ || notices;
         for (int32_t channel = 0; channel < plan_.num_channels; ++channel) {
