@@ -19,6 +19,7 @@ struct Qp;
 enum AtomicCap : uint32_t { kAtomicNone = 0 };
 enum Mtu : uint32_t { kMtu256 = 1, kMtu4096 = 5 };
 enum PortState : uint32_t { kPortActive = 4 };
+enum PortFlags : uint8_t { kPortNeedsGlobal = 1 << 0 };
 enum LinkLayer : uint8_t { kLinkInfiniband = 1, kLinkEthernet = 2 };
 enum QpType : uint32_t { kReliableConnection = 2 };
 enum QpState : uint32_t { kInit = 1, kReadyToReceive = 2, kReadyToSend = 3, kError = 6 };

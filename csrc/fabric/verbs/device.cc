@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <memory>
 #include <stdexcept>
 
 namespace epcomm::fabric {
@@ -104,7 +105,7 @@ std::string gid_to_text(const ibv::Gid& gid) {
 /// The port's table; with `only`, one entry of it.
 std::vector<GidEntry> read_gids(const Nic& nic, int32_t only) {
     std::vector<GidEntry> entries;
-    const std::string types = "/sys/class/infiniband/" + nic.name.device + "/ports/" +
+    const std::string types = sysfs().root + "/class/infiniband/" + nic.name.device + "/ports/" +
                               std::to_string(nic.name.port) + "/gid_attrs/types/";
     for (int32_t i = 0; i < nic.port.gid_tbl_len; ++i) {
         if (only >= 0 && i != only) continue;
@@ -165,6 +166,23 @@ void find_gid(Nic* nic, const VerbsOptions& options) {
         throw std::runtime_error(label(nic->name) +
                                  " has no usable GID: give its network interface an IP address");
     }
+}
+
+/// Null, and errno says why: there is no such device, or `open` failed.
+ibv::Context* open_by_name(const std::string& name, OpenDevice open) {
+    int count = 0, error = ENODEV;
+    std::unique_ptr<ibv::Device*, void (*)(ibv::Device**)> list(
+        ibv::library().get_device_list(&count), ibv::library().free_device_list);
+    ibv::Context* opened = nullptr;
+    for (int i = 0; list != nullptr && i < count; ++i) {
+        ibv::Device* device = list.get()[i];
+        if (name != ibv::library().get_device_name(device)) continue;
+        opened = open(device);
+        error = errno;
+    }
+    list.reset();
+    errno = error;
+    return opened;
 }
 
 }  // namespace
@@ -241,6 +259,14 @@ int32_t choose_gid(const std::vector<GidEntry>& entries) {
     return best;
 }
 
+std::string describe(const Nic& nic) {
+    const std::string gid =
+        nic.gid_text.empty() ? ""
+                             : " GID " + std::to_string(nic.gid_index) + " (" + nic.gid_text + ")";
+    return label(nic.name) + (nic.ethernet() ? " RoCE" : " InfiniBand") + gid + " MTU " +
+           std::to_string(128 << nic.port.active_mtu);
+}
+
 std::vector<std::string> list_devices() {
     int count = 0;
     ibv::Device** list = ibv::library().get_device_list(&count);
@@ -256,15 +282,9 @@ Nic open_nic(const NicName& name, const VerbsOptions& options, OpenDevice open) 
     if (open == nullptr) open = verbs.open_device;
     Nic nic;
     nic.name = name;
-    int count = 0;
-    ibv::Device** list = verbs.get_device_list(&count);
-    for (int i = 0; list != nullptr && i < count; ++i) {
-        if (name.device == verbs.get_device_name(list[i])) nic.context = open(list[i]);
-    }
-    const int error = errno;
-    if (list != nullptr) verbs.free_device_list(list);
+    nic.context = open_by_name(name.device, open);
     if (nic.context == nullptr) {
-        throw std::runtime_error("device " + name.device + " cannot be opened (" + strerror(error) +
+        throw std::runtime_error("device " + name.device + " cannot be opened (" + strerror(errno) +
                                  "): is /dev/infiniband/uverbs* readable and writable here?");
     }
     try {

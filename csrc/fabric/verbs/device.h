@@ -16,6 +16,9 @@ struct Sysfs {
     std::string root = "/sys";
 };
 
+/// This machine's; beside the libraries the one thing outside that a test puts another in place of.
+const Sysfs& sysfs();
+
 /// A port of a device, as named by an option: "mlx5_0" or "mlx5_0:2"; 0 = the first active one.
 struct NicName {
     std::string device;
@@ -62,6 +65,9 @@ struct Nic {
                device.max_qp_init_rd_atom > 0;
     }
 };
+
+/// The card, its port and its address in words.
+std::string describe(const Nic& nic);
 
 /// Names of the devices that libibverbs has a driver for.
 std::vector<std::string> list_devices();

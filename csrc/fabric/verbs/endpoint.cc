@@ -38,6 +38,22 @@ Endpoint make_endpoint(const Nic& nic, const VerbsOptions& options, uint32_t num
     return endpoint;
 }
 
+ibv::AddressAttr make_path(const Nic& nic, const VerbsOptions& options, const Endpoint& remote) {
+    ibv::AddressAttr path{};
+    // Packets carry global addresses on Ethernet always, across InfiniBand subnets, and where the
+    // subnet manager wants it.
+    path.is_global = nic.ethernet() || (nic.port.flags & ibv::kPortNeedsGlobal) != 0 ||
+                     remote.gid.words[0] != nic.gid.words[0];
+    path.grh.dgid = remote.gid;
+    path.grh.sgid_index = uint8_t(nic.gid_index);
+    path.grh.hop_limit = 64;
+    path.grh.traffic_class = uint8_t(options.traffic_class);
+    path.dlid = remote.lid;
+    path.sl = uint8_t(options.service_level);
+    path.port_num = uint8_t(nic.name.port);
+    return path;
+}
+
 void check_same_network(const Nic& nic, const Endpoint& remote, int32_t peer) {
     if ((remote.ethernet != 0) == nic.ethernet()) return;
     throw std::runtime_error(nic.name.device + " and the card of node " + std::to_string(peer) +

@@ -30,6 +30,9 @@ constexpr int32_t kMaxReads = 16;
 Endpoint make_endpoint(const Nic& nic, const VerbsOptions& options, uint32_t number,
                        uint32_t index);
 
+/// How packets of a connection find the other card.
+ibv::AddressAttr make_path(const Nic& nic, const VerbsOptions& options, const Endpoint& remote);
+
 /// Throws std::runtime_error if the two cannot be connected; `peer` is the other's node.
 void check_same_network(const Nic& nic, const Endpoint& remote, int32_t peer);
 

@@ -7,11 +7,8 @@
 
 namespace epcomm::fabric {
 
-namespace {
-
-/// What a user can do about a status.
-std::string advice(const Failure& failure, const VerbsOptions& options) {
-    switch (failure.status) {
+std::string advice(ibv::Status status, const VerbsOptions& options) {
+    switch (status) {
         case ibv::kRetriesExceeded: {
             char seconds[32];
             snprintf(seconds, sizeof seconds, "%.2g",
@@ -41,6 +38,8 @@ std::string advice(const Failure& failure, const VerbsOptions& options) {
             return "look at the card's counters in /sys/class/infiniband/*/ports/*/hw_counters";
     }
 }
+
+namespace {
 
 std::string what(const Failure& failure) {
     const Command& command = failure.command;
@@ -85,7 +84,7 @@ std::string describe(const Failure& failure, const VerbsOptions& options) {
            " over channel " + std::to_string(failure.command.channel) + " (" + where +
            ") failed: " + status_name(failure.status) + " (status " +
            std::to_string(uint32_t(failure.status)) + ", vendor code " + vendor + "); " +
-           advice(failure, options);
+           advice(failure.status, options);
 }
 
 }  // namespace epcomm::fabric

@@ -21,6 +21,9 @@ struct Failure {
     std::string nic;
 };
 
+/// What a user can do about a status.
+std::string advice(ibv::Status status, const VerbsOptions& options);
+
 const char* status_name(ibv::Status status);
 
 /// What was being sent, to whom, over which queue pair, what went wrong, and what to do about it.

@@ -1,4 +1,4 @@
-// Finds libibverbs and its functions.
+// What is outside: libibverbs and its functions, and the kernel's tree of devices.
 
 #include "library.h"
 
@@ -6,6 +6,8 @@
 
 #include <stdexcept>
 #include <string>
+
+#include "device.h"
 
 namespace epcomm::fabric::ibv {
 
@@ -44,3 +46,12 @@ const Library& library() {
 }
 
 }  // namespace epcomm::fabric::ibv
+
+namespace epcomm::fabric {
+
+const Sysfs& sysfs() {
+    static const Sysfs machine;
+    return machine;
+}
+
+}  // namespace epcomm::fabric

@@ -89,21 +89,6 @@ void QueuePair::modify(ibv::QpAttr* attributes, int mask, const char* step) {
     }
 }
 
-ibv::QpAttr QueuePair::address_of(const Endpoint& remote) const {
-    ibv::QpAttr attributes{};
-    ibv::AddressAttr& path = attributes.ah_attr;
-    // Across InfiniBand subnets, and on Ethernet always, packets carry global addresses.
-    path.is_global = nic_.ethernet() || remote.gid.words[0] != nic_.gid.words[0];
-    path.grh.dgid = remote.gid;
-    path.grh.sgid_index = uint8_t(nic_.gid_index);
-    path.grh.hop_limit = 64;
-    path.grh.traffic_class = uint8_t(options_.traffic_class);
-    path.dlid = remote.lid;
-    path.sl = uint8_t(options_.service_level);
-    path.port_num = uint8_t(nic_.name.port);
-    return attributes;
-}
-
 void QueuePair::connect(const Endpoint& remote, std::vector<RemoteRegion> regions, bool notices) {
     check_same_network(nic_, remote, plan_.peer);
     regions_ = std::move(regions);
@@ -111,7 +96,8 @@ void QueuePair::connect(const Endpoint& remote, std::vector<RemoteRegion> region
     if (notices) {
         for (int32_t slot = 0; slot < num_receives(); ++slot) post_receive(uint32_t(slot));
     }
-    ibv::QpAttr attributes = address_of(remote);
+    ibv::QpAttr attributes{};
+    attributes.ah_attr = make_path(nic_, options_, remote);
     attributes.qp_state = ibv::kReadyToReceive;
     attributes.path_mtu = ibv::Mtu(std::min(endpoint_.mtu, remote.mtu));
     attributes.dest_qp_num = remote.number;

@@ -106,7 +106,6 @@ class QueuePair {
     Failure failure_of(const Command& command, const ibv::Wc& completion) const;
     void post_receive(uint32_t slot);
     void modify(ibv::QpAttr* attributes, int mask, const char* step);
-    ibv::QpAttr address_of(const Endpoint& remote) const;
 
     /// The operation a request belongs to. Its id has the number's low half; far fewer than 2^31
     /// are under way.

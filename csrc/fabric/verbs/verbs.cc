@@ -142,7 +142,7 @@ void Verbs::open(const Plan& plan) {
 
 void Verbs::open_nics() {
     if (options_.pci.empty()) options_.pci = gpu_of(wanted_);
-    const auto names = choose_nics(Sysfs(), list_devices(), options_);
+    const auto names = choose_nics(sysfs(), list_devices(), options_);
     // Queue pairs keep references to what is in here.
     nics_.reserve(names.size());
     for (const NicName& name : names) nics_.push_back(open_nic(name, options_));
@@ -386,14 +386,7 @@ std::string Verbs::error_text(const Completion& completion) const {
 
 std::string Verbs::describe() const {
     std::string text = "verbs:";
-    for (const Nic& nic : nics_) {
-        text += " " + nic.name.device + " port " + std::to_string(nic.name.port) +
-                (nic.ethernet() ? " RoCE" : " InfiniBand") +
-                (nic.gid_text.empty()
-                     ? ""
-                     : " GID " + std::to_string(nic.gid_index) + " (" + nic.gid_text + ")") +
-                " MTU " + std::to_string(128 << nic.port.active_mtu) + ",";
-    }
+    for (const Nic& nic : nics_) text += " " + fabric::describe(nic) + ",";
     text += " sl " + std::to_string(options_.service_level) + " tc " +
             std::to_string(options_.traffic_class) + ", signals by " +
             (notices_ ? "notices (" + (why_notices_.empty() ? "a peer's need" : why_notices_) + ")"

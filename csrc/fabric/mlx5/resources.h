@@ -1,0 +1,46 @@
+// All that a rank has to give back, and how it is made: cards, regions, queues.
+#pragma once
+
+#include "../verbs/memory.h"
+#include "plane.h"
+
+namespace epcomm::fabric::devx {
+
+struct World {
+    int32_t node;
+    int32_t num_nodes;
+    int32_t num_channels;
+};
+
+/// Which of a region's keys.
+enum class Side { kLocal, kRemote };
+
+struct Resources {
+    Options options;
+    World world{};
+    int32_t device = -1;  ///< the GPU that producers run on; -1: the host
+    std::vector<std::unique_ptr<Plane>> planes;
+    std::unique_ptr<Arena> landing;  ///< a line per plane for the old values of atomics
+    std::vector<ibv::Mr*> landing_keys;
+    std::vector<RegisteredRegion> regions;  ///< by id
+    std::unique_ptr<Arena> tables;          ///< what producers are given
+    std::unique_ptr<Ringer> ringer;         ///< null: nobody needs one
+
+    Resources() = default;
+    ~Resources();
+    Resources(const Resources&) = delete;
+    Resources& operator=(const Resources&) = delete;
+
+    /// A region as the card of a plane knows it; zeros if there is none.
+    epcomm_region_key key(size_t plane, int32_t id, Side side) const;
+    epcomm_region_key landing_key(size_t plane) const;
+    std::string describe() const;
+};
+
+// The steps, in this order. They throw std::runtime_error naming what failed.
+
+void open_cards(Resources* all, const std::vector<Region>& regions);
+void register_regions(Resources* all, const std::vector<Region>& regions);
+void make_queues(Resources* all);
+
+}  // namespace epcomm::fabric::devx
