@@ -1,5 +1,5 @@
-// csrc/mlx5/mlx5.h against infiniband/mlx5dv.h: numbers, sizes and offsets when this compiles, the
-// bytes of the header's own setters when it runs.
+// csrc/mlx5/mlx5.h and csrc/fabric/mlx5/abi.h against infiniband/mlx5dv.h: numbers, sizes and
+// offsets when this compiles, the bytes of the header's own setters when it runs.
 
 #include <infiniband/mlx5dv.h>
 #include <stddef.h>
@@ -8,6 +8,7 @@
 
 #include <initializer_list>
 
+#include "../../csrc/fabric/mlx5/abi.h"
 #include "../../csrc/mlx5/mlx5.h"
 #include "../../csrc/mlx5/request.h"
 
@@ -95,6 +96,47 @@ SAME_OFFSET(ErrorCompletion, syndrome, mlx5_err_cqe, syndrome);
 SAME_OFFSET(ErrorCompletion, queue_pair, mlx5_err_cqe, s_wqe_opcode_qpn);
 SAME_OFFSET(ErrorCompletion, index, mlx5_err_cqe, wqe_counter);
 SAME_OFFSET(ErrorCompletion, opcode_owner, mlx5_err_cqe, op_own);
+
+namespace devx = epcomm::fabric::devx;
+
+#define SAME_FIELD(a, field_a, b, field_b)                                                   \
+    static_assert(offsetof(devx::a, field_a) == offsetof(b, field_b) &&                      \
+                      sizeof(devx::a::field_a) == sizeof(static_cast<b*>(nullptr)->field_b), \
+                  #a "::" #field_a " is not where " #b "::" #field_b " is")
+
+SAME(devx::kContextDevx, MLX5DV_CONTEXT_FLAGS_DEVX);
+SAME(sizeof(devx::ContextAttr), sizeof(mlx5dv_context_attr));
+SAME_FIELD(ContextAttr, flags, mlx5dv_context_attr, flags);
+SAME_FIELD(ContextAttr, comp_mask, mlx5dv_context_attr, comp_mask);
+SAME_FIELD(Umem, umem_id, mlx5dv_devx_umem, umem_id);
+SAME(devx::kUmemDmabuf, MLX5DV_UMEM_MASK_DMABUF);
+SAME(sizeof(devx::UmemIn), sizeof(mlx5dv_devx_umem_in));
+SAME_FIELD(UmemIn, addr, mlx5dv_devx_umem_in, addr);
+SAME_FIELD(UmemIn, size, mlx5dv_devx_umem_in, size);
+SAME_FIELD(UmemIn, access, mlx5dv_devx_umem_in, access);
+SAME_FIELD(UmemIn, pgsz_bitmap, mlx5dv_devx_umem_in, pgsz_bitmap);
+SAME_FIELD(UmemIn, comp_mask, mlx5dv_devx_umem_in, comp_mask);
+SAME_FIELD(UmemIn, dmabuf_fd, mlx5dv_devx_umem_in, dmabuf_fd);
+SAME(sizeof(devx::Uar), sizeof(mlx5dv_devx_uar));
+SAME_FIELD(Uar, reg_addr, mlx5dv_devx_uar, reg_addr);
+SAME_FIELD(Uar, page_id, mlx5dv_devx_uar, page_id);
+SAME(devx::kUarBlueFlame, MLX5DV_UAR_ALLOC_TYPE_BF);
+SAME(devx::kUarNonCached, MLX5DV_UAR_ALLOC_TYPE_NC);
+SAME_FIELD(ProtectionDomain, pdn, mlx5dv_pd, pdn);
+SAME_FIELD(ProtectionDomain, comp_mask, mlx5dv_pd, comp_mask);
+SAME(sizeof(devx::AddressVector), sizeof(mlx5_wqe_av));
+SAME_FIELD(AddressVector, mac, mlx5_wqe_av, rmac);
+SAME_FIELD(AddressVector, gid, mlx5_wqe_av, rgid);
+SAME_FIELD(AddressHandle, av, mlx5dv_ah, av);
+SAME_FIELD(AddressHandle, comp_mask, mlx5dv_ah, comp_mask);
+SAME(sizeof(devx::Handles), sizeof(mlx5dv_obj));
+SAME(offsetof(devx::Handles, ah), offsetof(mlx5dv_obj, ah));
+SAME(offsetof(devx::Handles, pd), offsetof(mlx5dv_obj, pd));
+SAME(devx::kHandleAh, MLX5DV_OBJ_AH);
+SAME(devx::kHandlePd, MLX5DV_OBJ_PD);
+SAME_FIELD(EventChannel, fd, mlx5dv_devx_event_channel, fd);
+SAME_FIELD(Event, cookie, mlx5dv_devx_async_event_hdr, cookie);
+SAME(offsetof(devx::Event, entry), offsetof(mlx5dv_devx_async_event_hdr, out_data));
 
 namespace {
 

@@ -33,6 +33,7 @@ SAME(PortAttr, ibv_port_attr, active_mtu);
 SAME(PortAttr, ibv_port_attr, gid_tbl_len);
 SAME(PortAttr, ibv_port_attr, lid);
 SAME(PortAttr, ibv_port_attr, link_layer);
+SAME(PortAttr, ibv_port_attr, flags);
 SAME(PortAttr, ibv_port_attr, port_cap_flags2);
 
 SIZE(Gid, ibv_gid);
@@ -115,6 +116,7 @@ VALUE(kAtomicNone, IBV_ATOMIC_NONE);
 VALUE(kMtu256, IBV_MTU_256);
 VALUE(kMtu4096, IBV_MTU_4096);
 VALUE(kPortActive, IBV_PORT_ACTIVE);
+VALUE(kPortNeedsGlobal, IBV_QPF_GRH_REQUIRED);
 VALUE(kLinkInfiniband, IBV_LINK_LAYER_INFINIBAND);
 VALUE(kLinkEthernet, IBV_LINK_LAYER_ETHERNET);
 VALUE(kReliableConnection, IBV_QPT_RC);

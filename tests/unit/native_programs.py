@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -31,20 +32,30 @@ def library(*places: str) -> list[str]:
     ]
 
 
+def _compile(*arguments: str) -> None:
+    command = [
+        *shlex.split(os.environ.get("CXX", "g++")),
+        *("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"),
+        f"-I{ROOT / 'csrc/include'}",
+        *arguments,
+    ]
+    subprocess.run(command, check=True, timeout=110)
+
+
 def build(folder: Path, program: str, linked: list[str]) -> Path:
     """Compile a program if ``folder`` does not have it; returns its path."""
     output = folder / program
     if not output.exists():
-        command = [
-            *shlex.split(os.environ.get("CXX", "g++")),
-            *("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"),
-            f"-I{ROOT / 'csrc/include'}",
-            str(source(program)),
-            *linked,
-            *("-ldl", "-o", str(output)),
-        ]
-        subprocess.run(command, check=True, timeout=110)
+        _compile(str(source(program)), *linked, *("-ldl", "-o", str(output)))
     return output
+
+
+def objects(folder: Path, sources: list[str]) -> list[str]:
+    """Compile sources that several programs link, side by side; returns the objects."""
+    outputs = [str(folder / f"{i}-{Path(one).stem}.o") for i, one in enumerate(sources)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda one, out: _compile("-c", one, "-o", out), sources, outputs))
+    return outputs
 
 
 def run(program: Path, name: str) -> None:

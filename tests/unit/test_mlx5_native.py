@@ -1,0 +1,84 @@
+"""The set-up of real mlx5 cards, against a fake that records it: the C++ tests of tests/native.
+
+What no fake can show: that a ConnectX accepts the commands, and that a GPU reaches its doorbell.
+``python -m epcomm.doctor`` tries that where there is one.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import native_programs
+import pytest
+from native_programs import ROOT
+
+PROGRAMS: dict[str, list[str]] = {"mlx5_commands": [], "mlx5_failures": [], "mlx5_traffic": []}
+#: What opens the vendors' libraries: the fake's tables are linked in their places.
+OPENERS = ("library.cc", "cuda_driver.cc")
+pytestmark = pytest.mark.timeout(300)
+
+
+def sources() -> list[str]:
+    cards = native_programs.library("fabric/verbs", "fabric/mlx5")
+    rest = [ROOT / f"csrc/fabric/{name}.cc" for name in ("end", "proxy", "transport")]
+    fake = sorted((ROOT / "tests/native").glob("fake_*.cc"))
+    return [
+        *(path for path in cards if Path(path).name not in OPENERS),
+        *map(str, [*rest, *fake]),
+        *native_programs.library("emulated"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("mlx5")
+
+
+@pytest.fixture(scope="module")
+def linked(folder):
+    return native_programs.objects(folder, sources())
+
+
+@pytest.mark.parametrize(("program", "name"), native_programs.all_tests(PROGRAMS))
+def test_mlx5(folder, linked, program, name):
+    native_programs.run(native_programs.build(folder, program, linked), name)
+
+
+def linux_header() -> Path | None:
+    """Linux' definitions of commands, of a version that names the fields as the comparison does."""
+    for place in sorted(Path("/usr/src").glob("linux-headers-*/include/linux/mlx5/mlx5_ifc.h")):
+        if "c_eqn_or_apu_element" in place.read_text():
+            return place
+    return None
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_fields_of_commands_lie_where_linux_has_them(changed, tmp_path):
+    """And the comparison notices when one does not."""
+    header = linux_header()
+    if header is None:
+        pytest.skip("needs linux/mlx5/mlx5_ifc.h (Debian: apt install linux-headers-amd64)")
+    copy = tmp_path / "linux/mlx5"
+    copy.mkdir(parents=True)
+    for name in ("mlx5_ifc.h", "mlx5_ifc_fpga.h"):
+        # C++ knows arrays without a size only at the end.
+        text = re.sub(r"\[\](?=[;[])", "[0]", (header.parent / name).read_text())
+        (copy / name).write_text(text)
+    commands = (ROOT / "csrc/fabric/mlx5/command.h").read_text()
+    if changed:
+        assert "log_rra_max = {0x488, 3}" in commands
+        commands = commands.replace("log_rra_max = {0x488, 3}", "log_rra_max = {0x489, 3}")
+    mine = ROOT / "csrc/fabric/mlx5"
+    (tmp_path / "command.h").write_text(commands.replace('"library.h"', f'"{mine / "library.h"}"'))
+    check = (ROOT / "tests/native/mlx5_command_parity.cc").read_text()
+    (tmp_path / "check.cc").write_text(
+        check.replace("../../csrc/fabric/mlx5/command.h", str(tmp_path / "command.h"))
+    )
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    arguments = ["-std=c++17", "-w", "-fsyntax-only", f"-isystem{tmp_path}"]
+    command = [*compiler, *arguments, str(tmp_path / "check.cc")]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    assert (built.returncode != 0) == changed, built.stderr
+    assert not changed or "log_rra_max" in built.stderr
