@@ -14,6 +14,17 @@ from .exchange import Exchange, poll
 DEFAULT_TIMEOUT = 60.0
 
 
+def this_host() -> object:
+    """Something equal exactly for ranks that share memory.
+
+    Ranks share memory when they see the same kernel (boot id) and the same processes. The name
+    tells apart machines that were copied while they ran.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    pids = Path("/proc/self/ns/pid").readlink()
+    return (socket.gethostname(), boot, str(pids))
+
+
 class Bootstrap:
     """What a Buffer needs of the launcher's world. Every collective ends: see Exchange."""
 
@@ -33,14 +44,8 @@ class Bootstrap:
         return self._exchange.allgather(item)
 
     def hosts(self) -> list[object]:
-        """For every rank something equal exactly for ranks that share memory. Collective.
-
-        Ranks share memory when they see the same kernel (boot id) and the same processes. The
-        name tells apart machines that were copied while they ran.
-        """
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        pids = Path("/proc/self/ns/pid").readlink()
-        return self.allgather((socket.gethostname(), boot, str(pids)))
+        """``this_host()`` of every rank. Collective."""
+        return self.allgather(this_host())
 
     def scale_out(self) -> ScaleOut:
         """The messages between nodes, for the CPU back end."""

@@ -59,11 +59,11 @@ def check_config(config: Config, num_ranks: int) -> None:
         )
 
 
-_FABRICS = ("auto", "mpi", "proxy/local", "proxy/verbs", "proxy/emulated", "emulated")
+_FABRICS = ("auto", "mpi", "proxy/local", "proxy/verbs", "proxy/emulated", "emulated", "ibgda")
 #: Those of each back end.
 _FABRICS_OF = {
     "cpu": ("auto", "mpi", "proxy/local", "proxy/verbs", "proxy/emulated"),
-    "cuda": ("auto", "proxy/local", "emulated"),
+    "cuda": ("auto", "ibgda", "proxy/verbs", "proxy/local", "emulated"),
 }
 #: Those without options of their own.
 _PLAIN_FABRICS = ("auto", "mpi")

@@ -92,11 +92,6 @@ class CudaBackend:
 
 def _check_limits(topology: Topology, config: Config, fabric: str) -> int:
     """SMs that run beside this rank's calls; raises ValueError for what cannot be."""
-    if topology.num_nodes > 1 and fabric == "auto":
-        raise ValueError(
-            f"ranks_per_node: {topology.num_nodes} nodes; between nodes backend 'cuda' has "
-            "fabric='proxy/local' and 'emulated', for virtual nodes of one machine"
-        )
     for name, limit in (("num_topk", "MAX_DESTS"), ("num_experts", "MAX_EXPERTS")):
         if abi.available and getattr(config, name) > abi.constants[limit]:
             raise ValueError(

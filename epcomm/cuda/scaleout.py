@@ -17,6 +17,7 @@ from ..backend import Config, Options
 from ..bootstrap import Bootstrap, raise_together
 from ..errors import FabricError
 from ..fabric.fabric import Fabric, FabricOptions, RegionMemory, RingMemory
+from ..fabric.ladder import resolve
 from ..formats.wire import WireFormat
 from ..native import combine_record, constants, dispatch_record
 from ..topology import Topology
@@ -38,8 +39,6 @@ from .two_hop import Hops, TwoHopBlocks
 
 #: A kernel cannot wake a proxy thread, so a nap adds to the first trigger's latency.
 _LONGEST_NAP = 50e-6
-#: What carries chunks, by the fabric's name.
-_TRANSPORTS = {"proxy/local": "local-cuda", "emulated": "emulated-cuda"}
 _TORCH: dict[type, torch.dtype] = {np.int32: torch.int32, np.int64: torch.int64}
 
 
@@ -71,7 +70,8 @@ class ScaleOut:
 
     Raises:
         ValueError: the fabric cannot number or address as much as the buffer may send.
-        FabricError, PeerError: the fabric cannot be made, here or on another rank.
+        FabricError, PeerError: the fabric cannot be made, here or on another rank; "auto", and
+            there is none for these ranks.
     """
 
     def __init__(
@@ -82,8 +82,9 @@ class ScaleOut:
         options: Options,
     ) -> None:
         self.topology, self.config = topology, config
-        transport = _TRANSPORTS[options.fabric.partition(" ")[0]]
-        arguments = with_nic_sms(options.fabric)
+        transport, arguments = resolve(bootstrap, topology, options.fabric, self._trial_region)
+        if transport == "emulated-cuda":
+            arguments = with_nic_sms(options.fabric)
         error: Exception | None = None
         try:
             copied = transport == "local-cuda"
@@ -143,6 +144,14 @@ class ScaleOut:
         host_bytes, producer_bytes = RingMemory.sizes(options)
         host, producers = _Pinned(host_bytes), _Memory(producer_bytes)
         return RingMemory(host.pointer, producers.pointer, (host, producers))
+
+    @staticmethod
+    def _trial_region() -> RegionMemory:
+        """Enough of this rank's GPU to try whether a network card reaches it."""
+        memory = _Memory(1 << 16)
+        runtime.deviceSynchronize()
+        device = torch.cuda.current_device()
+        return RegionMemory(memory.pointer, memory.num_bytes, memory, device=device)
 
     # Routes -------------------------------------------------------------------------------
 

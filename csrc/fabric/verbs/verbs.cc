@@ -173,7 +173,9 @@ void Verbs::decide_notices() {
         if (!nic.atomics()) why_notices_ = nic.name.device + " has no atomics";
     }
     for (const RegisteredRegion& region : regions_) {
-        if (region.mirror != nullptr) why_notices_ = "memory is reached through a copy";
+        if (region.mirror != nullptr) {
+            why_notices_ = "memory is reached through a copy: " + region.report;
+        }
     }
     if (options_.signal == SignalBy::kAtomic && !why_notices_.empty()) {
         throw std::runtime_error("option signal: atomic is not possible, " + why_notices_);
