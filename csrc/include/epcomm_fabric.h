@@ -146,6 +146,29 @@ typedef struct {
 /// Fill the chunks, send them, wait for the peer's and compare. Returns a cudaError_t.
 EPCOMM_API int epcomm_fabric_probe_exchange(const epcomm_fabric_probe* probe, void* stream);
 
+/// A producer of a direct end, for self-tests: puts `bytes` and signal `signal` so many times, and
+/// after each a lone `other_signal`, and waits for the completion of each.
+typedef struct {
+    epcomm_ibgda ibgda;
+    uint64_t* result;  ///< [0] rounds that failed, shortest nanoseconds: [1] of a put, [2] a signal
+    epcomm_fabric_place local;
+    epcomm_fabric_place remote;
+    uint64_t bytes;
+    int64_t timeout_ns;
+    int32_t peer;
+    int32_t channel;
+    int32_t signal;
+    int32_t other_signal;
+    int32_t rounds;
+    int32_t reserved;
+} epcomm_ibgda_probe;
+
+/// By a thread of the host, for an end whose regions are all the host's.
+EPCOMM_API void epcomm_fabric_measure_ibgda(const epcomm_ibgda_probe* probe);
+
+/// By a thread of the GPU; only in a library built with CUDA. Returns a cudaError_t.
+EPCOMM_API int epcomm_fabric_probe_ibgda(const epcomm_ibgda_probe* probe, void* stream);
+
 /// Put empty triggers, or send a signal back and forth; `result` gets the longest thread's time.
 /// Return a cudaError_t.
 EPCOMM_API int epcomm_fabric_probe_triggers(const epcomm_fabric_probe* probe, void* stream);

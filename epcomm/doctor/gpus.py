@@ -148,6 +148,21 @@ def describe_peers(gpus: list[Gpu]) -> Finding:
     return Finding(TOPIC, "peers", OK, f"all {len(gpus)} reach each other's memory")
 
 
+def describe_doorbells(params: Path = Path("/proc/driver/nvidia/params")) -> Finding:
+    """Whether the driver maps a network card's doorbells into a GPU.
+
+    Args:
+        params: the parameters of the kernel module.
+    """
+    text = params.read_text() if params.exists() else ""
+    dwords = [line for line in text.splitlines() if line.startswith("RegistryDwords:")]
+    if any("PeerMappingOverride=1" in line for line in dwords):
+        return Finding(TOPIC, "doorbells", OK, "the driver maps those of network cards into GPUs")
+    remedy = 'load the nvidia module with NVreg_RegistryDwords="PeerMappingOverride=1;"'
+    what = "PeerMappingOverride is not set: where the driver refuses, a processor rings for the GPU"
+    return Finding(TOPIC, "doorbells", NOTE, what, remedy)
+
+
 def _describe_mps() -> Finding:
     mps = find_mps()
     if mps.runs:

@@ -1,10 +1,14 @@
-"""Which fabric is the fastest between nodes here, and why not each faster one."""
+"""The ladder between nodes: which rungs can be used here, why not, and what to do about it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..fabric.ladder import TRANSPORTS, pick
 from .gpus import Gpu
 from .nics import Nic
-from .report import OK, Finding
+from .report import ABSENT, BROKEN, OK, Finding
+
+TOPIC = "fabrics between nodes"
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,7 @@ class Facts:
         transports: those of the library.
         self_tests: what they found.
         mpi: mpi4py can be imported.
+        kernels: the library was built with CUDA.
     """
 
     gpus: list[Gpu]
@@ -22,46 +27,74 @@ class Facts:
     transports: tuple[str, ...]
     self_tests: list[Finding]
     mpi: bool
+    kernels: bool
 
 
-def why_not_ibgda(facts: Facts) -> str:
-    """Why GPUs cannot drive a network card themselves here; empty if they can."""
+def is_mlx5(nic: Nic) -> bool:
+    """Whether it is a ConnectX with a port to use."""
+    return nic.driver.startswith("mlx5") and bool(nic.active)
+
+
+def _absent(rung: str, text: str, remedy: str) -> Finding:
+    return Finding(TOPIC, rung, ABSENT, text, remedy)
+
+
+def _tested(rung: str, facts: Facts, prefix: str) -> Finding:
+    """By the self-tests of all its ports: one that works is enough."""
+    tests = [finding for finding in facts.self_tests if finding.name.startswith(prefix)]
+    for finding in tests:
+        if finding.status == OK and "," not in finding.name:
+            return Finding(TOPIC, rung, OK, f"works: {finding.name}")
+    text = "its self-test failed on every port"
+    if tests:
+        text += f"; {tests[0].name}: {tests[0].text}"
+    remedy = tests[0].remedy if tests else "see the network cards above"
+    return Finding(TOPIC, rung, BROKEN, text, remedy or "see the self-tests above")
+
+
+def _lacks(rung: str, facts: Facts) -> Finding | None:
+    if TRANSPORTS[rung] in facts.transports:
+        return None
+    remedy = "install an epcomm that has it"
+    return _absent(rung, "this build of the library has no such transport", remedy)
+
+
+def judge_ibgda(facts: Facts) -> Finding:
+    """GPUs that fill a network card's queues themselves."""
+    rung = "ibgda"
+    needs = "it takes an NVIDIA GPU and, near it, a ConnectX with an active port (docs/ibgda.md)"
     if not facts.gpus:
-        return "no GPU"
-    if not any(nic.driver.startswith("mlx5") and nic.active for nic in facts.nics):
-        return "no mlx5 network card with an active port"
-    if "ibgda" not in facts.transports:
-        return "this library has no such transport"
-    return ""
+        return _absent(rung, "no GPU", needs)
+    if not any(is_mlx5(nic) for nic in facts.nics):
+        return _absent(rung, "no mlx5 network card with an active port", needs)
+    if not facts.kernels:
+        remedy = "install nvcc and rebuild with EPCOMM_CUDA=1 pip install -e ."
+        return _absent(rung, "libepcomm was built without kernels", remedy)
+    return _lacks(rung, facts) or _tested(rung, facts, "ibgda ")
 
 
-def why_not_verbs(facts: Facts) -> str:
-    """Why proxy threads cannot drive a network card here; empty if they can."""
+def judge_verbs(facts: Facts) -> Finding:
+    """Proxy threads that drive a network card."""
+    rung = "proxy/verbs"
     if not facts.nics:
-        return "no RDMA network card"
+        remedy = "it takes an InfiniBand or RoCE network card (docs/fabric-verbs.md)"
+        return _absent(rung, "no RDMA network card", remedy)
     if not any(nic.active for nic in facts.nics):
-        return "no network card has an active port"
-    if "verbs" not in facts.transports:
-        return "this library has no such transport"
-    tests = [finding for finding in facts.self_tests if finding.name.startswith("verbs ")]
-    if not any(finding.status == OK for finding in tests):
-        return "its self-test failed on every port"
-    return ""
+        return _absent(rung, "no network card has an active port", "see the ports above")
+    return _lacks(rung, facts) or _tested(rung, facts, "verbs ")
 
 
-def choose(facts: Facts) -> str:
-    """One line: the fabric, and why not those before it in the ladder ibgda, proxy/verbs, mpi."""
-    skipped: list[str] = []
-    for name, why in (("ibgda", why_not_ibgda(facts)), ("proxy/verbs", why_not_verbs(facts))):
-        if not why:
-            return _line(name, skipped)
-        skipped.append(f"{name}: {why}")
+def judge_messages(facts: Facts) -> Finding:
+    """MPI, for tensors on the CPU."""
     if facts.mpi:
-        return _line("mpi", skipped)
-    return _line("gloo, by a torch.distributed group", [*skipped, "mpi: no mpi4py"])
+        return Finding(TOPIC, "mpi", OK, "mpi4py; for tensors on the CPU")
+    return _absent("mpi", "no mpi4py", "see MPI above; or use a torch.distributed group (gloo)")
 
 
-def _line(name: str, skipped: list[str]) -> str:
-    return f"fastest fabric between nodes here: {name}" + (
-        f" (not {'; not '.join(skipped)})" if skipped else ""
-    )
+def climb(facts: Facts) -> tuple[Sequence[Finding], str]:
+    """(a finding for each rung; one line: the fastest, and why not those before it)."""
+    rungs = (judge_ibgda(facts), judge_verbs(facts), judge_messages(facts))
+    reasons = {rung.name: "" if rung.status == OK else rung.text for rung in rungs}
+    if not facts.mpi:
+        reasons["gloo, by a torch.distributed group"] = ""
+    return rungs, f"fastest fabric between nodes here: {pick(reasons)[1]}"

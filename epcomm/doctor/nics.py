@@ -168,7 +168,17 @@ def probe_modules(has_nic: bool, has_gpu: bool, sysfs: Path = Path("/sys")) -> l
         else:
             status = BROKEN if needed else ABSENT
             findings.append(Finding(topic, module, status, "not loaded", remedy))
-    return [*findings, _find_libibverbs(topic, has_nic)]
+    return [*findings, _find_libibverbs(topic, has_nic), _find_libmlx5(topic, sysfs)]
+
+
+def _find_libmlx5(topic: str, sysfs: Path) -> Finding:
+    has_mlx5 = any(nic.driver.startswith("mlx5") for nic in read_nics(sysfs))
+    try:
+        ctypes.CDLL("libmlx5.so.1")
+    except OSError:
+        remedy = "for IBGDA install rdma-core (Debian: ibverbs-providers)"
+        return Finding(topic, "libmlx5", BROKEN if has_mlx5 else ABSENT, "not found", remedy)
+    return Finding(topic, "libmlx5", OK, "is here")
 
 
 def _find_libibverbs(topic: str, has_nic: bool) -> Finding:

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+from ..cuda import abi
 from ..fabric.abi import transports
+from ..fabric.ladder import TRANSPORTS
 from . import gpus, ladder, nics, selftest
 from .guard import ProbeError, findings_within, within
+from .ibgda import run_ibgda_test
 from .library import TOPIC as LIBRARY
 from .library import probe_library
 from .machine import probe_cores, probe_limits, probe_mpi
@@ -31,18 +34,24 @@ def examine() -> tuple[list[Finding], str]:
         remedy = "nvidia-smi must work; reset the GPU or reboot if it does not"
         devices, about_gpus = [], [Finding(gpus.TOPIC, "driver", BROKEN, str(error), remedy)]
     findings += about_gpus
+    if devices and any(map(ladder.is_mlx5, cards)):
+        findings.append(gpus.describe_doorbells())
     findings += nics.describe_nics(cards, _SYSFS, _DEVICES)
     findings += nics.probe_modules(bool(cards), bool(devices))
     tests: list[Finding] = []
     for test in self_tests(devices, cards, transports):
-        tests += selftest.run_self_test(test)
+        tests += run_ibgda_test(test) if test.direct else selftest.run_self_test(test)
     mpi = any(f.name == "mpi4py" and f.status == OK for f in findings)
-    verdict = ladder.choose(ladder.Facts(devices, cards, transports, tests, mpi))
-    return findings + tests, verdict
+    facts = ladder.Facts(devices, cards, transports, tests, mpi, abi.available)
+    rungs, verdict = ladder.climb(facts)
+    return [*findings, *tests, *rungs], verdict
 
 
 def self_tests(
-    devices: list[gpus.Gpu], cards: list[nics.Nic], known: tuple[str, ...]
+    devices: list[gpus.Gpu],
+    cards: list[nics.Nic],
+    known: tuple[str, ...],
+    kernels: bool = abi.available,
 ) -> list[selftest.SelfTest]:
     """The transports of the library that can work on these GPUs and cards."""
     test = selftest.SelfTest
@@ -58,4 +67,10 @@ def self_tests(
             # An answer that does not come is noticed in less than a second.
             how = f"nic={place} timeout=14 retries=3"
             tests.append(test(f"verbs {place}", "verbs", how, remedy))
+            if ladder.is_mlx5(card):
+                # Without a GPU a thread of this machine fills the card's queues.
+                remedy = "the reason says what to do; without it: fabric='proxy/verbs'"
+                on_gpu = bool(devices) and kernels
+                name = f"ibgda {place}"
+                tests.append(test(name, TRANSPORTS["ibgda"], how, remedy, on_gpu, direct=True))
     return [one for one in tests if one.transport in known]

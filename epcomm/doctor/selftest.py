@@ -11,7 +11,8 @@ import numpy as np
 from ..cpu.segments import Segment
 from ..errors import FabricError
 from ..fabric.abi import Place, constants
-from ..fabric.fabric import Fabric, FabricOptions, RegionMemory
+from ..fabric.fabric import Fabric, FabricOptions, RegionMemory, RingMemory
+from ..fabric.twins import Twin
 from ..native import library
 from ..topology import Topology
 from .guard import ProbeError, within
@@ -20,11 +21,11 @@ from .report import BROKEN, OK, Finding
 
 TOPIC = "self-tests"
 #: Seconds a step may take; an NIC's retries, shortened below, end far earlier.
-_SOON = 5.0
+SOON = 5.0
 _DEADLINE = 15.0
 _SIGNALS, _OUT, _IN = constants["SIGNALS"], 1, 2
 _NOT_THERE = constants["MAX_REGIONS"] - 1
-_NBYTES = 1 << 20
+NBYTES = 1 << 20
 _TURNS = 20
 
 
@@ -38,6 +39,7 @@ class SelfTest:
         arguments: the transport's own.
         remedy: what to do if it fails.
         on_gpu: its regions are memory of GPU 0.
+        direct: whoever has data to send fills the card's queues itself.
     """
 
     name: str
@@ -45,24 +47,28 @@ class SelfTest:
     arguments: str
     remedy: str
     on_gpu: bool = False
+    direct: bool = False
 
 
-class _HostMemory:
+class HostMemory:
+    """Shared memory of this process."""
+
     def __init__(self) -> None:
-        self._segment = Segment.create("epcomm-doctor", _NBYTES)
-        self.region = RegionMemory(self._segment.address, _NBYTES, self._segment, self._segment.fd)
+        self._segment = Segment.create("epcomm-doctor", NBYTES)
+        self.region = RegionMemory(self._segment.address, NBYTES, self._segment, self._segment.fd)
 
     def write(self, data: np.ndarray) -> None:
         ctypes.memmove(self._segment.address, data.ctypes.data, data.nbytes)
 
     def read(self) -> np.ndarray:
-        return np.frombuffer(ctypes.string_at(self._segment.address, _NBYTES), np.uint8)
+        """All its bytes."""
+        return np.frombuffer(ctypes.string_at(self._segment.address, NBYTES), np.uint8)
 
     def counter(self) -> int:
         return int(library.epcomm_counter_read(self._segment.address))
 
 
-class _DeviceMemory:
+class DeviceMemory:
     """Of GPU 0. Imports CuPy only here: where there is no GPU there may be none."""
 
     def __init__(self) -> None:
@@ -72,14 +78,21 @@ class _DeviceMemory:
 
         runtime.setDevice(0)
         self._runtime = runtime
-        self._block = DeviceBlock(_NBYTES)
+        self._block = DeviceBlock(NBYTES)
         runtime.memset(self._block.pointer, 0, self._block.num_bytes)
         runtime.deviceSynchronize()
-        self.region = RegionMemory(self._block.pointer, _NBYTES, self._block, device=0)
+        self.region = RegionMemory(self._block.pointer, NBYTES, self._block, device=0)
 
     def write(self, data: np.ndarray) -> None:
         host_to_device = 1
         self._runtime.memcpy(self._block.pointer, data.ctypes.data, data.nbytes, host_to_device)
+
+    @staticmethod
+    def wait() -> None:
+        """Return once all kernels have ended."""
+        from cupy.cuda import runtime
+
+        runtime.deviceSynchronize()
 
     def _fetch(self, nbytes: int) -> np.ndarray:
         data = np.empty(nbytes, np.uint8)
@@ -88,32 +101,41 @@ class _DeviceMemory:
         return data
 
     def read(self) -> np.ndarray:
-        return self._fetch(_NBYTES)
+        return self._fetch(NBYTES)
 
     def counter(self) -> int:
         return int(self._fetch(8).view(np.uint64)[0])
 
 
-class _End:
+class End:
     """A rank's fabric with counters, memory to send from and memory to receive into."""
 
-    def __init__(self, bootstrap: PairBootstrap, test: SelfTest) -> None:
-        make: Callable[[], Any] = _DeviceMemory if test.on_gpu else _HostMemory
+    def __init__(self, bootstrap: PairBootstrap | Twin, test: SelfTest) -> None:
+        make: Callable[[], Any] = DeviceMemory if test.on_gpu else HostMemory
         self.peer = 1 - bootstrap.rank
         self.signals, self.out, self.inbox = make(), make(), make()
         memory = {_SIGNALS: self.signals, _OUT: self.out, _IN: self.inbox}
+        options = FabricOptions(test.transport, test.arguments, timeout=SOON)
         self.fabric = Fabric(
             bootstrap,  # type: ignore[arg-type]
             Topology(bootstrap.rank, (0, 1)),
-            FabricOptions(test.transport, test.arguments, timeout=_SOON),
+            options,
             {region: held.region for region, held in memory.items()},
+            self._pinned(options) if test.direct and test.on_gpu else None,
         )
 
+    @staticmethod
+    def _pinned(options: FabricOptions) -> RingMemory:
+        """The fabric's state where a kernel can see that it failed."""
+        from ..cuda.rings import DeviceRings
+
+        return DeviceRings(options).memory
+
     def put_signal(self, remote: Place) -> None:
-        self.fabric.put_signal((self.peer, 0), remote, Place(_OUT, 0), _NBYTES // 2, 0)
+        self.fabric.put_signal((self.peer, 0), remote, Place(_OUT, 0), NBYTES // 2, 0)
 
     def await_counter(self, expected: int) -> None:
-        deadline = time.monotonic() + _SOON
+        deadline = time.monotonic() + SOON
         while self.signals.counter() < expected:
             self.fabric.check()
             if time.monotonic() > deadline:
@@ -121,7 +143,7 @@ class _End:
             time.sleep(1e-5)
 
     def await_error(self) -> FabricError:
-        deadline = time.monotonic() + _SOON
+        deadline = time.monotonic() + SOON
         while time.monotonic() < deadline:
             try:
                 self.fabric.check()
@@ -131,25 +153,26 @@ class _End:
         raise TimeoutError("a bad operation was reported by nobody")
 
 
-def _pattern(rank: int) -> np.ndarray:
-    return np.random.default_rng(rank).integers(0, 256, _NBYTES, np.uint8)
+def pattern(rank: int) -> np.ndarray:
+    """Bytes of a rank."""
+    return np.random.default_rng(rank).integers(0, 256, NBYTES, np.uint8)
 
 
 def exchange(bootstrap: PairBootstrap, test: SelfTest) -> str:
     """Half a MiB each way, several times, each with a signal; what the transport says of itself."""
-    end = _End(bootstrap, test)
+    end = End(bootstrap, test)
     try:
-        end.out.write(_pattern(bootstrap.rank))
+        end.out.write(pattern(bootstrap.rank))
         bootstrap.barrier()
         started = time.monotonic()
         for turn in range(_TURNS):
             end.put_signal(Place(_IN, 0))
             end.await_counter(turn + 1)
         seconds = time.monotonic() - started
-        end.fabric.flush(0, _SOON)
-        half = _NBYTES // 2
+        end.fabric.flush(0, SOON)
+        half = NBYTES // 2
         received = end.inbox.read()
-        if not np.array_equal(received[:half], _pattern(end.peer)[:half]):
+        if not np.array_equal(received[:half], pattern(end.peer)[:half]):
             raise FabricError("a signal came before its bytes, or they are wrong")
         if received[half:].any():
             raise FabricError("bytes came where none were sent")
@@ -163,7 +186,7 @@ def exchange(bootstrap: PairBootstrap, test: SelfTest) -> str:
 
 BAD_PLACES = {
     "a bad key": Place(_NOT_THERE, 0),
-    "a place out of range": Place(_IN, _NBYTES - 16),
+    "a place out of range": Place(_IN, NBYTES - 16),
 }
 
 
@@ -174,11 +197,11 @@ def put_badly(bootstrap: PairBootstrap, test: SelfTest, place: str) -> str:
         FabricError: it was reported as something else.
         TimeoutError: nobody reported it.
     """
-    end = _End(bootstrap, test)
+    end = End(bootstrap, test)
     try:
         text = ""
         if bootstrap.rank == 0:
-            end.out.write(_pattern(0))
+            end.out.write(pattern(0))
             end.put_signal(BAD_PLACES[place])
             error = end.await_error()
             if error.status != constants["TRANSPORT"] or error.ranks != (end.peer,):
@@ -193,23 +216,34 @@ def put_badly(bootstrap: PairBootstrap, test: SelfTest, place: str) -> str:
         end.fabric.close()
 
 
-def _attempt(body: Callable[..., str], test: SelfTest, *arguments: Any) -> str:
-    return within(_DEADLINE, run_pair, _DEADLINE, body, test, *arguments)
+Body = Callable[..., str]
+Run = Callable[..., Any]
 
 
-def run_self_test(test: SelfTest) -> list[Finding]:
-    """What works over a transport: the exchange, then every forced error."""
+def run_self_test(
+    test: SelfTest, good: Body = exchange, bad: Body = put_badly, run: Run = run_pair
+) -> list[Finding]:
+    """What works over a transport: an exchange, then every forced error.
+
+    Args:
+        test: the transport.
+        good: ``good(bootstrap, test)`` sends and compares.
+        bad: ``bad(bootstrap, test, place)`` sends where it must be refused.
+        run: ``run(seconds, body, test, ...)`` runs a body on two ranks.
+    """
+
+    def attempt(body: Body, *arguments: Any) -> str:
+        return within(_DEADLINE, run, _DEADLINE, body, test, *arguments)
+
     try:
-        text = _attempt(exchange, test)
+        text = attempt(good)
     except ProbeError as error:
         return [Finding(TOPIC, test.name, BROKEN, str(error), test.remedy)]
     findings = [Finding(TOPIC, test.name, OK, text)]
     for place in BAD_PLACES:
         name = f"{test.name}, {place}"
         try:
-            findings.append(
-                Finding(TOPIC, name, OK, f"refused: {_attempt(put_badly, test, place)}")
-            )
+            findings.append(Finding(TOPIC, name, OK, f"refused: {attempt(bad, place)}"))
         except ProbeError as error:
             remedy = f"an error over {test.transport} may go unnoticed: use another fabric"
             findings.append(Finding(TOPIC, name, BROKEN, str(error), remedy))

@@ -37,8 +37,9 @@ World::World(const std::vector<CardOptions>& cards)
     options.virtual_clock = false;
     engine_ = std::make_unique<epcomm::emulated::Engine>(network_.wire(), options);
     state_->world = this;
-    char folder[] = "/tmp/epcomm-fake-XXXXXX";
-    state_->sysfs = mkdtemp(folder);
+    const char* temporary = getenv("TMPDIR");
+    std::string folder = std::string(temporary != nullptr ? temporary : "/tmp") + "/fake-XXXXXX";
+    state_->sysfs = mkdtemp(folder.data());
     for (const CardOptions& options_of : cards) {
         auto card = std::make_unique<Card>();
         const auto i = uint32_t(state_->cards.size());
@@ -80,14 +81,6 @@ void World::stop() {
     const std::lock_guard<std::mutex> lock(engine_mutex_);
     engine_->stop();
     runs_ = false;
-}
-
-void World::forget(uint32_t nic, uint32_t number) {
-    const std::lock_guard<std::mutex> lock(engine_mutex_);
-    if (runs_) engine_->stop();
-    epcomm::emulated::find_queue(network_.wire()->nic(nic), number)->state =
-        epcomm::emulated::kReset;
-    if (runs_) engine_->start();
 }
 
 World::~World() {

@@ -81,8 +81,15 @@ class World {
     /// Let the cards work, in a thread of their own, and stop them.
     void start();
     void stop();
-    /// The card forgets a queue pair, whose memory will end.
-    void forget(uint32_t nic, uint32_t number);
+    /// Change something about the cards while they do nothing.
+    template <class Change>
+    auto pause(const Change& change) {
+        const std::lock_guard<std::mutex> lock(engine_mutex_);
+        if (runs_) engine_->stop();
+        const auto result = change();
+        if (runs_) engine_->start();
+        return result;
+    }
 
     epcomm::emulated::Engine& engine() { return *engine_; }
     epcomm::emulated::Network& network() { return network_; }

@@ -120,7 +120,8 @@ void make_queue_pair(Object* object, const std::vector<uint8_t>& in) {
         reinterpret_cast<epcomm::mlx5::Completion*>(state.completions.at(completions));
     memory.num_blocks = 1u << bits(in, 0xc0 + 0x51, 4);
     memory.num_completions = 1u << state.log_sizes.at(completions);
-    object->number = world->engine().add_queue(object->card->nic, memory);
+    object->number =
+        world->pause([&] { return world->engine().add_queue(object->card->nic, memory); });
     state.pairs[{object->card, object->number}] = {object->card};
 }
 
@@ -170,7 +171,10 @@ int obj_modify(devx::Object* handle, const void* in, size_t in_bytes, void* out,
         pair.peer = find_peer(*object->card, command);
         if (pair.peer == nullptr) return EINVAL;
     } else if (bits(command, 0, 16) == kRtr2Rts) {
-        world->engine().connect(object->card->nic, object->number, pair.peer->nic, pair.remote);
+        world->pause([&] {
+            world->engine().connect(object->card->nic, object->number, pair.peer->nic, pair.remote);
+            return 0;
+        });
     }
     return 0;
 }
@@ -186,7 +190,14 @@ int obj_query(devx::Object* handle, const void* in, size_t in_bytes, void* out, 
 int obj_destroy(devx::Object* handle) {
     auto* object = reinterpret_cast<Object*>(handle);
     now().enter(object->is_queue_pair ? "destroy_qp" : "destroy_cq");
-    if (object->is_queue_pair) world->forget(object->card->nic, object->number);
+    if (object->is_queue_pair) {
+        // Its memory will end.
+        world->pause([object] {
+            epcomm::emulated::Nic& nic = world->network().wire()->nic(object->card->nic);
+            return epcomm::emulated::find_queue(nic, object->number)->state =
+                       epcomm::emulated::kReset;
+        });
+    }
     now().change(object->is_queue_pair ? "queue pair" : "completion queue", -1);
     delete object;
     return 0;

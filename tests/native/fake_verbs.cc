@@ -83,8 +83,10 @@ ibv::Mr* make_mr(ibv::Pd* pd, uint64_t address, uint64_t bytes, int access) {
     World::Card* card = *reinterpret_cast<World::Card**>(pd);
     auto* mr = new ibv::Mr();
     mr->pd = pd;
-    mr->lkey = mr->rkey = world->network().add_memory(card->nic, reinterpret_cast<void*>(address),
-                                                      bytes, uint32_t(access));
+    mr->lkey = mr->rkey = world->pause([&] {
+        return world->network().add_memory(card->nic, reinterpret_cast<void*>(address), bytes,
+                                           uint32_t(access));
+    });
     now().change("memory region", 1);
     return mr;
 }

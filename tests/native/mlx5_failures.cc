@@ -217,7 +217,7 @@ TEST(queues_fall_from_dmabuf_to_peermem_to_the_host) {
     world.has_umem_reg_ex = false;
     Rank rank(0, 2, 1, "nic=mlx5_0", true);
     CHECK(rank.open().empty());
-    expect_text(rank.describe(), {"in peermem (no dmabuf: libmlx5 is older than rdma-core 37)"});
+    expect_text(rank.describe(), {"in peermem (no dmabuf: libmlx5 lacks mlx5dv_devx_umem_reg_ex)"});
 }
 
 TEST(regions_fall_from_dmabuf_to_peermem_and_never_to_a_copy) {

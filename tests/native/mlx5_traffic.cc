@@ -183,6 +183,40 @@ TEST(a_region_that_the_peer_lacks_is_an_error_too) {
     CHECK_EQUAL(rank.state().error.vendor >> 8, mlx5::kRemoteAccess);
 }
 
+TEST(a_producer_times_its_requests) {
+    for (const bool on_gpu : {false, true}) {
+        Nodes nodes(2, 2, 1, "depth=16", on_gpu);
+        Rank& rank = *nodes.ranks[0];
+        for (uint64_t k = 0; k < 512; ++k) rank.region(1)[k] = 7 * k;
+        uint64_t result[3] = {};
+        epcomm_ibgda_probe probe{};
+        probe.ibgda = rank.ibgda();
+        probe.result = result;
+        probe.local = {1, 0, 0};
+        probe.remote = {2, 0, 4096};
+        probe.bytes = 4096;
+        probe.timeout_ns = 80 * kSeconds;
+        probe.peer = 1;
+        probe.channel = 1;
+        probe.signal = 5;
+        probe.other_signal = 9;
+        probe.rounds = 20;
+        epcomm_fabric_measure_ibgda(&probe);
+        CHECK_EQUAL(result[0], 0);
+        for (const uint64_t ns : {result[1], result[2]}) CHECK(ns > 0 && ns < 80 * kSeconds);
+        CHECK_EQUAL(nodes.signal(1, 5), 20);
+        CHECK_EQUAL(nodes.signal(1, 9), 20);
+        for (uint64_t k = 0; k < 512; ++k) {
+            CHECK_EQUAL(nodes.ranks[1]->region(2)[512 + k], 7 * k);
+        }
+        // Beyond the peer's region every round fails, and no time is told.
+        probe.remote = {2, 0, 65536 - 16};
+        epcomm_fabric_measure_ibgda(&probe);
+        CHECK_EQUAL(result[0], 20);
+        CHECK_EQUAL(result[1], ~uint64_t(0));
+    }
+}
+
 TEST(closing_waits_for_what_was_asked_for) {
     for (const bool on_gpu : {false, true}) {
         Nodes nodes(2, 1, 1, "depth=16", on_gpu);

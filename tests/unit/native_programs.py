@@ -54,8 +54,13 @@ def objects(folder: Path, sources: list[str]) -> list[str]:
     """Compile sources that several programs link, side by side; returns the objects."""
     outputs = [str(folder / f"{i}-{Path(one).stem}.o") for i, one in enumerate(sources)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda one, out: _compile("-c", one, "-o", out), sources, outputs))
+        list(pool.map(lambda one, out: _compile("-fPIC", "-c", one, "-o", out), sources, outputs))
     return outputs
+
+
+def shared_library(output: Path, linked: list[str]) -> None:
+    """Link objects into a library."""
+    _compile("-shared", *linked, "-ldl", "-o", str(output))
 
 
 def run(program: Path, name: str) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from epcomm.doctor import guard, ladder, machine, nics, probes, selftest
-from epcomm.doctor.gpus import DriverError, Gpu, _no_gpus, describe_peers
+from epcomm.doctor import guard, ibgda, ladder, machine, nics, probes, selftest
+from epcomm.doctor.gpus import DriverError, Gpu, _no_gpus, describe_doorbells, describe_peers
 from epcomm.doctor.report import ABSENT, BROKEN, NOTE, OK, Finding, exit_status, to_json, to_text
 from epcomm.fabric.abi import transports
 
@@ -124,6 +124,32 @@ def test_gpus_that_do_not_reach_each_other_are_named():
     assert describe_peers(gpus[:2]).status == OK
 
 
+@pytest.mark.parametrize(
+    ("dwords", "status"),
+    [('"PeerMappingOverride=1;"', OK), ('""', NOTE), ('"PeerMappingOverride=0;"', NOTE)],
+)
+def test_doorbells_that_the_driver_does_not_map_are_noted(tmp_path, dwords, status):
+    params = tmp_path / "params"
+    params.write_text(f"ResmanDebugLevel: 4294967295\nRegistryDwords: {dwords}\n")
+    found = describe_doorbells(params)
+    assert found.status == status
+    assert status == OK or "NVreg_RegistryDwords" in found.remedy
+    assert describe_doorbells(tmp_path / "none").status == NOTE
+
+
+@pytest.mark.parametrize(("has_card", "status"), [(True, BROKEN), (False, ABSENT)])
+def test_missing_libmlx5_matters_only_with_a_connectx(tmp_path, has_card, status, monkeypatch):
+    def find(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(nics.ctypes, "CDLL", find)
+    if has_card:
+        add_card(tmp_path, "mlx5_0")
+    found = {f.name: f for f in nics.probe_modules(has_card, False, tmp_path)}["libmlx5"]
+    assert found.status == status
+    assert "ibverbs-providers" in found.remedy
+
+
 def test_mpirun_of_another_mpi_is_broken(tmp_path, monkeypatch):
     """Every rank would be alone in its world."""
     launcher = tmp_path / "mpirun"
@@ -183,7 +209,7 @@ def test_transport_that_cannot_be_made_is_broken_with_its_remedy():
 @pytest.mark.timeout(60)
 def test_bad_operation_that_goes_through_is_broken(monkeypatch):
     """A transport that reports no error fails the self-test."""
-    monkeypatch.setattr(selftest, "_SOON", 0.5)
+    monkeypatch.setattr(selftest, "SOON", 0.5)
     monkeypatch.setattr(selftest, "BAD_PLACES", {"a good place": selftest.Place(selftest._IN, 0)})
     found = selftest.run_self_test(selftest.SelfTest("local", "local", "", "remedy"))
     assert [f.status for f in found] == [OK, BROKEN]
@@ -194,10 +220,15 @@ def test_self_tests_are_of_what_is_here(tmp_path):
     add_card(tmp_path, "mlx5_0")
     cards = nics.read_nics(tmp_path)
     gpu = Gpu(0, "x", "sm_90", "", True, ())
-    known = ("local", "local-cuda", "verbs")
-    tests = probes.self_tests([gpu], cards, known)
-    assert [test.name for test in tests] == ["local", "local-cuda", "verbs mlx5_0:1"]
-    assert "nic=mlx5_0:1" in tests[-1].arguments
+    known = ("local", "local-cuda", "verbs", "mlx5")
+    tests = probes.self_tests([gpu], cards, known, True)
+    names = ["local", "local-cuda", "verbs mlx5_0:1", "ibgda mlx5_0:1"]
+    assert [test.name for test in tests] == names
+    assert all("nic=mlx5_0:1" in test.arguments for test in tests[2:])
+    assert [(test.direct, test.on_gpu) for test in tests[2:]] == [(False, False), (True, True)]
+    # Without a GPU, or kernels for it, a thread of the host fills the queues.
+    assert not probes.self_tests([], cards, known, True)[-1].on_gpu
+    assert not probes.self_tests([gpu], cards, known, False)[-1].on_gpu
     assert [test.name for test in probes.self_tests([], [], known)] == ["local"]
     assert [test.name for test in probes.self_tests([gpu], cards, ("local",))] == ["local"]
 
@@ -207,23 +238,44 @@ def test_ladder_says_why_not_each_faster_fabric(tmp_path):
     cards = nics.read_nics(tmp_path)
     gpu = Gpu(0, "x", "sm_90", "", True, ())
     good, bad = (Finding("t", "verbs mlx5_0:1", status, "", "r") for status in (OK, BROKEN))
+    fast, slow = (Finding("t", "ibgda mlx5_0:1", *how) for how in ((OK, ""), (BROKEN, "x", "do y")))
+    all_transports = ("mlx5", "verbs")
 
-    def choose(gpus, cards, names, tests, mpi=True):
-        return ladder.choose(ladder.Facts(gpus, cards, names, tests, mpi))
+    def climb(gpus, cards, names, tests, mpi=True, kernels=True):
+        rungs, line = ladder.climb(ladder.Facts(gpus, cards, names, tests, mpi, kernels))
+        assert all(rung.remedy for rung in rungs if rung.status != OK)
+        return line.removeprefix("fastest fabric between nodes here: "), rungs
 
-    nothing = "not ibgda: no GPU; not proxy/verbs: no RDMA network card"
-    assert choose([], [], ("verbs",), []) == f"fastest fabric between nodes here: mpi ({nothing})"
-    assert choose([], [], (), [], False).startswith("fastest fabric between nodes here: gloo")
-    assert (
-        choose([gpu], cards, ("ibgda", "verbs"), [good])
-        == "fastest fabric between nodes here: ibgda"
+    nothing = "(ibgda: no GPU; proxy/verbs: no RDMA network card)"
+    assert climb([], [], ("verbs",), [])[0] == f"mpi {nothing}"
+    assert climb([], [], (), [], mpi=False)[0].startswith("gloo, by a torch.distributed group (")
+    line, rungs = climb([gpu], cards, all_transports, [good, fast])
+    assert line == "ibgda"
+    assert [rung.status for rung in rungs] == [OK, OK, OK]
+    line, rungs = climb([gpu], cards, all_transports, [good, slow])
+    assert line.startswith("proxy/verbs (ibgda: its self-test failed on every port; ibgda mlx5_0")
+    assert (rungs[0].status, rungs[0].remedy) == (BROKEN, "do y")
+    assert climb([gpu], cards, ("verbs",), [good])[0] == (
+        "proxy/verbs (ibgda: this build of the library has no such transport)"
     )
-    assert choose([gpu], cards, ("verbs",), [good]) == (
-        "fastest fabric between nodes here: proxy/verbs "
-        "(not ibgda: this library has no such transport)"
-    )
-    assert "self-test failed" in choose([gpu], cards, ("verbs",), [bad])
-    assert "proxy/verbs: this library has no such" in choose([gpu], cards, (), [])
+    assert "built without kernels" in climb([gpu], cards, all_transports, [], kernels=False)[0]
+    assert "self-test failed" in climb([gpu], cards, ("verbs",), [bad])[0]
+    assert "proxy/verbs: this build of the library" in climb([gpu], cards, (), [])[0]
+    assert "ConnectX" in climb([gpu], [], all_transports, [])[1][0].remedy
+
+
+def test_forced_errors_that_work_do_not_make_a_port_work():
+    refused = [Finding("t", "ibgda mlx5_0:1, a bad key", OK, "refused")]
+    facts = ladder.Facts([], [], ("mlx5",), refused, False, True)
+    assert ladder._tested("ibgda", facts, "ibgda ").status == BROKEN
+
+
+@pytest.mark.timeout(60)
+def test_card_that_is_not_there_fails_the_ibgda_self_test_with_its_reason():
+    test = selftest.SelfTest("ibgda x", "mlx5", "nic=mlx5_99", "the reason says", direct=True)
+    (found,) = ibgda.run_ibgda_test(test)
+    assert (found.status, found.remedy) == (BROKEN, "the reason says")
+    assert "FabricError" in found.text
 
 
 def test_report_ends_with_the_verdict():

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import native_programs
@@ -16,19 +17,15 @@ from native_programs import ROOT
 
 PROGRAMS: dict[str, list[str]] = {"mlx5_commands": [], "mlx5_failures": [], "mlx5_traffic": []}
 #: What opens the vendors' libraries: the fake's tables are linked in their places.
-OPENERS = ("library.cc", "cuda_driver.cc")
+OPENERS = ("library.cc", "cuda_driver.cc", "main.cc")
 pytestmark = pytest.mark.timeout(300)
 
 
 def sources() -> list[str]:
     cards = native_programs.library("fabric/verbs", "fabric/mlx5")
-    rest = [ROOT / f"csrc/fabric/{name}.cc" for name in ("end", "proxy", "transport")]
-    fake = sorted((ROOT / "tests/native").glob("fake_*.cc"))
-    return [
-        *(path for path in cards if Path(path).name not in OPENERS),
-        *map(str, [*rest, *fake]),
-        *native_programs.library("emulated"),
-    ]
+    fake = [str(path) for path in sorted((ROOT / "tests/native").glob("fake_*.cc"))]
+    rest = native_programs.library("host", "fabric", "emulated", "carrier")
+    return [*(path for path in [*cards, *rest] if Path(path).name not in OPENERS), *fake]
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +34,61 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def linked(folder):
+def compiled(folder):
     return native_programs.objects(folder, sources())
+
+
+@pytest.fixture(scope="module")
+def linked(compiled):
+    """For programs that make cards of their own."""
+    return [path for path in compiled if not path.endswith("-fake_library.o")]
 
 
 @pytest.mark.parametrize(("program", "name"), native_programs.all_tests(PROGRAMS))
 def test_mlx5(folder, linked, program, name):
     native_programs.run(native_programs.build(folder, program, linked), name)
+
+
+SELF_TESTS = """
+from epcomm.cpu.segments import Segment
+from epcomm.doctor.ibgda import loopback, write_badly
+from epcomm.doctor.selftest import BAD_PLACES, SelfTest
+from epcomm.fabric import ladder
+from epcomm.fabric.fabric import RegionMemory
+from epcomm.fabric.twins import run_twins
+
+test = SelfTest("ibgda", ladder.TRANSPORTS["ibgda"], "nic=mlx5_1", "", direct=True)
+print(run_twins(60, loopback, test))
+for place in BAD_PLACES:
+    print(run_twins(60, write_badly, test, place))
+segment = Segment.create("x", 4096)
+region = RegionMemory(segment.address, segment.nbytes, segment, segment.fd)
+print([ladder.attempt("mlx5", f"local_rank={i} {more}", region)
+       for i, more in ((0, ""), (1, ""), (0, "nic=mlx5_7"))])
+"""
+
+
+def test_doctor_and_ladder_use_cards_that_work(compiled, tmp_path):
+    """The library on a machine that seems to have two cards; Python is the real one."""
+    package = tmp_path / "epcomm"
+    package.mkdir()
+    for entry in (ROOT / "epcomm").iterdir():
+        if entry.name != "libepcomm.so":
+            (package / entry.name).symlink_to(entry)
+    native_programs.shared_library(package / "libepcomm.so", compiled)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", SELF_TESTS]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    good, bad_key, out_of_range, attempts = done.stdout.splitlines()
+    assert good.startswith("mlx5: mlx5_1 port 1 RoCE GID 3 (::ffff:10.0.0.8, RoCE v2) MTU 4096")
+    assert "requests by the host, doorbell to completion: 512 KiB and a signal" in good
+    for error in (bad_key, out_of_range):
+        assert "the transport failed: mlx5: remote access error" in error
+    assert attempts.startswith("['', '', ")
+    assert 'no device "mlx5_7" here; there are: mlx5_0, mlx5_1' in attempts
 
 
 def linux_header() -> Path | None:

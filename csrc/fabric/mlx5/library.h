@@ -36,7 +36,7 @@ struct Library {
 #define EPCOMM_MLX5DV_POINTER(result, name, parameters) result(*name) parameters;
     EPCOMM_MLX5DV_FUNCTIONS(EPCOMM_MLX5DV_POINTER)
 #undef EPCOMM_MLX5DV_POINTER
-    /// Null before rdma-core 37: then no queue can lie in a dma-buf.
+    /// Null in old versions: then no queue can lie in a dma-buf.
     Umem* (*devx_umem_reg_ex)(ibv::Context*, UmemIn*);
 };
 

@@ -164,7 +164,7 @@ Umem* register_pointer(const Card& card, void* pointer, uint64_t bytes) {
 
 Umem* register_dmabuf(const Card& card, int32_t device, void* pointer, uint64_t bytes) {
     if (library().devx_umem_reg_ex == nullptr) {
-        throw std::runtime_error("libmlx5 is older than rdma-core 37");
+        throw std::runtime_error("libmlx5 lacks mlx5dv_devx_umem_reg_ex");
     }
     const Dmabuf file(device, pointer, bytes);
     UmemIn in{};
