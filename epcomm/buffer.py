@@ -67,11 +67,15 @@ class Buffer:
         num_sms: "cuda": SMs a call of this rank uses; None: as many as keep nine tenths of the
             GPU's memory or link rate busy, measured once, but no more than its share of the
             GPU, and a quarter of it.
-        fabric: what carries messages between nodes. "auto": the group's own, MPI or gloo; "mpi";
+        fabric: what carries messages between nodes. "auto": on the CPU the group's own, MPI or
+            gloo; on GPUs the first that all ranks can use of "ibgda", "proxy/verbs" and
+            "proxy/local", logged as "epcomm" by rank 0; "mpi" (CPU);
+            "ibgda" (GPU): kernels fill the queues of a ConnectX network card (docs/ibgda.md);
             "proxy/local": proxy threads and shared memory, for virtual nodes of one machine;
             "proxy/verbs": proxy threads and an InfiniBand or RoCE network card. Options of the
             card may follow, such as "proxy/verbs tc=106 gid=3" (docs/fabric-verbs.md);
-            "proxy/emulated": the same over emulated mlx5 NICs of a modelled network, for tests.
+            "proxy/emulated" (CPU) and "emulated" (GPU): emulated mlx5 NICs of a modelled network,
+            for tests.
 
     Raises:
         TypeError: an argument of the wrong type, on the rank that passed it.
@@ -79,6 +83,7 @@ class Buffer:
         PeerError: another rank's arguments were refused, or it cannot share memory.
         MismatchError: the ranks passed different values.
         PeerTimeoutError: a rank does not take part in time; another Buffer may be tried.
+        FabricError: the fabric cannot be made on this rank; "auto", and there is none.
         OSError: memory cannot be shared with a rank of the node.
     """
 

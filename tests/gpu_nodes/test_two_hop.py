@@ -1,5 +1,6 @@
 """Several virtual nodes on the GPUs of one machine: the two-hop path equals the oracle."""
 
+import os
 import time
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ pytestmark = [pytest.mark.mpi, pytest.mark.gpu]
 SHAPES = [(1, 2), (2, 4), (3, 6), (2, 6), (4, 8), (2, 8), (1, 8)]
 shapes = pytest.mark.parametrize(("ranks_per_node", "num_ranks"), SHAPES)
 #: Triggers and copies by another process; mlx5 requests of the kernels to emulated network cards.
-FABRICS = ["proxy/local", "emulated"]
+FABRICS = os.environ.get("EPCOMM_TEST_FABRICS", "proxy/local,emulated").split(",")
 fabrics = pytest.mark.parametrize("fabric", FABRICS)
 FAR = {name: case for name, case in CASES.items() if "logfmt" not in (case.wire or "")}
 
