@@ -16,12 +16,6 @@ Network::Network(uint32_t num_nics, const LineModel& line) : nics_(new Nic[num_n
     for (uint32_t i = 0; i < num_nics; ++i) nics_[i].line = line;
 }
 
-uint32_t add_key(Nic* nic, const Key& key) {
-    if (nic->num_keys == kMaxKeys) return 0;
-    nic->keys[nic->num_keys] = key;
-    return kFirstKey + nic->num_keys++;
-}
-
 uint32_t Network::add_memory(uint32_t nic, const void* start, uint64_t bytes, uint32_t access,
                              uint32_t domain) {
     return add_key(&nics_[nic], {reinterpret_cast<uint64_t>(start), bytes, domain, access});
@@ -32,16 +26,20 @@ void Network::kill_nic(uint32_t nic) { fabric::store_release(&nics_[nic].dead, 1
 /// Places bytes and keeps account of when.
 class Engine::Copier {
  public:
+    static constexpr uint64_t kWindow = mlx5::kMaxBlocks;
+
     Copier(Engine* engine, Traffic* traffic) : engine_(engine), traffic_(traffic) {}
 
-    void copy(void* to, const void* from, uint64_t bytes) const {
+    static uint32_t start(mlx5::OneThread, bool wants, uint64_t, uint8_t* to, const uint8_t* from,
+                          uint32_t bytes) {
+        if (!wants) return 0;
         memcpy(to, from, bytes);
         // It may store past the caches, and such stores are not ordered by a release alone.
-        if (bytes > kTailBytes) __atomic_thread_fence(__ATOMIC_SEQ_CST);
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+        return bytes;
     }
 
-    /// When the copy of `bytes` that was just made counts as done.
-    Picoseconds finish(Context* context, uint64_t bytes) const {
+    Picoseconds started(Context* context, uint32_t bytes) const {
         const EngineOptions& options = engine_->options_;
         if (!options.virtual_clock) return context->now = engine_->clock();
         if (options.copy_bytes_per_ns == 0) return context->now;
@@ -51,22 +49,15 @@ class Engine::Copier {
         return engine_->copier_free_;
     }
 
+    static Picoseconds placed(const Context& context, uint64_t) { return context.now; }
+    static void settle(mlx5::OneThread, bool) {}
+    static void place(uint8_t* to, const uint8_t* from, uint32_t bytes) { memcpy(to, from, bytes); }
+
     void landed(const Context& context, const Flight& flight) const {
-        Traffic& traffic = *traffic_;
-        traffic.messages += 1;
-        traffic.payload_bytes += flight.request.bytes;
-        traffic.wire_bytes += wire_bytes(context.own().line, flight.request.bytes);
-        const Schedule& times = flight.times;
-        if (times.depart < traffic.first_depart) traffic.first_depart = times.depart;
-        if (times.arrive > traffic.last_arrive) traffic.last_arrive = times.arrive;
-        if (context.now > traffic.last_placed) traffic.last_placed = context.now;
-        // Atomics copy nothing; pieces are late on purpose.
-        if (flight.request.is_atomic() || flight.num_pieces > 1) return;
-        const Picoseconds late =
-            flight.copied_at > times.arrive ? flight.copied_at - times.arrive : 0;
-        if (late > traffic.worst_late) traffic.worst_late = late;
-        traffic.late_messages += late > engine_->options_.tolerance_ns * kNanosecond;
+        traffic_->add(context, flight, engine_->options_.tolerance_ns);
     }
+
+    void refresh(mlx5::OneThread, Context* context) const { context->now = engine_->now(); }
 
  private:
     Engine* engine_;
@@ -84,30 +75,17 @@ Engine::~Engine() { stop(); }
 
 uint32_t Engine::add_queue(uint32_t nic, const QueueMemory& memory) {
     Nic& owner = wire_->nic(nic);
-    if (owner.num_queues == kMaxQueues) return 0;
+    const uint32_t number = emulated::add_queue(&owner, memory.domain);
+    if (number == 0) return 0;
     auto slot = std::make_unique<Slot>();
     slot->nic = nic;
     slot->flights.resize(memory.num_blocks);
     slot->shadow.resize(memory.num_blocks);
-    QueueEntry& entry = owner.queues[owner.num_queues];
-    entry = {kReset, memory.domain, 0, 0};
-    QueuePair& queue = slot->queue;
-    queue = {};
-    queue.ring = memory.ring;
-    queue.record = memory.record;
-    queue.doorbell = memory.doorbell;
-    queue.completions = memory.completions;
-    queue.num_blocks = memory.num_blocks;
-    queue.num_completions = memory.num_completions;
-    queue.number = kFirstQueue + owner.num_queues++;
-    queue.max_responses = memory.max_responses;
-    queue.entry = &entry;
-    queue.flights = slot->flights.data();
-    queue.shadow = slot->shadow.data();
-    queue.doorbell_seen = fabric::load_acquire(memory.doorbell);
-    reset(&queue, memory.start);
+    slot->queue = queue_pair(memory, number, find_queue(owner, number), slot->flights.data(),
+                             slot->shadow.data());
+    slot->queue.doorbell_seen = fabric::load_acquire(memory.doorbell);
     slots_.push_back(std::move(slot));
-    return slots_.back()->queue.number;
+    return number;
 }
 
 void Engine::connect(uint32_t nic, uint32_t number, uint32_t peer_nic, uint32_t peer_number) {
@@ -123,21 +101,21 @@ Picoseconds Engine::clock() const {
 
 Picoseconds Engine::now() const { return options_.virtual_clock ? virtual_now_ : clock(); }
 
+Context Engine::context_of(const Slot& slot, const FaultPlan& faults) {
+    return {wire_, slot.nic, faults, &journal_, options_.strict, now(), kNever, false};
+}
+
 bool Engine::step_queue(Slot* slot, Picoseconds* wake) {
     QueuePair* queue = &slot->queue;
-    const Nic& nic = wire_->nic(slot->nic);
-    if (fabric::load_acquire(&nic.dead) != 0) return false;
-    const uint32_t state = queue->entry->state;
-    if (state == kReset) return false;
+    if (fabric::load_acquire(&wire_->nic(slot->nic).dead) != 0) return false;
+    if (!is_connected(queue)) return false;
     const FaultPlan faults{options_.rules.data(), uint32_t(options_.rules.size()), 0,
                            options_.seed};
-    Context context{wire_, slot->nic, faults, &journal_, options_.strict, now(), *wake, false};
+    Context context = context_of(*slot, faults);
+    context.wake = *wake;
     Copier copier(this, &traffic_[slot->nic]);
-    look_at_doorbell(&context, queue);
-    if (queue->entry->state == kReady) fetch(&context, queue);
-    if (queue->entry->state == kReady) land(&context, queue, copier);
-    if (queue->entry->state == kReady) complete(&context, queue);
-    if (queue->entry->state == kFailed) flush_all(&context, queue);
+    emulated::step(mlx5::OneThread(), &context, queue, fabric::load_acquire(queue->doorbell),
+                   copier);
     *wake = context.wake;
     return context.progress;
 }
@@ -175,16 +153,8 @@ void Engine::settle() {
 
 void Engine::check_idle() {
     for (auto& slot : slots_) {
-        QueuePair* queue = &slot->queue;
-        if (queue->entry->state != kReady) continue;
-        const FaultPlan none{nullptr, 0, 0, 0};
-        Context context{wire_, slot->nic, none, &journal_, options_.strict, now(), kNever, false};
-        const uint32_t record = load_record(*queue, mlx5::kSendRecord);
-        if (load_record(*queue, mlx5::kReceiveRecord) != 0) {
-            violate(&context, queue, queue->posted, kReceiveRecord);
-        } else if (record != (queue->posted & 0xffff)) {
-            violate(&context, queue, queue->posted, kRecordWrong);
-        }
+        Context context = context_of(*slot, {nullptr, 0, 0, 0});
+        emulated::check_idle(&context, &slot->queue);
     }
 }
 
@@ -208,8 +178,20 @@ std::vector<Event> Engine::events() const {
 }
 
 std::string Engine::describe(uint32_t nic) const {
-    const Traffic& seen = traffic_[nic];
-    const LineModel& line = wire_->nic(nic).line;
+    return emulated::describe(nic, wire_->nic(nic).line, traffic_[nic]);
+}
+
+std::vector<FaultRule> replay(const std::vector<Event>& events) {
+    std::vector<FaultRule> rules;
+    for (const Event& event : events) {
+        if (event.kind != EventKind::kFault) continue;
+        rules.push_back({Fault(event.code), event.nic, event.queue, event.position, event.position,
+                         kAlways, 1, event.amount});
+    }
+    return rules;
+}
+
+std::string describe(uint32_t nic, const LineModel& line, const Traffic& seen) {
     const Picoseconds span = seen.messages == 0 ? 0 : seen.last_placed - seen.first_depart;
     const double seconds = double(span) / 1e12;
     const double rate = seconds > 0 ? double(seen.wire_bytes) / seconds / 1e9 : 0;
@@ -222,16 +204,6 @@ std::string Engine::describe(uint32_t nic) const {
              seen.model_was_the_limit() ? "model" : "copier",
              (unsigned long long)seen.late_messages, double(seen.worst_late) / 1e6);
     return text;
-}
-
-std::vector<FaultRule> replay(const std::vector<Event>& events) {
-    std::vector<FaultRule> rules;
-    for (const Event& event : events) {
-        if (event.kind != EventKind::kFault) continue;
-        rules.push_back({Fault(event.code), event.nic, event.queue, event.position, event.position,
-                         kAlways, 1, event.amount});
-    }
-    return rules;
 }
 
 std::string describe(const Event& event) {

@@ -12,13 +12,10 @@
 #include <thread>
 #include <vector>
 
-#include "land.h"
+#include "step.h"
+#include "traffic.h"
 
 namespace epcomm::emulated {
-
-/// Register memory with an NIC; returns its key, 0 if there is no room. Keys and queue pairs are
-/// made before the network runs.
-uint32_t add_key(Nic* nic, const Key& key);
 
 /// A network all of whose NICs are in this process.
 class Network {
@@ -39,19 +36,6 @@ class Network {
     Wire wire_;
 };
 
-/// Where a queue pair's parts lie; see mlx5::SendQueue.
-struct QueueMemory {
-    const mlx5::Block* ring;
-    const mlx5::Be32* record;
-    const uint64_t* doorbell;
-    mlx5::Completion* completions;
-    uint32_t num_blocks;
-    uint32_t num_completions;
-    uint64_t start = 0;  ///< position that all counters start at; 0 on hardware
-    uint32_t domain = 1;
-    uint32_t max_responses = kMaxResponses;
-};
-
 struct EngineOptions {
     bool virtual_clock = true;
     bool strict = true;
@@ -59,25 +43,9 @@ struct EngineOptions {
     bool shuffle = false;  ///< look at queue pairs in an order that the seed decides
     /// Virtual clock: bytes per ns that the copier places; 0 = at once.
     uint64_t copy_bytes_per_ns = 0;
-    /// A message is counted as late if the copier was behind the model by more.
-    uint64_t tolerance_ns = 500;
+    uint64_t tolerance_ns = kToleranceNs;
     std::vector<FaultRule> rules;
     uint64_t journal_capacity = 4096;
-};
-
-/// What an NIC's queue pairs sent.
-struct Traffic {
-    uint64_t messages = 0;
-    uint64_t payload_bytes = 0;
-    uint64_t wire_bytes = 0;
-    uint64_t late_messages = 0;  ///< placed later than the model by more than the tolerance
-    Picoseconds worst_late = 0;
-    Picoseconds first_depart = kNever;
-    Picoseconds last_arrive = 0;  ///< in the model
-    Picoseconds last_placed = 0;  ///< in fact
-
-    /// Where the copier was the limit, times say nothing about the modelled network.
-    bool model_was_the_limit() const { return late_messages * 100 <= messages; }
 };
 
 class Engine {
@@ -129,6 +97,7 @@ class Engine {
     /// Look at all queue pairs but those whose bit in `skip` is set, from the `order`-th on.
     bool visit(uint64_t order, uint64_t skip);
     bool step_queue(Slot* slot, Picoseconds* wake);
+    Context context_of(const Slot& slot, const FaultPlan& faults);
     Picoseconds clock() const;
 
     Wire* wire_;
@@ -148,7 +117,8 @@ class Engine {
 /// Rules that repeat the injected faults of a run exactly.
 std::vector<FaultRule> replay(const std::vector<Event>& events);
 
-/// An event in words.
+/// In words.
 std::string describe(const Event& event);
+std::string describe(uint32_t nic, const LineModel& line, const Traffic& traffic);
 
 }  // namespace epcomm::emulated

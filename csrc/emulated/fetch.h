@@ -1,4 +1,4 @@
-// From the doorbell to a scheduled request.
+// From the doorbell to a scheduled request. What takes no group is done by one lane.
 #pragma once
 
 #include "complete.h"
@@ -69,8 +69,8 @@ EPCOMM_HD inline void take_doorbell(Context* context, QueuePair* queue, const Ru
     }
 }
 
-EPCOMM_HD inline void look_at_doorbell(Context* context, QueuePair* queue) {
-    const uint64_t word = fabric::load_acquire(queue->doorbell);
+/// `word` is what the doorbell holds, acquired.
+EPCOMM_HD inline void look_at_doorbell(Context* context, QueuePair* queue, uint64_t word) {
     if (word != queue->doorbell_seen) {
         queue->doorbell_seen = word;
         context->progress = true;
@@ -88,53 +88,96 @@ EPCOMM_HD inline void look_at_doorbell(Context* context, QueuePair* queue) {
     }
 }
 
+EPCOMM_HD inline void refuse(QueuePair* queue, Flight* flight, uint8_t syndrome, uint8_t vendor) {
+    flight->syndrome = syndrome;
+    flight->vendor = vendor;
+    queue->refused = 1;
+}
+
+/// The peer gives no answer: found out after the retries.
+EPCOMM_HD inline void give_up(const Context& context, QueuePair* queue, Flight* flight) {
+    refuse(queue, flight, mlx5::kRetryExceeded, kVendorRetry);
+    flight->times.complete = flight->times.depart + context.own().line.retry_ns * kNanosecond;
+}
+
+/// An NIC serves its queue pairs in turn: one that scheduled all it has at once would keep the port
+/// from the others. So nobody is further ahead of time than this.
+constexpr Picoseconds kAhead = 4000 * kNanosecond;
+
+/// How many requests may be read now, at most `width`. What keeps the first from it is looked at
+/// alone, what keeps others behind it in `num_together`.
+EPCOMM_HD inline uint32_t num_due(Context* context, QueuePair* queue, uint32_t width) {
+    const uint64_t position = queue->fetched, left = queue->posted - position;
+    // Of what has completed too early the flight is still needed.
+    const uint64_t room = queue->num_blocks - (position - queue->landed);
+    // Behind a failed request nothing is started.
+    if (left == 0 || room == 0 || queue->refused != 0) return 0;
+    if (position >= queue->early_until && queue->departed > kAhead &&
+        !context->is_due(queue->departed - kAhead)) {
+        return 0;
+    }
+    Picoseconds amount;
+    if (queue->late_judged <= position) {
+        queue->late_judged = position + 1;
+        queue->late_until =
+            context->hits(kLateFetch, *queue, position, &amount) ? context->now + amount : 0;
+    }
+    if (!context->is_due(queue->late_until)) return 0;
+    if (context->hits(kKillQueue, *queue, position, &amount)) {
+        fail(context, queue, 0, 0);
+        return 0;
+    }
+    if (left < width) width = uint32_t(left);
+    return room < width ? uint32_t(room) : width;
+}
+
+/// Read a request from the ring.
+EPCOMM_HD inline mlx5::Block load_request(const QueuePair& queue, uint64_t position) {
+    const auto* from =
+        reinterpret_cast<const uint64_t*>(&queue.ring[position & (queue.num_blocks - 1)]);
+    uint64_t words[mlx5::kBlockBytes / 8];
+    for (uint32_t i = 0; i < mlx5::kBlockBytes / 8; ++i) words[i] = fabric::load_relaxed(&from[i]);
+    mlx5::Block block;
+    memcpy(&block, words, sizeof block);
+    return block;
+}
+
 /// Local key, bounds and permission.
 EPCOMM_HD inline bool local_is_allowed(const Context& context, const QueuePair& queue,
                                        const Request& request) {
     if (request.opcode == mlx5::kNop || request.inlined) return true;
-    return allows(find_key(context.own(), request.local_key), queue.entry->domain,
+    return allows(context.own(), request.local_key, queue.domain,
                   request.has_response() ? uint32_t(kLocalWrite) : 0, request.local_address,
                   request.bytes);
 }
 
-/// Whether the peer's NIC and queue pair answer.
-EPCOMM_HD inline bool peer_answers(const Context& context, const QueuePair& queue) {
-    Nic& peer = context.wire->nic(queue.entry->peer_nic);
-    const QueueEntry* other = find_queue(peer, queue.entry->peer_number);
-    return fabric::load_acquire(&peer.dead) == 0 && other != nullptr &&
-           fabric::load_acquire(&other->state) == kReady && other->peer_nic == context.nic &&
-           other->peer_number == queue.number;
+/// How many of the requests that the first `count` lanes have read can be scheduled together: as if
+/// one after the other.
+template <class Group>
+EPCOMM_HD inline uint32_t num_together(Group group, const LineModel& line, const QueuePair& queue,
+                                       uint32_t count, const Request& request, bool wrong) {
+    if (count == 1) return 1;
+    const uint32_t lane = group.lane(), lower = mlx5::below(lane);
+    const bool mine = lane < count;
+    const bool is_read = mine && request.opcode == mlx5::kRdmaRead;
+    const uint32_t failing = group.ballot(mine && wrong), reads = group.ballot(is_read);
+    const uint32_t responses = group.ballot(mine && request.has_response());
+    const Picoseconds before =
+        mlx5::sum_before(group, mine ? duration(line, request.bytes) : Picoseconds(0));
+    // Behind a failed request nothing is started; a read takes the line both ways; nobody waits for
+    // an answer to what was scheduled with it.
+    const bool joins =
+        mine && (failing & lower) == 0 && (reads & lower) == 0 && !is_read &&
+        !(request.is_fenced() && (responses & lower) != 0) &&
+        !(request.has_response() && mlx5::count_bits(responses & lower) >= queue.max_responses) &&
+        before <= kAhead;
+    return mlx5::leading(group, lane == 0 || joins);
 }
 
-EPCOMM_HD inline void refuse(Flight* flight, uint8_t syndrome, uint8_t vendor) {
-    flight->syndrome = syndrome;
-    flight->vendor = vendor;
-}
-
-/// The peer gives no answer: found out after the retries.
-EPCOMM_HD inline void give_up(const Context& context, Flight* flight) {
-    refuse(flight, mlx5::kRetryExceeded, kVendorRetry);
-    flight->times.complete = flight->times.depart + context.own().line.retry_ns * kNanosecond;
-}
-
-/// When the line is taken, and what the faults do to it.
-EPCOMM_HD inline void schedule_flight(Context* context, QueuePair* queue, uint64_t position,
-                                      Flight* flight) {
+/// What the faults do to the one request that is scheduled.
+EPCOMM_HD inline void disturb(Context* context, QueuePair* queue, uint64_t position,
+                              Flight* flight) {
     const Request& request = flight->request;
-    Nic* own = &context->own();
-    Picoseconds earliest = queue->posted_at + own->line.fetch_ns * kNanosecond;
-    if (request.is_fenced() && queue->last_response > earliest) earliest = queue->last_response;
-    Picoseconds* response = &queue->responses[queue->num_responses % queue->max_responses];
-    if (request.has_response() && *response > earliest) earliest = *response;
-    if (request.opcode == mlx5::kNop) {
-        flight->times = {earliest, earliest, earliest};
-    } else {
-        Nic* peer = &context->wire->nic(queue->entry->peer_nic);
-        flight->times =
-            schedule(own, peer, earliest, request.bytes, request.opcode == mlx5::kRdmaRead);
-    }
-    queue->departed = flight->times.depart;
-
     Picoseconds amount;
     if (context->hits(kDelay, *queue, position, &amount)) {
         flight->times.arrive += amount;
@@ -152,75 +195,99 @@ EPCOMM_HD inline void schedule_flight(Context* context, QueuePair* queue, uint64
     if ((request.is_atomic() || request.bytes <= mlx5::kMaxInline) &&
         context->hits(kRelaxed, *queue, position, &amount)) {
         flight->relaxed = 1;
+        queue->passes = 1;
     }
     if (context->hits(kLateCompletion, *queue, position, &amount)) flight->times.complete += amount;
     if (context->hits(kEarlyCompletion, *queue, position, &amount)) flight->completes_early = 1;
     if (context->hits(kBadKey, *queue, position, &amount)) {
-        refuse(flight, mlx5::kRemoteAccess, kVendorRemoteAccess);
+        refuse(queue, flight, mlx5::kRemoteAccess, kVendorRemoteAccess);
     }
-    if (context->hits(kRetryExceeded, *queue, position, &amount)) give_up(*context, flight);
-    if (request.has_response()) {
-        *response = flight->times.complete;
-        queue->num_responses += 1;
+    if (context->hits(kRetryExceeded, *queue, position, &amount)) give_up(*context, queue, flight);
+}
+
+/// When the line is taken by the requests of the first `count` lanes.
+template <class Group>
+EPCOMM_HD inline void schedule_flights(Group group, Context* context, QueuePair* queue,
+                                       uint64_t position, uint32_t count, uint32_t fetch_ns,
+                                       Flight* flight) {
+    const Request& request = flight->request;
+    const uint32_t lane = group.lane();
+    const bool goes = lane < count && flight->syndrome == 0;
+    const bool waits = goes && request.has_response();
+    const uint32_t responses = group.ballot(waits);
+    Nic* own = &context->own();
+    Nic* peer = &context->wire->nic(queue->peer_nic);
+    Picoseconds earliest = queue->posted_at + fetch_ns * kNanosecond;
+    const uint32_t slot = queue->next_response + mlx5::count_bits(responses & mlx5::below(lane));
+    Picoseconds* response = &queue->responses[slot % queue->max_responses];
+    if (goes && request.is_fenced() && queue->last_response > earliest) {
+        earliest = queue->last_response;
+    }
+    if (waits && *response > earliest) earliest = *response;
+    const bool is_message = goes && request.opcode != mlx5::kNop;
+    const bool is_read = is_message && request.opcode == mlx5::kRdmaRead;
+    const uint32_t messages = group.ballot(is_message);
+    const Schedule times =
+        schedule(group, own, peer, is_message, earliest, request.bytes, is_read);
+    if (goes) {
+        flight->times = is_message ? times : Schedule{earliest, earliest, earliest};
+        disturb(context, queue, position, flight);
+    }
+    group.sync();
+    // The last one is the latest.
+    if (messages != 0 && lane == mlx5::highest(messages)) queue->departed = times.depart;
+    if (waits) *response = flight->times.complete;
+    if (waits && lane == mlx5::highest(responses)) {
+        queue->next_response = (slot + 1) % queue->max_responses;
         if (*response > queue->last_response) queue->last_response = *response;
     }
 }
 
-/// Read one request from the ring.
-EPCOMM_HD inline void fetch_one(Context* context, QueuePair* queue) {
-    const uint64_t position = queue->fetched;
-    Flight* flight = &queue->flight(position);
-    mlx5::Block* shadow = &queue->shadow[position & (queue->num_blocks - 1)];
-    *flight = Flight{};
-    flight->read_at = kNever;
-    const auto* from =
-        reinterpret_cast<const uint64_t*>(&queue->ring[position & (queue->num_blocks - 1)]);
-    for (uint32_t i = 0; i < mlx5::kBlockBytes / 8; ++i) {
-        const uint64_t word = fabric::load_relaxed(&from[i]);
-        memcpy(reinterpret_cast<uint8_t*>(shadow) + 8 * i, &word, 8);
+/// Read, check and schedule the next requests, at most `count`.
+template <class Group>
+EPCOMM_HD inline void fetch_some(Group group, Context* context, QueuePair* queue, uint32_t count) {
+    const uint64_t first = queue->fetched, position = first + group.lane();
+    const bool mine = group.lane() < count;
+    const LineModel line = context->own().line;
+    mlx5::Block block{};
+    Flight flight{};
+    flight.read_at = kNever;
+    flight.times = {context->now, context->now, context->now};
+    Violation wrong = kNoViolation;
+    bool refused = false;
+    if (mine) {
+        block = load_request(*queue, position);
+        wrong = parse(block, queue->number, uint16_t(position), &flight.request);
+        refused = wrong != kNoViolation || !local_is_allowed(*context, *queue, flight.request);
     }
-    queue->fetched += 1;
-    context->progress = true;
-    flight->times = {context->now, context->now, context->now};
-    const Violation wrong = parse(*shadow, queue->number, uint16_t(position), &flight->request);
-    if (wrong != kNoViolation) {
+    count = num_together(group, line, *queue, count, flight.request, refused);
+    const bool joins = group.lane() < count;
+    if (joins && wrong != kNoViolation) {
         context->note(EventKind::kViolation, *queue, position, wrong);
-        refuse(flight, mlx5::kLocalOperation, kVendorMalformed);
-    } else if (!local_is_allowed(*context, *queue, flight->request)) {
-        refuse(flight, mlx5::kLocalProtection, 0);
-    } else {
-        schedule_flight(context, queue, position, flight);
+        refuse(queue, &flight, mlx5::kLocalOperation, kVendorMalformed);
+    } else if (joins && refused) {
+        refuse(queue, &flight, mlx5::kLocalProtection, 0);
     }
+    schedule_flights(group, context, queue, position, count, line.fetch_ns, &flight);
+    if (joins) {
+        queue->flight(position) = flight;
+        queue->shadow[position & (queue->num_blocks - 1)] = block;
+    }
+    group.sync();
+    if (group.lane() == 0) queue->fetched = first + count;
+    context->progress = true;
+    group.sync();
 }
 
-/// Whether the next request may be read now. An NIC serves its queue pairs in turn: one that
-/// scheduled all it has at once would keep the port from the others.
-EPCOMM_HD inline bool fetch_is_due(Context* context, QueuePair* queue) {
-    constexpr Picoseconds kAhead = 4000 * kNanosecond;
-    const uint64_t position = queue->fetched;
-    if (position - queue->landed >= queue->num_blocks) return false;
-    if (position >= queue->early_until && queue->departed > kAhead &&
-        !context->is_due(queue->departed - kAhead)) {
-        return false;
-    }
-    if (queue->late_judged <= position) {
-        queue->late_judged = position + 1;
-        Picoseconds amount;
-        queue->late_until =
-            context->hits(kLateFetch, *queue, position, &amount) ? context->now + amount : 0;
-    }
-    if (!context->is_due(queue->late_until)) return false;
-    // Behind a failed request nothing is started.
-    return position == queue->completed || queue->flight(position - 1).syndrome == 0;
-}
-
-EPCOMM_HD inline void fetch(Context* context, QueuePair* queue) {
-    while (queue->fetched != queue->posted && fetch_is_due(context, queue)) {
-        Picoseconds amount;
-        if (context->hits(kKillQueue, *queue, queue->fetched, &amount)) {
-            return fail(context, queue, 0, 0);
-        }
-        fetch_one(context, queue);
+template <class Group>
+EPCOMM_HD inline void fetch(Group group, Context* context, QueuePair* queue) {
+    while (queue->fetched != queue->posted) {
+        uint32_t count = 0;
+        if (group.lane() == 0) count = num_due(context, queue, context->width(group));
+        share(group, context);
+        count = group.from_first(count);
+        if (count == 0) return;
+        fetch_some(group, context, queue, count);
     }
 }
 

@@ -1,7 +1,17 @@
 // What a request does at the peer: bytes placed, words changed, or the reason why not.
 //
-// The engine brings the copier: `copier.copy(to, from, bytes)` and `copier.finish(context, bytes)`,
-// the time at which a copy that starts now is done.
+// The engine brings the copier. Its calls with a group are made by all lanes:
+//
+//     start(group, wants, position, to, from, bytes)
+//                                how many of these bytes are on their way now, from the first on
+//     started(context, bytes)    a message's whole body is; when it will be placed, 0 if not known
+//     placed(context, position)  then: when all of it had been placed, 0 if it is not yet
+//     settle(group, needed)      if it is for any lane: what other threads placed is visible before
+//                                what follows
+//     place(to, from, bytes)     at once; aligned to 8 bytes or not
+//     landed(context, flight)    for the account
+//     refresh(group, context)    the time, again
+//     kWindow                    at most so many requests are between `started` and `landed`
 #pragma once
 
 #include "fetch.h"
@@ -12,21 +22,44 @@ namespace epcomm::emulated {
 /// are not excluded meanwhile, only those of the same NIC: as on hardware without PCIe atomics.
 constexpr Picoseconds kAtomicGap = 20 * kNanosecond;
 
+/// Who holds an NIC's atomics for so long is gone.
+constexpr uint64_t kLongestHoldNs = 1'000'000'000;
+
 /// The last bytes of a message, which come with its arrival and never before; all of a short one.
 constexpr uint32_t kTailBytes = 64;
 
+/// The other end of a queue pair.
+struct PeerView {
+    bool answers;
+    uint32_t domain;
+};
+
+EPCOMM_HD inline PeerView look_at_peer(const Context& context, const QueuePair& queue) {
+    const Nic& peer = context.wire->nic(queue.peer_nic);
+    const uint32_t slot = queue.peer_number - kFirstQueue;
+    const QueueEntry* other = &peer.queues[slot < kMaxQueues ? slot : 0];
+    // All loads first: they are far away.
+    const uint32_t dead = fabric::load_relaxed(&peer.dead);
+    const uint32_t count = fabric::load_relaxed(&peer.num_queues);
+    const uint32_t state = fabric::load_relaxed(&other->state);
+    const uint32_t nic = fabric::load_relaxed(&other->peer_nic);
+    const uint32_t number = fabric::load_relaxed(&other->peer_number);
+    const uint32_t domain = fabric::load_relaxed(&other->domain);
+    return {dead == 0 && slot < count && state == kReady && nic == context.nic &&
+                number == queue.number,
+            domain};
+}
+
 /// What the responder finds wrong with a request.
 EPCOMM_HD inline uint8_t judge_remote(const Context& context, const QueuePair& queue,
-                                      const Request& request) {
+                                      uint32_t domain, const Request& request) {
     if (request.opcode == mlx5::kNop) return 0;
-    Nic& peer = context.wire->nic(queue.entry->peer_nic);
+    const Nic& peer = context.wire->nic(queue.peer_nic);
     if (request.is_atomic() && request.remote_address % 8 != 0) return mlx5::kRemoteInvalid;
     const uint32_t access = request.is_atomic()                 ? kRemoteAtomic
                             : request.opcode == mlx5::kRdmaRead ? kRemoteRead
                                                                 : kRemoteWrite;
-    const uint32_t domain = find_queue(peer, queue.entry->peer_number)->domain;
-    return allows(find_key(peer, request.remote_key), domain, access, request.remote_address,
-                  request.bytes)
+    return allows(peer, request.remote_key, domain, access, request.remote_address, request.bytes)
                ? 0
                : mlx5::kRemoteAccess;
 }
@@ -36,17 +69,26 @@ struct Placement {
     const uint8_t* from;
 };
 
-EPCOMM_HD inline Placement placement_of(const Context& context, QueuePair* queue, uint64_t position,
-                                        const Request& request) {
-    auto* local = reinterpret_cast<uint8_t*>(request.local_address);
+EPCOMM_HD inline Placement placement_of(const Context& context, const QueuePair& queue,
+                                        uint64_t position, const Request& request) {
     uint8_t* remote =
-        context.wire->reach(queue->entry->peer_nic, request.remote_key, request.remote_address);
-    if (request.opcode == mlx5::kRdmaRead) return {local, remote};
+        context.wire->reach(queue.peer_nic, request.remote_key, request.remote_address);
     if (request.inlined) {
-        local = reinterpret_cast<uint8_t*>(&queue->shadow[position & (queue->num_blocks - 1)]);
-        local += 2 * mlx5::kUnitBytes + sizeof(mlx5::InlineHeader);
+        const auto* block =
+            reinterpret_cast<const uint8_t*>(&queue.shadow[position & (queue.num_blocks - 1)]);
+        return {remote, block + 2 * mlx5::kUnitBytes + sizeof(mlx5::InlineHeader)};
     }
-    return {remote, local};
+    uint8_t* local = context.wire->reach(context.nic, request.local_key, request.local_address);
+    return request.opcode == mlx5::kRdmaRead ? Placement{local, remote} : Placement{remote, local};
+}
+
+EPCOMM_HD inline bool copies(const Request& request) {
+    return request.opcode != mlx5::kNop && !request.is_atomic();
+}
+
+/// Bytes that are placed at a message's end.
+EPCOMM_HD inline uint32_t tail_of(const Request& request) {
+    return request.bytes < kTailBytes ? request.bytes : kTailBytes;
 }
 
 EPCOMM_HD inline uint32_t greatest_common_divisor(uint32_t a, uint32_t b) {
@@ -68,129 +110,317 @@ EPCOMM_HD inline uint32_t piece_at(const Context& context, const QueuePair& queu
     return uint32_t((uint64_t(i) * step + draw / 7) % num_pieces);
 }
 
-/// Place one piece; the last one not before its time. Whether all are placed.
-template <class Copier>
-EPCOMM_HD inline bool place_pieces(Context* context, QueuePair* queue, uint64_t position,
-                                   Flight* flight, Copier& copier) {
-    const bool last = flight->pieces_placed + 1 == flight->num_pieces;
-    if (!context->is_due(last ? flight->last_piece : flight->times.depart)) return false;
-    const uint32_t bytes = flight->request.bytes;
+/// Give the copier the next piece of the request at `position`, which all lanes name. Whether it
+/// has taken it.
+template <class Group, class Copier>
+EPCOMM_HD inline bool start_piece(Group group, const Context& context, QueuePair* queue,
+                                  uint64_t position, Copier& copier) {
+    Flight* flight = &queue->flight(position);
+    const uint32_t bytes = flight->request.bytes, number = flight->pieces_placed;
     const uint32_t size = (bytes + flight->num_pieces - 1) / flight->num_pieces;
-    const uint32_t piece =
-        piece_at(*context, *queue, position, flight->pieces_placed, flight->num_pieces);
-    const uint64_t offset = uint64_t(piece) * size;
-    if (offset < bytes) {
-        const Placement place = placement_of(*context, queue, position, flight->request);
-        const uint64_t left = bytes - offset;
-        copier.copy(place.to + offset, place.from + offset, left < size ? left : size);
-    }
-    flight->pieces_placed += 1;
-    context->progress = true;
-    if (last) flight->copied_at = copier.finish(context, 0);
-    return last;
+    const uint64_t offset =
+        uint64_t(piece_at(context, *queue, position, number, flight->num_pieces)) * size;
+    const Placement place = placement_of(context, *queue, position, flight->request);
+    const uint32_t left = offset < bytes ? bytes - uint32_t(offset) : 0;
+    const uint32_t count = left < size ? left : size;
+    const uint32_t given =
+        copier.start(group, group.lane() == 0 && count != 0, position, place.to + offset,
+                     place.from + offset, count);
+    const bool taken = group.from_first(int(given == count)) != 0;
+    group.sync();
+    if (taken && group.lane() == 0) flight->pieces_placed = number + 1;
+    group.sync();
+    return taken;
 }
 
-/// Place the body as soon as possible, the tail at arrival. Whether all is placed.
-template <class Copier>
-EPCOMM_HD inline bool place_whole(Context* context, QueuePair* queue, uint64_t position,
-                                  Flight* flight, Copier& copier) {
-    const uint64_t bytes = flight->request.bytes;
-    const uint64_t tail = bytes < kTailBytes ? bytes : kTailBytes;
-    const Placement place = placement_of(*context, queue, position, flight->request);
-    if (flight->copied_at == 0) {
-        if (!context->is_due(flight->times.depart)) return false;
-        copier.copy(place.to, place.from, bytes - tail);
-        flight->copied_at = copier.finish(context, bytes);
-        context->progress = true;
+/// All pieces but the last, which comes late.
+template <class Group, class Copier>
+EPCOMM_HD inline bool start_pieces(Group group, const Context& context, QueuePair* queue,
+                                   uint64_t position, Copier& copier) {
+    const Flight& flight = queue->flight(position);
+    while (flight.pieces_placed + 1 < flight.num_pieces) {
+        if (!start_piece(group, context, queue, position, copier)) return false;
     }
-    const bool is_copied = context->is_due(flight->copied_at);
-    if (!context->is_due(flight->last_piece) || !is_copied) return false;
-    copier.copy(place.to + bytes - tail, place.from + bytes - tail, tail);
     return true;
 }
 
-/// Read, wait, write, while no other atomic of the peer's NIC is under way. Whether it is done.
-EPCOMM_HD inline bool run_atomic(Context* context, QueuePair* queue, Flight* flight) {
-    Nic& peer = context->wire->nic(queue->entry->peer_nic);
-    auto* word = reinterpret_cast<uint64_t*>(context->wire->reach(
-        queue->entry->peer_nic, flight->request.remote_key, flight->request.remote_address));
-    if (flight->read_at == kNever) {
-        if (!context->is_due(flight->last_piece)) return false;
-        if (!mlx5::exchange_if(&peer.atomics, 0, 1)) {
-            context->is_due(context->now + kAtomicGap);  // look again then
-            return false;
-        }
-        flight->old_value = fabric::load_acquire(word);
+/// Give the copier the bodies of the messages of the first `count` lanes; returns how many of them
+/// it has taken to their ends.
+template <class Group, class Copier>
+EPCOMM_HD inline uint32_t start_bodies(Group group, Context* context, QueuePair* queue,
+                                       uint64_t position, uint32_t count, Copier& copier) {
+    Flight* flight = &queue->flight(position);
+    const bool goes = group.lane() < count, moves = goes && copies(flight->request);
+    if (group.from_first(int(moves && flight->num_pieces > 1)) != 0) {
+        return start_pieces(group, *context, queue, position - group.lane(), copier) ? 1 : 0;
+    }
+    uint32_t left = 0, done = 0;
+    Placement place{};
+    if (moves) {
+        done = flight->body_placed;
+        left = flight->request.bytes - tail_of(flight->request) - done;
+        place = placement_of(*context, *queue, position, flight->request);
+    }
+    const uint32_t given =
+        copier.start(group, left != 0, position, place.to + done, place.from + done, left);
+    if (given != 0) flight->body_placed = done + given;
+    const uint32_t whole = mlx5::leading(group, goes && given == left);
+    if (moves && given == left && group.lane() < whole) {
+        flight->copied_at = copier.started(context, flight->request.bytes);
+    }
+    return whole;
+}
+
+/// Let messages that depart be judged by the responder, and their bodies be placed.
+template <class Group, class Copier>
+EPCOMM_HD inline bool start_window(Group group, Context* context, QueuePair* queue,
+                                   Copier& copier) {
+    const uint64_t first = queue->started, position = first + group.lane();
+    const uint32_t width = context->width(group), lane = group.lane();
+    Flight* flight = &queue->flight(position);
+    const PeerView peer = look_at_peer(*context, *queue);
+    Picoseconds depart = kNever;
+    if (lane < width && position < queue->fetched && position - queue->landed < Copier::kWindow &&
+        flight->syndrome == 0) {
+        depart = flight->times.depart;
+    }
+    uint32_t count = mlx5::leading(group, depart <= context->now);
+    if (count < group.size()) context->wake_at(group.at(depart, count));
+    if (count == 0) return false;
+    if (!peer.answers) {
+        const Picoseconds retries = context->own().line.retry_ns * kNanosecond;
+        const bool over = context->is_due(group.from_first(depart) + retries);
+        group.sync();
+        if (over && lane == 0) give_up(*context, queue, flight);
+        if (!over) context->wake_at(context->now + retries / 8);  // it is sent again
+        group.sync();
+        return false;
+    }
+    uint8_t syndrome = 0;
+    if (lane < count) syndrome = judge_remote(*context, *queue, peer.domain, flight->request);
+    const uint32_t refused = mlx5::lowest(group.ballot(syndrome != 0));
+    if (lane == refused) {
+        refuse(queue, flight, syndrome, syndrome == mlx5::kRemoteAccess ? kVendorRemoteAccess : 0);
+    }
+    if (refused < count) count = refused;
+    const uint32_t started = start_bodies(group, context, queue, position, count, copier);
+    group.sync();
+    if (lane == 0) queue->started = first + started;
+    context->progress = context->progress || started != 0 || refused < count;
+    if (started < count) context->wake_at(context->now);  // the copier has no room
+    group.sync();
+    return started == width;
+}
+
+/// Take the peer NIC's atomics; nobody else's operation is then between its read and its write.
+/// Who died with them, or holds them for longer than anybody could, has lost them.
+EPCOMM_HD inline bool take_atomics(const Context& context, QueuePair* queue) {
+    uint64_t* word = &context.wire->nic(queue->peer_nic).atomics;
+    const uint64_t now_ns = context.now / kNanosecond;
+    const uint64_t seen = fabric::load_relaxed(word);
+    if (seen != 0) {
+        const uint32_t holder = uint32_t(seen & 0xffff) - 1;
+        const bool dead = holder < context.wire->num_nics &&
+                          fabric::load_relaxed(&context.wire->nic(holder).dead) != 0;
+        const uint64_t held_ns = (now_ns - (seen >> 16)) & (~uint64_t(0) >> 16);
+        if (!dead && held_ns < kLongestHoldNs) return false;
+    }
+    // Another value each time, so that who lost them knows.
+    const uint64_t mine = now_ns << 16 | (context.nic + 1);
+    if (!mlx5::exchange_if<mlx5::Scope::kSystem>(word, seen, mine)) return false;
+    queue->lock = mine;
+    return true;
+}
+
+EPCOMM_HD inline uint64_t* word_of(const Context& context, const QueuePair& queue,
+                                   const Request& request) {
+    return reinterpret_cast<uint64_t*>(
+        context.wire->reach(queue.peer_nic, request.remote_key, request.remote_address));
+}
+
+/// First half of the atomics of the lanes that `go`, no two of them on one word. Whether it is done.
+template <class Group>
+EPCOMM_HD inline bool read_words(Group group, Context* context, QueuePair* queue, Flight* flight,
+                                 bool goes) {
+    int taken = 0;
+    if (group.lane() == 0) taken = take_atomics(*context, queue);
+    taken = group.from_first(taken);
+    if (taken == 0) {
+        context->wake_at(context->now + kAtomicGap);
+        return false;
+    }
+    group.sync();
+    if (goes) {
+        flight->old_value =
+            fabric::load_acquire(word_of(*context, *queue, flight->request));
         flight->read_at = context->now;
-        context->progress = true;
     }
-    if (!context->is_due(flight->read_at + kAtomicGap)) return false;
-    uint64_t value = flight->old_value + flight->request.operand;
-    if (flight->request.opcode == mlx5::kAtomicCompareSwap) {
-        value = flight->old_value == flight->request.compare ? flight->request.operand
-                                                             : flight->old_value;
-    }
-    fabric::store_release(word, value);  // after all that landed before
-    fabric::store_release(&peer.atomics, uint64_t(0));
-    flight->copied_at = context->now;
+    context->progress = true;
+    group.sync();
     return true;
 }
 
-/// Take a request as far as it goes now. Whether it has landed or failed.
-template <class Copier>
-EPCOMM_HD inline bool land_one(Context* context, QueuePair* queue, uint64_t position,
-                               Copier& copier) {
-    Flight& flight = queue->flight(position);
-    if (flight.landed || flight.syndrome != 0) return true;
-    const Request& request = flight.request;
-    if (flight.copied_at == 0 && flight.pieces_placed == 0 && flight.read_at == kNever) {
-        if (!peer_answers(*context, *queue)) {
-            const Picoseconds retries = context->own().line.retry_ns * kNanosecond;
-            if (!context->is_due(flight.times.depart + retries)) {
-                context->is_due(context->now + retries / 8);  // it is sent again
-                return false;
-            }
-            give_up(*context, &flight);
-            return true;
+/// Second half. False: the atomics were lost meanwhile, and it is to begin again.
+template <class Group>
+EPCOMM_HD inline bool write_words(Group group, Context* context, QueuePair* queue, Flight* flight,
+                                  bool goes) {
+    uint64_t* atomics = &context->wire->nic(queue->peer_nic).atomics;
+    const bool held = group.from_first(fabric::load_acquire(atomics)) == queue->lock;
+    if (goes && held) {
+        const Request& request = flight->request;
+        uint64_t value = flight->old_value + request.operand;
+        if (request.opcode == mlx5::kAtomicCompareSwap) {
+            value = flight->old_value == request.compare ? request.operand : flight->old_value;
         }
-        if (const uint8_t syndrome = judge_remote(*context, *queue, request)) {
-            refuse(&flight, syndrome, syndrome == mlx5::kRemoteAccess ? kVendorRemoteAccess : 0);
-            return true;
-        }
+        // After all that landed before.
+        fabric::store_release(word_of(*context, *queue, request), value);
+        flight->copied_at = context->now;
+    } else if (goes) {
+        flight->read_at = kNever;
     }
-    bool placed;
-    if (request.opcode == mlx5::kNop) {
-        placed = context->is_due(flight.times.arrive);
-    } else if (request.is_atomic()) {
-        placed = run_atomic(context, queue, &flight);
-    } else if (flight.num_pieces > 1) {
-        placed = place_pieces(context, queue, position, &flight, copier);
-    } else {
-        placed = place_whole(context, queue, position, &flight, copier);
+    group.sync();
+    if (group.lane() == 0) {
+        if (held) fabric::store_release(atomics, uint64_t(0));
+        queue->lock = 0;
     }
-    if (!placed) return false;
-    flight.landed = 1;
     context->progress = true;
-    // The later of model and copier, for the acknowledgement too.
-    if (flight.copied_at > flight.times.arrive) {
-        const Picoseconds back = flight.times.complete - flight.times.arrive;
-        if (flight.num_pieces <= 1) flight.times.complete = flight.copied_at + back;
+    group.sync();
+    return held;
+}
+
+/// What remains to be done for a request, once it is due.
+enum class Landing : uint32_t { kTail, kLastPiece, kRead, kWrite };
+
+/// ... and when that is. A copy that has not ended is looked at again soon.
+template <class Copier>
+EPCOMM_HD inline Picoseconds landing_of(Context* context, uint64_t position, Flight* flight,
+                                        Copier& copier, Landing* what) {
+    *what = Landing::kTail;
+    if (flight->request.is_atomic()) {
+        const bool is_read = flight->read_at != kNever;
+        *what = is_read ? Landing::kWrite : Landing::kRead;
+        return is_read ? flight->read_at + kAtomicGap : flight->last_piece;
     }
-    if (request.opcode != mlx5::kNop) copier.landed(*context, flight);
-    return true;
+    if (!copies(flight->request)) return flight->last_piece;
+    if (flight->num_pieces > 1 && flight->pieces_placed < flight->num_pieces) {
+        *what = Landing::kLastPiece;
+        return flight->last_piece;
+    }
+    if (flight->copied_at == 0) flight->copied_at = copier.placed(*context, position);
+    if (flight->copied_at == 0) return context->now + 1;
+    return flight->copied_at > flight->last_piece ? flight->copied_at : flight->last_piece;
+}
+
+template <class Copier>
+EPCOMM_HD inline void finish_landing(const Context& context, Flight* flight, Copier& copier) {
+    flight->landed = 1;
+    // The later of model and copier, for the acknowledgement too.
+    if (flight->copied_at > flight->times.arrive && flight->num_pieces <= 1) {
+        const Picoseconds back = flight->times.complete - flight->times.arrive;
+        flight->times.complete = flight->copied_at + back;
+    }
+    if (flight->request.opcode != mlx5::kNop) copier.landed(context, *flight);
+}
+
+/// How a window of requests stands after a look at it.
+struct Window {
+    uint32_t landed;  ///< from the first on
+    bool again;       ///< something else happened; the next step may be due
+    bool failed;      ///< the first of the others has failed
+};
+
+/// Land what is due of the requests from `base` on: a run of the same kind, in order; only relaxed
+/// requests pass others (`in_order` false).
+template <class Group, class Copier>
+EPCOMM_HD inline Window land_window(Group group, Context* context, QueuePair* queue, uint64_t base,
+                                    bool in_order, Copier& copier) {
+    const uint32_t lane = group.lane();
+    const uint64_t position = base + lane;
+    Flight* flight = &queue->flight(position);
+    bool over = false, failed = false;
+    Picoseconds due = kNever;
+    Landing what = Landing::kTail;
+    if (lane < context->width(group) && position < queue->fetched) {
+        over = flight->landed != 0;
+        failed = flight->syndrome != 0;
+        if (!over && !failed && position < queue->started && (in_order || flight->relaxed)) {
+            due = landing_of(context, position, flight, copier, &what);
+        }
+    }
+    const bool ready = due <= context->now;
+    const uint32_t reach = mlx5::leading(group, over || ready);
+    if (reach < group.size()) context->wake_at(group.at(due, reach));
+    const uint32_t fresh = group.ballot(ready && lane < reach), first = mlx5::lowest(fresh);
+    if (first == 32) return {reach, false, group.from_first(int(failed)) != 0};
+    // A write behind an atomic waits for it, and the other way round.
+    const auto kind = Landing(group.at(uint32_t(what), first));
+    const uint32_t others = ~group.ballot(ready && what == kind) & ~mlx5::below(first);
+    uint32_t end = mlx5::lowest(others);
+    if (end > reach) end = reach;
+    if (kind == Landing::kRead) {
+        // Nor are there two on one word.
+        const bool reads = ready && what == kind;
+        const uint64_t word =
+            reads ? uint64_t(word_of(*context, *queue, flight->request)) : uint64_t(lane);
+        const uint32_t same = group.alike(word);
+        const uint32_t twice = group.ballot(reads && (same & mlx5::below(lane)) != 0);
+        if (mlx5::lowest(twice) < end) end = mlx5::lowest(twice);
+    }
+    const bool goes = lane >= first && lane < end;
+    switch (kind) {
+        case Landing::kRead: {
+            const bool again = read_words(group, context, queue, flight, goes);
+            return {first, again, false};
+        }
+        case Landing::kWrite:
+            if (!write_words(group, context, queue, flight, goes)) return {first, true, false};
+            break;
+        case Landing::kLastPiece: {
+            const bool again = start_piece(group, *context, queue, base, copier);
+            if (again && lane == 0) flight->copied_at = copier.started(context, 0);
+            if (!again) context->wake_at(context->now);
+            context->progress = context->progress || again;
+            group.sync();
+            return {0, again, false};
+        }
+        case Landing::kTail:
+            copier.settle(group, goes && (flight->body_placed != 0 || flight->num_pieces > 1));
+            if (goes && copies(flight->request) && flight->num_pieces <= 1) {
+                const Placement place =
+                    placement_of(*context, *queue, position, flight->request);
+                const uint32_t tail = tail_of(flight->request);
+                const uint32_t body = flight->request.bytes - tail;
+                copier.place(place.to + body, place.from + body, tail);
+            }
+    }
+    if (goes) finish_landing(*context, flight, copier);
+    context->progress = true;
+    group.sync();
+    return {end, false, false};
 }
 
 /// Land in order; only relaxed requests pass others that have not landed, none passes a failed one.
-template <class Copier>
-EPCOMM_HD inline void land(Context* context, QueuePair* queue, Copier& copier) {
+template <class Group, class Copier>
+EPCOMM_HD inline void land(Group group, Context* context, QueuePair* queue, Copier& copier) {
+    while (queue->started != queue->fetched && start_window(group, context, queue, copier)) {
+    }
+    uint64_t base = queue->landed;
     bool in_order = true;
-    for (uint64_t position = queue->landed; position != queue->fetched; ++position) {
-        Flight& flight = queue->flight(position);
-        const bool over =
-            (in_order || flight.relaxed) && land_one(context, queue, position, copier);
-        if (flight.syndrome != 0) return;
-        in_order = in_order && over;
-        if (in_order) queue->landed = position + 1;
+    while (base < queue->fetched) {
+        const Window window = land_window(group, context, queue, base, in_order, copier);
+        base += window.landed;
+        if (window.landed != 0 && in_order) {
+            group.sync();
+            if (group.lane() == 0) queue->landed = base;
+            group.sync();
+        }
+        if (window.landed != 0 || window.again) {
+            copier.refresh(group, context);
+            continue;
+        }
+        if (window.failed || queue->passes == 0) return;
+        in_order = false;
+        base += 1;
     }
 }
 

@@ -1,10 +1,15 @@
 // A queue pair as its NIC sees it, and the state of its requests.
 //
-//     rung for -> fetched, checked, scheduled -> bytes placed at the peer -> completed
-//     posted      fetched                        landed                      completed (positions)
+//     rung for -> fetched, checked, -> body on its -> bytes placed -> completed
+//     posted      scheduled: fetched   way: started   landed          completed     (positions)
 //
 // Nothing is fetched before the doorbell. Requests take effect and complete in order within the
-// queue pair; there is no order across queue pairs.
+// queue pair; there is no order across queue pairs. Only a message's last bytes, atomics and
+// completions have effects that anybody may rely on; the bytes before are placed as soon as the
+// message departs, which may be before an earlier request's effect.
+//
+// A queue pair is served by a group (mlx5/group.h): lane i looks at the i-th request from some
+// position on, and steps of all lanes together take as long as those of one.
 #pragma once
 
 #include "../mlx5/order.h"
@@ -27,14 +32,13 @@ struct Flight {
     Request request;
     Schedule times;
     Picoseconds read_at;     ///< atomic: when the old value was read; kNever before
-    Picoseconds copied_at;   ///< when the copier had placed the bytes
-    Picoseconds last_piece;  ///< the last piece is not placed before
-    Picoseconds late;        ///< the completion is that much later
+    Picoseconds copied_at;   ///< when the copier had placed the body; 0: not known yet
+    Picoseconds last_piece;  ///< the last bytes are not placed before
     uint64_t old_value;      ///< of an atomic
+    uint32_t body_placed;    ///< bytes given to the copier so far
     uint32_t num_pieces;     ///< 0: not in pieces
     uint32_t pieces_placed;
-    uint64_t body_placed;  ///< bytes placed so far
-    uint8_t syndrome;      ///< mlx5::Syndrome; 0 = none so far
+    uint8_t syndrome;  ///< mlx5::Syndrome; 0 = none so far
     uint8_t vendor;
     uint8_t landed;
     uint8_t relaxed;  ///< may pass earlier requests
@@ -59,14 +63,24 @@ struct QueuePair {
     QueueEntry* entry;    ///< what peers see of it
     Flight* flights;      ///< [num_blocks]
     mlx5::Block* shadow;  ///< [num_blocks]: the requests as they were fetched
+    // As in `entry`, which is farther away.
+    uint32_t state;
+    uint32_t domain;
+    uint32_t peer_nic;
+    uint32_t peer_number;
     uint64_t doorbell_seen;
     uint64_t posted;
     uint64_t fetched;
+    uint64_t started;
     uint64_t landed;
     uint64_t completed;
     uint64_t covered;  ///< below: software can know that they completed
     uint64_t entries;  ///< completions written
-    uint64_t num_responses;
+    uint64_t lock;           ///< what this queue pair holds the peer NIC's `atomics` with, or 0
+    uint32_t refused;        ///< 1: a request fetched so far will fail; nothing behind it is read
+    uint32_t passes;         ///< 1: there was a request that may pass others
+    uint32_t next_response;  ///< in `responses`
+    uint32_t reserved;
     Picoseconds posted_at;                 ///< when the last doorbell was seen
     Picoseconds recover_at;                ///< when the record is read in place of a lost doorbell
     Picoseconds departed;                  ///< when the last scheduled message departs
@@ -80,7 +94,8 @@ struct QueuePair {
     EPCOMM_HD bool is_idle() const { return completed == posted && recover_at == kNever; }
 };
 
-/// What one look at a queue pair needs, and what it says back.
+/// What one look at a queue pair needs, and what it says back; each lane has one, and all lanes'
+/// are the same.
 struct Context {
     Wire* wire;
     uint32_t nic;
@@ -96,6 +111,7 @@ struct Context {
     EPCOMM_HD Subject subject(const QueuePair& queue, uint64_t position) const {
         return {nic, queue.number, position};
     }
+    /// By one lane.
     EPCOMM_HD void note(EventKind kind, const QueuePair& queue, uint64_t position, uint8_t code,
                         Picoseconds amount = 0) {
         journal->add({now, position, amount, queue.number, uint16_t(nic), kind, code});
@@ -106,19 +122,36 @@ struct Context {
         note(EventKind::kFault, queue, position, fault, *amount);
         return true;
     }
+    EPCOMM_HD void wake_at(Picoseconds time) {
+        if (time < wake) wake = time;
+    }
     /// Whether `time` has come; if not, it will be looked at again then.
     EPCOMM_HD bool is_due(Picoseconds time) {
         if (now >= time) return true;
-        if (time < wake) wake = time;
+        wake_at(time);
         return false;
+    }
+    /// How many requests are looked at together: where faults decide what happens to each, one.
+    template <class Group>
+    EPCOMM_HD uint32_t width(Group group) const {
+        return faults.num_rules == 0 ? group.size() : 1;
     }
 };
 
+/// After the first lane did something on its own.
+template <class Group>
+EPCOMM_HD inline void share(Group group, Context* context) {
+    group.sync();
+    context->wake = group.from_first(context->wake);
+    context->progress = group.from_first(int(context->progress)) != 0;
+}
+
 /// Start a queue pair with its counters at `position`.
 EPCOMM_HD inline void reset(QueuePair* queue, uint64_t position) {
-    queue->posted = queue->fetched = queue->landed = position;
+    queue->posted = queue->fetched = queue->started = queue->landed = position;
     queue->completed = queue->covered = position;
-    queue->entries = queue->num_responses = 0;
+    queue->entries = queue->lock = 0;
+    queue->refused = queue->passes = queue->next_response = 0;
     queue->posted_at = queue->departed = queue->last_response = 0;
     queue->recover_at = kNever;
     queue->early_until = queue->late_judged = position;

@@ -65,7 +65,8 @@ struct QueueEntry {
 struct Nic {
     LineModel line;
     Gate transmit, receive, messages;
-    alignas(64) uint64_t atomics;  ///< 1: an atomic operation of this NIC is between read and write
+    /// Who has an atomic operation of this NIC between read and write: ns << 16 | (its NIC + 1).
+    alignas(64) uint64_t atomics;
     uint32_t dead;                 ///< 1: does not answer any more
     uint32_t num_keys;
     uint32_t num_queues;
@@ -91,22 +92,20 @@ struct Wire {
     }
 };
 
-EPCOMM_HD inline const Key* find_key(const Nic& nic, uint32_t key) {
-    const uint32_t slot = key - kFirstKey;
-    return slot < nic.num_keys ? &nic.keys[slot] : nullptr;
-}
-
 EPCOMM_HD inline QueueEntry* find_queue(Nic& nic, uint32_t number) {
     const uint32_t slot = number - kFirstQueue;
     return slot < nic.num_queues ? &nic.queues[slot] : nullptr;
 }
 
-/// Whether a key covers a range for what is to be done there. An address before the memory gives a
-/// difference that is larger than any memory.
-EPCOMM_HD inline bool allows(const Key* key, uint32_t domain, uint32_t access, uint64_t address,
-                             uint64_t bytes) {
-    return key != nullptr && key->domain == domain && (key->access & access) == access &&
-           bytes <= key->bytes && address - key->address <= key->bytes - bytes;
+/// Whether a key of the NIC covers a range for what is to be done there. An address before the
+/// memory gives a difference that is larger than any memory. Branches would make loads wait for
+/// each other.
+EPCOMM_HD inline bool allows(const Nic& nic, uint32_t number, uint32_t domain, uint32_t access,
+                             uint64_t address, uint64_t bytes) {
+    const uint32_t slot = number - kFirstKey;
+    const Key key = nic.keys[slot < kMaxKeys ? slot : 0];
+    return (slot < nic.num_keys) & (key.domain == domain) & ((key.access & access) == access) &
+           (bytes <= key.bytes) & (address - key.address <= key.bytes - bytes);
 }
 
 }  // namespace epcomm::emulated

@@ -46,6 +46,16 @@ EPCOMM_HD inline uint64_t load_relaxed(const uint64_t* address) {
 #endif
 }
 
+EPCOMM_HD inline uint32_t load_relaxed(const uint32_t* address) {
+#ifdef __CUDA_ARCH__
+    uint32_t value;
+    asm volatile("ld.relaxed.sys.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+#else
+    return __atomic_load_n(address, __ATOMIC_RELAXED);
+#endif
+}
+
 EPCOMM_HD inline void store_release(uint64_t* address, uint64_t value) {
 #ifdef __CUDA_ARCH__
     asm volatile("st.release.sys.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");

@@ -87,13 +87,19 @@ EPCOMM_HD inline void raise_to(uint64_t* counter, uint64_t value) {
 #endif
 }
 
-/// Exchange if equal, among the writers; acquires and releases.
+/// Exchange if equal, among threads in the scope; acquires and releases.
+template <Scope scope = Scope::kDevice>
 EPCOMM_HD inline bool exchange_if(uint64_t* word, uint64_t expected, uint64_t value) {
 #ifdef __CUDA_ARCH__
-    fence<Scope::kDevice>();
-    const bool won =
-        atomicCAS(reinterpret_cast<unsigned long long*>(word), expected, value) == expected;
-    fence<Scope::kDevice>();
+    auto* at = reinterpret_cast<unsigned long long*>(word);
+    fence<scope>();
+    bool won;
+    if constexpr (scope == Scope::kDevice) {
+        won = atomicCAS(at, expected, value) == expected;
+    } else {
+        won = atomicCAS_system(at, expected, value) == expected;
+    }
+    fence<scope>();
     return won;
 #else
     fabric::interleave();

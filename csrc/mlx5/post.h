@@ -2,35 +2,14 @@
 //
 // Every wait takes a `Wait` with `bool again()`: pause, and say whether to go on. Deadlines, abort
 // flags and, in tests, the next step of the emulated NIC are its business.
+//
+// Groups post together: lane i of a warp writes every 32nd request from i.
 #pragma once
 
 #include "completion.h"
+#include "group.h"
 
 namespace epcomm::mlx5 {
-
-/// A thread on its own posts.
-struct OneThread {
-    EPCOMM_HD static uint32_t lane() { return 0; }
-    EPCOMM_HD static uint32_t size() { return 1; }
-    EPCOMM_HD static void sync() {}
-    template <typename T>
-    EPCOMM_HD static T from_first(T value) {
-        return value;
-    }
-};
-
-#ifdef __CUDACC__
-/// The 32 threads of a converged warp post together: lane i writes every 32nd request from i.
-struct WarpLanes {
-    __device__ static uint32_t lane() { return threadIdx.x & 31; }
-    __device__ static uint32_t size() { return 32; }
-    __device__ static void sync() { __syncwarp(); }
-    template <typename T>
-    __device__ static T from_first(T value) {
-        return __shfl_sync(0xffffffffu, value, 0);
-    }
-};
-#endif
 
 /// Look for completions and see that what is ready has been rung for; then pause. False: the queue
 /// failed or the wait is over.
