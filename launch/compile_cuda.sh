@@ -21,7 +21,8 @@ compile() {
 }
 
 for arch in 80 90a 100; do
-    for source in csrc/kernels/*.cu csrc/fabric/*.cu csrc/fabric/*_cuda.cc tests/native/*.cu; do
+    for source in csrc/{kernels,fabric,emulated}/*.cu csrc/{fabric,emulated,carrier}/*_cuda.cc \
+        tests/native/*.cu; do
         compile "$arch" "$source" >"$work/report" || { cat "$work/report"; die "$source, sm_$arch"; }
         # The combine for more than 8 rows a token (its second flag) is not one of the hot kernels.
         spills=$(awk '/Compiling entry/ { name = $0 }

@@ -116,8 +116,8 @@ EPCOMM_HD inline uint64_t first_changed(Group group, const QueuePair& queue, uin
 
 /// What an atomic read comes back.
 EPCOMM_HD inline void return_old_value(const Context& context, const Flight& flight) {
-    uint8_t* to = context.wire->reach(context.nic, flight.request.local_key,
-                                      flight.request.local_address);
+    uint8_t* to =
+        context.wire->reach(context.nic, flight.request.local_key, flight.request.local_address);
     if (reinterpret_cast<uintptr_t>(to) % 8 == 0) {
         *reinterpret_cast<uint64_t*>(to) = flight.old_value;
     } else {
@@ -146,8 +146,8 @@ EPCOMM_HD inline bool complete_window(Group group, Context* context, QueuePair* 
     uint32_t count = mlx5::leading(group, due <= context->now);
     if (count < group.size()) context->wake_at(group.at(due, count));
     if (count == 0) return false;
-    const uint32_t failed = mlx5::lowest(group.ballot(lane < count && bad));
-    if (failed < count) count = failed;
+    const uint32_t failing = group.ballot(lane < count && bad), failed = mlx5::lowest(failing);
+    if (failing != 0) count = failed;
     // Slots that software may reuse once an entry is written must hold what was fetched from them:
     // else it reused them before.
     const uint32_t asking = group.ballot(lane < count && asked);
@@ -186,7 +186,7 @@ EPCOMM_HD inline bool complete_window(Group group, Context* context, QueuePair* 
         share(group, context);
         return !context->strict;
     }
-    if (failed == count) {
+    if (failing != 0) {
         const uint8_t syndrome = group.at(flight->syndrome, failed);
         const uint8_t vendor = group.at(flight->vendor, failed);
         if (lane == 0) fail(context, queue, syndrome, vendor);

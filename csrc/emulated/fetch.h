@@ -227,8 +227,7 @@ EPCOMM_HD inline void schedule_flights(Group group, Context* context, QueuePair*
     const bool is_message = goes && request.opcode != mlx5::kNop;
     const bool is_read = is_message && request.opcode == mlx5::kRdmaRead;
     const uint32_t messages = group.ballot(is_message);
-    const Schedule times =
-        schedule(group, own, peer, is_message, earliest, request.bytes, is_read);
+    const Schedule times = schedule(group, own, peer, is_message, earliest, request.bytes, is_read);
     if (goes) {
         flight->times = is_message ? times : Schedule{earliest, earliest, earliest};
         disturb(context, queue, position, flight);
@@ -281,7 +280,10 @@ EPCOMM_HD inline void fetch_some(Group group, Context* context, QueuePair* queue
 
 template <class Group>
 EPCOMM_HD inline void fetch(Group group, Context* context, QueuePair* queue) {
-    while (queue->fetched != queue->posted) {
+    while (true) {
+        const bool is_over = queue->fetched == queue->posted;
+        group.sync();  // before the first lane changes them
+        if (is_over) return;
         uint32_t count = 0;
         if (group.lane() == 0) count = num_due(context, queue, context->width(group));
         share(group, context);

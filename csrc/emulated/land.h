@@ -123,9 +123,8 @@ EPCOMM_HD inline bool start_piece(Group group, const Context& context, QueuePair
     const Placement place = placement_of(context, *queue, position, flight->request);
     const uint32_t left = offset < bytes ? bytes - uint32_t(offset) : 0;
     const uint32_t count = left < size ? left : size;
-    const uint32_t given =
-        copier.start(group, group.lane() == 0 && count != 0, position, place.to + offset,
-                     place.from + offset, count);
+    const uint32_t given = copier.start(group, group.lane() == 0 && count != 0, position,
+                                        place.to + offset, place.from + offset, count);
     const bool taken = group.from_first(int(given == count)) != 0;
     group.sync();
     if (taken && group.lane() == 0) flight->pieces_placed = number + 1;
@@ -238,7 +237,8 @@ EPCOMM_HD inline uint64_t* word_of(const Context& context, const QueuePair& queu
         context.wire->reach(queue.peer_nic, request.remote_key, request.remote_address));
 }
 
-/// First half of the atomics of the lanes that `go`, no two of them on one word. Whether it is done.
+/// First half of the atomics of the lanes that `go`, no two of them on one word. Whether it is
+/// done.
 template <class Group>
 EPCOMM_HD inline bool read_words(Group group, Context* context, QueuePair* queue, Flight* flight,
                                  bool goes) {
@@ -251,8 +251,7 @@ EPCOMM_HD inline bool read_words(Group group, Context* context, QueuePair* queue
     }
     group.sync();
     if (goes) {
-        flight->old_value =
-            fabric::load_acquire(word_of(*context, *queue, flight->request));
+        flight->old_value = fabric::load_acquire(word_of(*context, *queue, flight->request));
         flight->read_at = context->now;
     }
     context->progress = true;
@@ -386,8 +385,7 @@ EPCOMM_HD inline Window land_window(Group group, Context* context, QueuePair* qu
         case Landing::kTail:
             copier.settle(group, goes && (flight->body_placed != 0 || flight->num_pieces > 1));
             if (goes && copies(flight->request) && flight->num_pieces <= 1) {
-                const Placement place =
-                    placement_of(*context, *queue, position, flight->request);
+                const Placement place = placement_of(*context, *queue, position, flight->request);
                 const uint32_t tail = tail_of(flight->request);
                 const uint32_t body = flight->request.bytes - tail;
                 copier.place(place.to + body, place.from + body, tail);

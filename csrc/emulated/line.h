@@ -9,8 +9,8 @@
 // (payload + headers) / rate. Acknowledgements take no room. Responses of reads occupy the ports
 // the other way; those of atomics are counted as nothing.
 //
-// A group schedules a message of each of its lanes at once, in the order of lanes, with one exchange
-// for each gate: the times are those of one message after the other.
+// A group schedules a message of each of its lanes at once, in the order of lanes, with one
+// exchange for each gate: the times are those of one message after the other.
 #pragma once
 
 #include "../fabric/atomics.h"
@@ -45,8 +45,8 @@ EPCOMM_HD inline Picoseconds exchange_gate(Gate* gate, Picoseconds seen, Picosec
     while (true) {
         const Picoseconds next = (seen > earliest ? seen : earliest) + length;
 #ifdef __CUDA_ARCH__
-        const Picoseconds old = atomicCAS_system(
-            reinterpret_cast<unsigned long long*>(&gate->free_at), seen, next);
+        const Picoseconds old =
+            atomicCAS_system(reinterpret_cast<unsigned long long*>(&gate->free_at), seen, next);
         if (old == seen) return seen;
         seen = old;
 #else
@@ -85,8 +85,7 @@ EPCOMM_HD inline Picoseconds occupy(Group group, Gate* gate, Picoseconds seen, b
 /// when its last byte arrives.
 template <class Group>
 EPCOMM_HD inline Picoseconds transfer(Group group, Nic* from, Nic* to, bool takes,
-                                      Picoseconds earliest, uint32_t payload,
-                                      Picoseconds* depart) {
+                                      Picoseconds earliest, uint32_t payload, Picoseconds* depart) {
     // All that is far away, first.
     const Picoseconds messages = fabric::load_relaxed(&from->messages.free_at);
     const Picoseconds transmit = fabric::load_relaxed(&from->transmit.free_at);
@@ -97,8 +96,7 @@ EPCOMM_HD inline Picoseconds transfer(Group group, Nic* from, Nic* to, bool take
                                      from->line.message_ns * kNanosecond);
     *depart = occupy(group, &from->transmit, transmit, takes, start, out);
     const Picoseconds first_byte = *depart + latency;
-    const Picoseconds received =
-        occupy(group, &to->receive, receive, takes, first_byte, in) + in;
+    const Picoseconds received = occupy(group, &to->receive, receive, takes, first_byte, in) + in;
     // The slower of two ports decides.
     const Picoseconds sent = first_byte + out;
     return received > sent ? received : sent;

@@ -74,8 +74,8 @@ struct QueuePair {
     uint64_t started;
     uint64_t landed;
     uint64_t completed;
-    uint64_t covered;  ///< below: software can know that they completed
-    uint64_t entries;  ///< completions written
+    uint64_t covered;        ///< below: software can know that they completed
+    uint64_t entries;        ///< completions written
     uint64_t lock;           ///< what this queue pair holds the peer NIC's `atomics` with, or 0
     uint32_t refused;        ///< 1: a request fetched so far will fail; nothing behind it is read
     uint32_t passes;         ///< 1: there was a request that may pass others

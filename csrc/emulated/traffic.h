@@ -30,8 +30,7 @@ struct Traffic {
         // Atomics copy nothing; pieces are late on purpose.
         if (flight.request.is_atomic() || flight.num_pieces > 1) return;
         // Where there are faults, a message may also wait for an earlier one.
-        const Picoseconds placed =
-            context.faults.num_rules == 0 ? context.now : flight.copied_at;
+        const Picoseconds placed = context.faults.num_rules == 0 ? context.now : flight.copied_at;
         const Picoseconds late = placed > times.arrive ? placed - times.arrive : 0;
         if (late > worst_late) worst_late = late;
         late_messages += late > tolerance_ns * kNanosecond;

@@ -67,7 +67,7 @@ struct Nic {
     Gate transmit, receive, messages;
     /// Who has an atomic operation of this NIC between read and write: ns << 16 | (its NIC + 1).
     alignas(64) uint64_t atomics;
-    uint32_t dead;                 ///< 1: does not answer any more
+    uint32_t dead;  ///< 1: does not answer any more
     uint32_t num_keys;
     uint32_t num_queues;
     Key keys[kMaxKeys];

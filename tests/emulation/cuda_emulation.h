@@ -11,7 +11,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#ifndef __x86_64__
 #include <ucontext.h>
+#endif
 
 #include <memory>
 #include <random>
@@ -61,11 +63,24 @@ struct Meeting {
     std::vector<uint64_t> in, out;
 };
 
+/// Where a coroutine waits. The C library's own makes two system calls for each change.
+#ifdef __x86_64__
+using Place = void*;  // its stack pointer, above which its registers lie
+extern "C" void emulation_change_place(Place* from, Place to);
+inline void change_place(Place* from, Place* to) { emulation_change_place(from, *to); }
+#else
+using Place = ucontext_t;
+inline void change_place(Place* from, Place* to) { swapcontext(from, to); }
+#endif
+
 struct Fiber {
-    ucontext_t context;
+    Place place;
     std::unique_ptr<char[]> stack;
     Index thread{0};
     bool done = false;
+    // It is not run while this word has this value.
+    const uint64_t* waits_on = nullptr;
+    uint64_t waits_while = 0;
 };
 
 struct Block {
@@ -73,8 +88,10 @@ struct Block {
     std::vector<Fiber> fibers;
     std::vector<Meeting> warps;
     Meeting all;
-    ucontext_t scheduler;
+    Place scheduler;
     Fiber* current = nullptr;
+    int left = 0;            ///< threads that have not ended
+    std::vector<int> order;  ///< of warps
     std::mt19937_64 random;
     const void* kernel = nullptr;
     void (*run)(const void* kernel) = nullptr;
@@ -82,10 +99,24 @@ struct Block {
 
 extern thread_local Block* block;
 
-/// Run one thread block to its end; on a thread of its own.
-void run_block(Block& of);
+inline void yield() { change_place(&block->current->place, &block->scheduler); }
 
-inline void yield() { swapcontext(&block->current->context, &block->scheduler); }
+/// As `while (*word == value) yield();`
+inline void wait_while(const uint64_t* word, uint64_t value) {
+    Fiber* self = block->current;
+    self->waits_on = word;
+    self->waits_while = value;
+    yield();
+    self->waits_on = nullptr;
+}
+
+/// Make a block's threads, which do not run yet; then let each run until it waits, in some order,
+/// again and again until none is left. Always by the same thread of the operating system.
+void open_block(Block& of);
+void run_once(Block& of);
+
+/// A block from beginning to end, on this thread of the operating system.
+void run_block(Block& of);
 
 /// Meet with value; all members get to see the values of all.
 inline const std::vector<uint64_t>& meet(Meeting& meeting, int place, int kind, uint64_t value) {
@@ -101,7 +132,7 @@ inline const std::vector<uint64_t>& meet(Meeting& meeting, int place, int kind, 
         meeting.arrived = 0;
         ++meeting.generation;
     } else {
-        while (meeting.generation == generation) yield();
+        wait_while(&meeting.generation, generation);
     }
     return meeting.out;
 }
@@ -175,7 +206,8 @@ T __shfl_up_sync(unsigned, T value, int by) {
     return emulation::from_bits<T>(
         all[emulation::lane() < by ? emulation::lane() : emulation::lane() - by]);
 }
-inline unsigned __match_any_sync(unsigned, int value) {
+template <typename T>
+unsigned __match_any_sync(unsigned, T value) {
     const auto& all = emulation::meet_warp(16, emulation::to_bits(value));
     unsigned bits = 0;
     for (int i = 0; i < 32; ++i) bits |= unsigned(all[i] == emulation::to_bits(value)) << i;
@@ -184,8 +216,10 @@ inline unsigned __match_any_sync(unsigned, int value) {
 
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
+inline int __clz(int v) { return v == 0 ? 32 : __builtin_clz(unsigned(v)); }
 inline void __nanosleep(unsigned) { emulation::yield(); }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 template <typename T, typename U>
@@ -200,7 +234,12 @@ inline int atomicMin(int* at, int value) {
     }
     return seen;
 }
-inline int atomicCAS(int* at, int expected, int value) {
+template <typename T, typename U>
+T atomicSub(T* at, U value) {
+    return __atomic_fetch_sub(at, T(value), __ATOMIC_SEQ_CST);
+}
+template <typename T>
+T atomicCAS(T* at, T expected, T value) {
     __atomic_compare_exchange_n(at, &expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
     return expected;
 }

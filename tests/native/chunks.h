@@ -43,13 +43,13 @@ class Chunks {
             lanes.push_back(lane);
             for (uint32_t i = 0; i < o.num_writers; ++i) writers.push_back({q});
         }
-        rig.wait.budget = 50'000;
+        rig.wait.budget = 50'000 / long(kSlowness);
         for (uint64_t i = signal_words(); i < rig.memory[0].size(); ++i) rig.memory[0][i] = ~i;
     }
 
     /// Until all is sent, or something is wrong. Whether all went well.
     bool run() {
-        for (long turn = 0; turn < 400'000; ++turn) {
+        for (long turn = 0; turn < 400'000 / long(kSlowness); ++turn) {
             const uint64_t draw = mix(mix(options.rig.engine.seed, 7), uint64_t(turn));
             bool left = false;
             for (const Lane& lane : lanes) left = left || lane.finished != options.num_chunks;

@@ -390,6 +390,51 @@ TEST(an_atomic_cut_off_by_an_error_lets_others_go_on) {
     CHECK(!mlx5::poll(&w->queue));
 }
 
+TEST(atomics_that_a_dead_nic_holds_are_broken) {
+    Options options;
+    options.num_nics = 3;
+    Rig r(options);
+    Writer *w = r.pair(0, 1), *other = r.pair(2, 1);
+    CHECK(r.add_to(w, 5, 1) != 0);
+    while (r.network.wire()->nic(1).atomics == 0) CHECK(r.engine.advance());
+    r.network.kill_nic(0);
+    CHECK(r.add_to(other, 6, 1) != 0);
+    const Picoseconds start = r.engine.now();
+    CHECK(r.flush(other));
+    CHECK(r.engine.now() - start < 10'000 * kNanosecond);
+    CHECK_EQUAL(r.memory[1][6], 1);
+    CHECK_EQUAL(r.memory[1][5], 0);
+    CHECK_EQUAL(r.network.wire()->nic(1).atomics, 0);
+}
+
+TEST(atomics_that_are_held_for_ever_are_broken) {
+    Rig r;
+    Writer* w = r.pair();
+    // By an NIC that is not in this network, for almost so long.
+    const Picoseconds start = r.engine.now();
+    const uint64_t since = start / kNanosecond - (kLongestHoldNs - 10'000);
+    r.network.wire()->nic(1).atomics = since << 16 | 77;
+    CHECK(r.add_to(w, 5, 1) != 0);
+    CHECK(r.flush(w));
+    CHECK(r.engine.now() - start >= 10'000 * kNanosecond);
+    CHECK(r.engine.now() - start <= 13'000 * kNanosecond);
+    CHECK_EQUAL(r.memory[1][5], 1);
+}
+
+TEST(who_lost_the_atomics_begins_again) {
+    Rig r;
+    Writer* w = r.pair();
+    uint64_t& atomics = r.network.wire()->nic(1).atomics;
+    CHECK(r.add_to(w, 5, 1) != 0);
+    while (atomics == 0) CHECK(r.engine.advance());
+    // Somebody else thought it dead, changed the word and has ended.
+    r.memory[1][5] = 41;
+    atomics = 0;
+    CHECK(r.flush(w));
+    CHECK_EQUAL(r.memory[1][5], 42);
+    CHECK_EQUAL(r.memory[0][0], 41);
+}
+
 TEST(without_strictness_a_violation_is_only_recorded) {
     Options options;
     options.engine.strict = false;
@@ -400,6 +445,18 @@ TEST(without_strictness_a_violation_is_only_recorded) {
     CHECK(r.write(w, 0, 3, 8) != 0 && r.flush(w));
     CHECK(r.engine.violations() != 0);
     CHECK_EQUAL(r.count(EventKind::kViolation, kReceiveRecord), r.engine.violations());
+}
+
+TEST(without_strictness_a_changed_request_completes) {
+    Options options;
+    options.engine.strict = false;
+    Rig r(options);
+    Writer* w = r.pair();
+    CHECK(r.write(w, 0, 0, 8, false) != 0 && r.write(w, 1, 1, 8) != 0);
+    while (r.writers[0].doorbell != 0 && r.engine.now() < 2000 * kNanosecond) r.engine.advance();
+    w->ring[0].unit[2].word[3] ^= 1;
+    CHECK(r.flush(w));
+    CHECK_EQUAL(r.count(EventKind::kViolation, kSlotReused), 1);
 }
 
 TEST(a_completion_of_nothing_is_noticed) {

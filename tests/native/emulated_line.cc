@@ -168,7 +168,7 @@ TEST(a_read_takes_the_way_back) {
 
 TEST(a_fast_copier_leaves_the_model_in_charge) {
     Options options = plain();
-    options.engine.copy_bytes_per_ns = 20;
+    options.engine.copy_bytes_per_ns = kCopierHasSpeed ? 20 : 0;
     Rig r(options);
     Writer* w = r.pair();
     CHECK_EQUAL(time_of(r, {w}, 20, 10'000), 22'000 * kNanosecond);
@@ -181,6 +181,7 @@ TEST(a_fast_copier_leaves_the_model_in_charge) {
 }
 
 TEST(nothing_is_visible_before_it_is_copied) {
+    if (!kCopierHasSpeed) return;
     Options options = plain();
     options.engine.copy_bytes_per_ns = 5;
     Rig r(options);
@@ -193,6 +194,7 @@ TEST(nothing_is_visible_before_it_is_copied) {
 }
 
 TEST(a_slow_copier_is_admitted) {
+    if (!kCopierHasSpeed) return;
     Options options = plain();
     options.engine.copy_bytes_per_ns = 5;  // half the line
     Rig r(options);

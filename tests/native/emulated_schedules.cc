@@ -7,6 +7,8 @@ using namespace rig;
 
 namespace {
 
+constexpr uint64_t kSeeds = kSlowness > 1 ? 25 : 3000;
+
 ChunkOptions seeded(uint64_t seed) {
     ChunkOptions options;
     options.rig.engine.seed = seed;
@@ -49,7 +51,7 @@ void expect_good(Chunks& chunks, uint64_t seed) {
 }  // namespace
 
 TEST(thousands_of_schedules) {
-    for (uint64_t seed = 0; seed < 3000; ++seed) {
+    for (uint64_t seed = 0; seed < kSeeds; ++seed) {
         Chunks chunks(seeded(seed));
         expect_good(chunks, seed);
     }
@@ -57,7 +59,7 @@ TEST(thousands_of_schedules) {
 
 TEST(thousands_of_schedules_with_harmless_faults) {
     size_t injected[kNumFaults] = {};
-    for (uint64_t seed = 0; seed < 3000; ++seed) {
+    for (uint64_t seed = 0; seed < kSeeds; ++seed) {
         ChunkOptions options = seeded(seed);
         options.rig.engine.rules = harmless(seed);
         Chunks chunks(options);
@@ -67,13 +69,13 @@ TEST(thousands_of_schedules_with_harmless_faults) {
         }
     }
     for (Fault fault : {kDelay, kEarlyFetch, kLateFetch, kLostDoorbell, kPieces, kLateCompletion}) {
-        if (injected[fault] < 1000) printf("%s\n", name(fault));
-        CHECK(injected[fault] >= 1000);
+        if (injected[fault] < kSeeds / 3) printf("%s\n", name(fault));
+        CHECK(injected[fault] >= kSeeds / 3);
     }
 }
 
 TEST(the_same_seed_is_the_same_run) {
-    for (uint64_t seed = 0; seed < 50; ++seed) {
+    for (uint64_t seed = 0; seed < 60 / kSlowness; ++seed) {
         ChunkOptions options = seeded(seed);
         options.rig.engine.rules = harmless(63);
         Chunks one(options), two(options);
@@ -93,7 +95,7 @@ TEST(the_same_seed_is_the_same_run) {
 }
 
 TEST(recorded_faults_can_be_replayed) {
-    for (uint64_t seed = 0; seed < 50; ++seed) {
+    for (uint64_t seed = 0; seed < 60 / kSlowness; ++seed) {
         ChunkOptions options = seeded(seed);
         options.rig.engine.rules = harmless(63);
         Chunks recorded(options);
@@ -126,7 +128,7 @@ TEST(fatal_faults_end_in_an_error_and_never_in_torn_data) {
                {kBadKey, mlx5::kRemoteAccess},
                {kKillQueue, mlx5::kFlushed}};
     for (const auto& one : all) {
-        for (uint64_t seed = 0; seed < 300; ++seed) {
+        for (uint64_t seed = 0; seed < 300 / kSlowness; ++seed) {
             ChunkOptions options = seeded(seed);
             const uint64_t victim = options.rig.start + seed % 40;
             options.rig.engine.rules = harmless(seed);
@@ -149,7 +151,7 @@ TEST(fatal_faults_end_in_an_error_and_never_in_torn_data) {
 TEST(relaxed_ordering_tears_what_trusts_an_order) {
     // Atomics that pass writes: with a connection like that, signals must not be trusted.
     int torn = 0;
-    for (uint64_t seed = 0; seed < 100; ++seed) {
+    for (uint64_t seed = 0; seed < 100 / kSlowness; ++seed) {
         ChunkOptions options = seeded(seed);
         options.rig.engine.rules = {everywhere(kPieces, 20 * kMicrosecond),
                                     everywhere(kRelaxed, 0)};
@@ -157,17 +159,17 @@ TEST(relaxed_ordering_tears_what_trusts_an_order) {
         CHECK(!chunks.run() || !chunks.torn);
         torn += chunks.torn;
     }
-    CHECK(torn > 90);
+    CHECK(torn > 90 / int(kSlowness));
 }
 
 TEST(an_early_completion_tears_a_flush) {
     int early = 0;
-    for (uint64_t seed = 0; seed < 100; ++seed) {
+    for (uint64_t seed = 0; seed < 100 / kSlowness; ++seed) {
         ChunkOptions options = seeded(seed);
         options.rig.engine.rules = {everywhere(kEarlyCompletion, 0)};
         Chunks chunks(options);
         chunks.run();
         early += chunks.flushed_early;
     }
-    CHECK(early > 90);
+    CHECK(early > 90 / int(kSlowness));
 }

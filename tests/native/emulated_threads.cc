@@ -31,7 +31,7 @@ Options timed(uint64_t start) {
 
 TEST(several_threads_share_a_queue_pair) {
     constexpr int kThreads = 4;
-    constexpr uint64_t kChunks = 2000;
+    constexpr uint64_t kChunks = 2000 / kSlowness * 2, kFlush = kChunks / 4;
     Rig r(timed(65000));
     Writer* w = r.pair();
     r.engine.start();
@@ -53,7 +53,7 @@ TEST(several_threads_share_a_queue_pair) {
                 };
                 const Ring when = i % 3 == 0 ? Ring::kNow : Ring::kWhenDue;
                 if (mlx5::post(OneThread(), &w->queue, 2, when, make, wait) == 0) return;
-                if (i % 500 != 0) continue;
+                if (i % kFlush != 0) continue;
                 // What this thread posted before its flush is there after it.
                 if (!mlx5::flush(&w->queue, wait)) return;
                 if (fabric::load_acquire(&r.memory[1][word]) < i) return;
@@ -73,7 +73,7 @@ TEST(several_threads_share_a_queue_pair) {
 TEST(a_reader_sees_the_bytes_behind_the_signal) {
     Rig r(timed(0));
     Writer* w = r.pair();
-    constexpr uint64_t kWords = 512, kRounds = 1000;
+    constexpr uint64_t kWords = 512, kRounds = 1000 / kSlowness * 4;
     r.engine.start();
     bool good = true;
     std::thread reader([&] {

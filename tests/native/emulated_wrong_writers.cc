@@ -6,7 +6,7 @@ using namespace rig;
 
 namespace {
 
-constexpr uint64_t kSeeds = 100;
+constexpr uint64_t kSeeds = 100 / kSlowness;
 
 struct Caught {
     uint64_t by_nic = 0;       ///< a violation of the expected kinds

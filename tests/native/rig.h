@@ -1,7 +1,14 @@
 // Two or more emulated NICs with queue pairs between them, and the writers' side of those.
+//
+// The engine is the host's; or, where EPCOMM_EMULATED is defined, that of the GPU, its kernel run
+// on the host.
 #pragma once
 
 #include <deque>
+
+#ifdef EPCOMM_EMULATED
+#include "resident_engine.h"
+#endif
 
 #include "../../csrc/emulated/engine.h"
 #include "../../csrc/mlx5/post.h"
@@ -16,6 +23,16 @@ using mlx5::Header;
 using mlx5::OneThread;
 using mlx5::Ring;
 using mlx5::SendQueue;
+
+#ifdef EPCOMM_EMULATED
+using TestEngine = ResidentEngine;
+constexpr uint64_t kSlowness = 20;       ///< tests of many runs make so many times fewer
+constexpr bool kCopierHasSpeed = false;  ///< EngineOptions::copy_bytes_per_ns
+#else
+using TestEngine = Engine;
+constexpr uint64_t kSlowness = 1;
+constexpr bool kCopierHasSpeed = true;
+#endif
 
 constexpr LineModel kLine = {50, 4096, 30, 5, 300, 2000, 500'000, 0};
 
@@ -45,11 +62,13 @@ struct Writer {
 };
 
 /// Waits let the NICs work: one thread, and the same run for the same seed.
-struct Stepping {
-    Engine& engine;
+template <class AnyEngine>
+struct SteppingOf {
+    AnyEngine& engine;
     long budget = 2'000'000;
     bool again() { return engine.advance(), --budget > 0; }
 };
+using Stepping = SteppingOf<TestEngine>;
 
 struct Options {
     uint32_t num_nics = 2;
@@ -62,16 +81,17 @@ struct Options {
     EngineOptions engine;
 };
 
-struct Rig {
+template <class AnyEngine>
+struct RigOf {
     Options options;
     Network network;
-    Engine engine;
+    AnyEngine engine;
     std::deque<Writer> writers;
     std::vector<std::vector<uint64_t>> memory;  ///< of each NIC, all of it registered
     std::vector<uint32_t> keys;
-    Stepping wait;
+    SteppingOf<AnyEngine> wait;
 
-    explicit Rig(Options o = {})
+    explicit RigOf(Options o = {})
         : options(o),
           network(o.num_nics, o.line),
           engine(network.wire(), o.engine),
@@ -165,6 +185,8 @@ struct Rig {
         CHECK_EQUAL(engine.violations(), 0);
     }
 };
+
+using Rig = RigOf<TestEngine>;
 
 /// A rule that hits every request of everything, or `chance` / 65536 of them.
 inline FaultRule everywhere(Fault kind, Picoseconds amount, uint32_t chance = kAlways) {

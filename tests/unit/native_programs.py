@@ -32,6 +32,14 @@ def library(*places: str) -> list[str]:
     ]
 
 
+#: For programs that run kernels on the host: kernels' words, and what stands for a GPU.
+KERNELS_ON_THE_HOST = [
+    *("-DEPCOMM_EMULATED", "-include", "cuda_emulation.h", f"-I{ROOT / 'tests/emulation'}"),
+    *("-Wno-attributes", "-Wno-unknown-pragmas"),
+    str(ROOT / "tests/emulation/cuda_emulation.cc"),
+]
+
+
 def _compile(*arguments: str) -> None:
     command = [
         *shlex.split(os.environ.get("CXX", "g++")),

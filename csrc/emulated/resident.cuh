@@ -1,0 +1,361 @@
+// The engine's kernel.
+//
+//     control warp   looks at the doorbells of its queue pairs, a lane at each; takes those with
+//                    something to do one by one (step.h), a lane for each request
+//     copy warp      places slices of messages (slices.cuh)
+//
+// What a lane does for a request is mostly waiting for memory, so a queue pair's requests are done
+// by lanes at once, and several queue pairs by several warps. The state of queue pairs lies in
+// shared memory, that of requests in global memory.
+//
+// MEMORY ORDER. A lane acquires the doorbell, and its warp meets, before a request is read.
+// Bodies: see slices.cuh. Last bytes are stored after a fence at system scope, atomics and the last
+// 8 bytes of a completion are released at system scope after the warp has met.
+//
+// ENDING. Nothing in here waits for anything outside the block, so an order to stop is met soon.
+// Without a sign of life of its host the kernel ends too.
+//
+// The machine is a parameter, so that tests can run this on the host: the clock, and how many warps
+// do what.
+#pragma once
+
+#include "resident.h"
+#include "slices.cuh"
+
+namespace epcomm::emulated {
+
+/// A block's shared memory.
+struct BlockMemory {
+    SliceRing* ring;
+    Nic** nics;          ///< [num_nics]
+    int64_t* shifts;     ///< [num_nics][kMaxKeys]
+    Traffic* traffic;    ///< [control warps][num_planes][32]
+    QueuePair* queues;   ///< [num_queues], as the rest
+    Picoseconds* wakes;  ///< when to look at a queue pair again
+    uint32_t* nic;
+    uint32_t* plane;
+    uint32_t* left;  ///< [num_queues][kMessages]: slices that have not been placed
+    uint32_t num_queues;
+};
+
+/// Parts of memory one after the other.
+struct Carver {
+    uint8_t* next;
+
+    template <typename T>
+    EPCOMM_HD T* take(uint64_t count) {
+        auto* part = reinterpret_cast<T*>(next);
+        next += (count * sizeof(T) + 15) / 16 * 16;
+        return part;
+    }
+};
+
+/// Lay a block's memory out; returns its end.
+EPCOMM_HD inline uint8_t* lay_out(BlockMemory* block, uint8_t* memory, const Wire& wire,
+                                  uint32_t control_warps, uint32_t num_planes,
+                                  uint32_t max_queues) {
+    Carver carver{memory};
+    block->ring = carver.take<SliceRing>(1);
+    block->nics = carver.take<Nic*>(wire.num_nics);
+    block->shifts = carver.take<int64_t>(wire.shifts == nullptr ? 0 : wire.num_nics * kMaxKeys);
+    block->traffic = carver.take<Traffic>(control_warps * num_planes * 32);
+    block->queues = carver.take<QueuePair>(max_queues);
+    block->wakes = carver.take<Picoseconds>(max_queues);
+    block->nic = carver.take<uint32_t>(max_queues);
+    block->plane = carver.take<uint32_t>(max_queues);
+    block->left = carver.take<uint32_t>(max_queues * kMessages);
+    return carver.next;
+}
+
+/// Bytes of shared memory that a block needs.
+inline uint64_t shared_bytes(const Wire& wire, uint32_t control_warps, uint32_t num_planes,
+                             uint32_t max_queues) {
+    BlockMemory block;
+    return uint64_t(lay_out(&block, nullptr, wire, control_warps, num_planes, max_queues) -
+                    static_cast<uint8_t*>(nullptr));
+}
+
+/// Places bytes for one queue pair; see land.h.
+template <class Machine>
+struct ResidentCopier {
+    static constexpr uint64_t kWindow = kMessages;
+
+    SliceRing* ring;
+    uint32_t* left;    ///< [kMessages], of the queue pair
+    Traffic* traffic;  ///< of this lane
+    uint64_t tolerance_ns;
+    Machine* machine;
+
+    __device__ uint32_t start(mlx5::WarpLanes group, bool wants, uint64_t position, uint8_t* to,
+                              const uint8_t* from, uint32_t bytes) const {
+        uint32_t count = wants ? (bytes + kSliceBytes - 1) / kSliceBytes : 0;
+        const uint32_t moving = group.ballot(count != 0), lane = group.lane();
+        if (moving == 0) return 0;
+        const bool is_long = group.ballot(count > 1) != 0;
+        const uint32_t before =
+            is_long ? mlx5::sum_before(group, count) : mlx5::count_bits(moving & mlx5::below(lane));
+        const uint32_t all = group.at(before + count, group.size() - 1);
+        uint32_t room = 0, first = 0;
+        if (lane == 0) room = ring->reserve(all, &first);
+        room = group.from_first(room);
+        first = group.from_first(first);
+        if (before >= room) return 0;
+        if (before + count > room) count = room - before;
+        if (count == 0) return 0;
+        uint32_t* mine = &left[position % kMessages];
+        atomicAdd(mine, count);
+        for (uint32_t i = 0; i < count; ++i) {
+            const uint32_t done = i * kSliceBytes, rest = bytes - done;
+            ring->put(first + before + i,
+                      {to + done, from + done, rest < kSliceBytes ? rest : kSliceBytes, 0, mine});
+        }
+        const uint32_t placed = count * kSliceBytes;
+        return placed < bytes ? placed : bytes;
+    }
+
+    __device__ static Picoseconds started(Context*, uint32_t) { return 0; }
+
+    __device__ Picoseconds placed(const Context& context, uint64_t position) const {
+        return load_here(&left[position % kMessages]) == 0 ? context.now : 0;
+    }
+
+    __device__ static void settle(mlx5::WarpLanes group, bool needed) {
+        if (group.ballot(needed) != 0) mlx5::fence<mlx5::Scope::kSystem>();
+    }
+
+    /// At most kTailBytes, as one word after the other if they are whole words.
+    __device__ static void place(uint8_t* to, const uint8_t* from, uint32_t bytes) {
+        const uint64_t skew = (reinterpret_cast<uint64_t>(to) | reinterpret_cast<uint64_t>(from));
+        if (((skew | bytes) & 7) != 0) {
+            for (uint32_t i = 0; i < bytes; ++i) {
+                to[i] = *static_cast<const volatile uint8_t*>(from + i);
+            }
+            return;
+        }
+        uint64_t words[kTailBytes / 8];
+#pragma unroll
+        for (uint32_t i = 0; i < kTailBytes / 8; ++i) {
+            if (i * 8 < bytes) {
+                words[i] = fabric::load_relaxed(reinterpret_cast<const uint64_t*>(from) + i);
+            }
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < kTailBytes / 8; ++i) {
+            if (i * 8 < bytes) reinterpret_cast<uint64_t*>(to)[i] = words[i];
+        }
+    }
+
+    __device__ void landed(const Context& context, const Flight& flight) const {
+        traffic->add(context, flight, tolerance_ns);
+    }
+
+    __device__ void refresh(mlx5::WarpLanes group, Context* context) const {
+        context->now = group.from_first(machine->now());
+    }
+};
+
+/// What a block's threads have in common, laid out and filled; all of them call it.
+template <class Machine>
+__device__ inline BlockMemory open_block(const Resident& resident, uint8_t* memory) {
+    BlockMemory block;
+    lay_out(&block, memory, resident.wire, Machine::kControlWarps, resident.num_planes,
+            resident.max_queues);
+    const uint32_t thread = threadIdx.x, threads = blockDim.x;
+    const uint32_t first = resident.first[blockIdx.x];
+    block.num_queues = resident.first[blockIdx.x + 1] - first;
+    const uint32_t num_nics = resident.wire.num_nics;
+    for (uint32_t i = thread; i < kSlices; i += threads) block.ring->slices[i].turn = i;
+    for (uint32_t i = thread; i < num_nics; i += threads) block.nics[i] = resident.wire.nics[i];
+    for (uint32_t i = thread; resident.wire.shifts != nullptr && i < num_nics * kMaxKeys;
+         i += threads) {
+        block.shifts[i] = resident.wire.shifts[i];
+    }
+    const uint32_t cells = Machine::kControlWarps * resident.num_planes * 32;
+    for (uint32_t i = thread; i < cells; i += threads) block.traffic[i] = Traffic();
+    for (uint32_t i = thread; i < block.num_queues; i += threads) {
+        const ResidentQueue& row = resident.queues[first + i];
+        block.queues[i] = row.queue;
+        block.nic[i] = row.nic;
+        block.plane[i] = row.plane;
+        block.wakes[i] = 0;
+        for (uint32_t k = 0; k < kMessages; ++k) block.left[i * kMessages + k] = 0;
+    }
+    if (thread == 0) {
+        block.ring->reserved = block.ring->taken = 0;
+        block.ring->producers = Machine::kControlWarps;
+    }
+    __syncthreads();
+    return block;
+}
+
+/// One of a block's control warps.
+template <class Machine>
+class ControlWarp {
+ public:
+    __device__ ControlWarp(const Resident& resident, const BlockMemory& block, uint32_t warp)
+        : resident_(resident), block_(block), warp_(warp), machine_(resident) {
+        wire_ = {resident.wire.epoch_ns, resident.wire.num_nics, block.nics,
+                 resident.wire.shifts == nullptr ? nullptr : block.shifts};
+        context_ = {&wire_, 0,    resident.faults, resident.journal, resident.strict != 0, 0,
+                    kNever, false};
+        last_sign_ = machine_.now();
+    }
+
+    __device__ void serve() {
+        for (uint64_t sweep = 0; sweep % kSweepsPerLook != 0 || goes_on(sweep); ++sweep) {
+            Picoseconds wake = kNever;
+            const bool progress = look_around(&wake);
+            machine_.swept(warp_, progress, wake);
+        }
+        if (order_ == kStopClean) check_all();
+        publish_traffic();
+        group_.sync();
+        if (group_.lane() == 0) {
+            __threadfence_block();
+            atomicSub(&block_.ring->producers, 1u);
+            if (warp_ == 0) say(order_ == kServe ? kAbandoned : kEnded);
+        }
+    }
+
+ private:
+    static constexpr uint64_t kSweepsPerLook = Machine::kSweepsPerLook;
+
+    /// Queue pairs are dealt to the warps in turn; the number of this warp's `i`-th in the block.
+    __device__ uint32_t own(uint32_t i) const { return warp_ + i * Machine::kControlWarps; }
+
+    /// Look at all doorbells, a lane at each, and take those with something to do.
+    __device__ bool look_around(Picoseconds* wake) {
+        bool progress = false;
+        const Picoseconds now = group_.from_first(machine_.now());
+        for (uint32_t first = 0; own(first) < block_.num_queues; first += group_.size()) {
+            const uint32_t i = own(first + group_.lane());
+            bool wants = false;
+            uint64_t doorbell = 0;
+            Picoseconds next = kNever;
+            if (i < block_.num_queues) {
+                QueuePair* queue = &block_.queues[i];
+                const uint32_t dead = fabric::load_relaxed(&block_.nics[block_.nic[i]]->dead);
+                doorbell = fabric::load_acquire(queue->doorbell);
+                if (dead == 0 && is_connected(queue)) {
+                    next = block_.wakes[i];
+                    wants = doorbell != queue->doorbell_seen || next <= now;
+                }
+            }
+            uint32_t asking = group_.ballot(wants);
+            group_.sync();
+            while (asking != 0) {
+                const uint32_t who = mlx5::lowest(asking);
+                asking &= asking - 1;
+                const Picoseconds again =
+                    visit(own(first + who), group_.at(doorbell, who), &progress);
+                if (group_.lane() == who) next = again;
+            }
+            if (Machine::kReportsWakes) *wake = earliest(next, *wake);
+        }
+        return progress;
+    }
+
+    /// Of all lanes' times and `other`.
+    __device__ Picoseconds earliest(Picoseconds time, Picoseconds other) const {
+        for (uint32_t lane = 0; lane < group_.size(); ++lane) {
+            const Picoseconds one = group_.at(time, lane);
+            if (one < other) other = one;
+        }
+        return other;
+    }
+
+    __device__ Picoseconds visit(uint32_t i, uint64_t doorbell, bool* progress) {
+        QueuePair* queue = &block_.queues[i];
+        ResidentCopier<Machine> copier{
+            block_.ring, &block_.left[i * kMessages],
+            &block_.traffic[(warp_ * resident_.num_planes + block_.plane[i]) * 32 + group_.lane()],
+            resident_.tolerance_ns, &machine_};
+        context_.nic = block_.nic[i];
+        context_.wake = kNever;
+        context_.progress = false;
+        copier.refresh(group_, &context_);
+        step(group_, &context_, queue, doorbell, copier);
+        const Picoseconds next = context_.progress ? 0 : context_.wake;
+        if (group_.lane() == 0) block_.wakes[i] = next;
+        group_.sync();
+        *progress = *progress || context_.progress;
+        return next;
+    }
+
+    /// Say that this warp lives, and hear whether it is to go on.
+    __device__ bool goes_on(uint64_t sweep) {
+        const Picoseconds now = machine_.now();
+        uint32_t order = kServe;
+        bool is_alone = false;
+        if (group_.lane() == 0) {
+            if (warp_ == 0) say(kServing);
+            order = fabric::load_relaxed(&resident_.mailbox->order);
+            const uint64_t sign = fabric::load_relaxed(&resident_.mailbox->alive);
+            if (sign != sign_) last_sign_ = now;
+            sign_ = sign;
+            is_alone = resident_.patience_ns != 0 &&
+                       now - last_sign_ > resident_.patience_ns * kNanosecond;
+        }
+        order_ = group_.from_first(order);
+        is_alone = group_.from_first(int(is_alone)) != 0;
+        if (sweep % (64 * kSweepsPerLook) == 0) publish_traffic();
+        return order_ == kServe && !is_alone;
+    }
+
+    __device__ void say(BlockState state) {
+        BlockStatus* status = &resident_.status[blockIdx.x];
+        status->granularity = machine_.granularity_ns();
+        status->heartbeat = machine_.now() / kNanosecond;
+        fabric::store_release(&status->state, uint32_t(state));
+    }
+
+    /// The host adds up what the lanes counted.
+    __device__ void publish_traffic() {
+        const uint32_t cells = resident_.num_planes * 32;
+        for (uint32_t i = group_.lane(); i < cells; i += group_.size()) {
+            const uint32_t cell = warp_ * cells + i;
+            resident_.traffic[blockIdx.x * Machine::kControlWarps * cells + cell] =
+                block_.traffic[cell];
+        }
+    }
+
+    __device__ void check_all() {
+        for (uint32_t i = own(group_.lane()); i < block_.num_queues;
+             i += group_.size() * Machine::kControlWarps) {
+            context_.nic = block_.nic[i];
+            context_.now = machine_.now();
+            check_idle(&context_, &block_.queues[i]);
+        }
+        group_.sync();
+    }
+
+    const Resident& resident_;
+    const BlockMemory& block_;
+    mlx5::WarpLanes group_;
+    uint32_t warp_;
+    Machine machine_;
+    Wire wire_;
+    Context context_;
+    uint32_t order_ = kServe;
+    uint64_t sign_ = 0;
+    Picoseconds last_sign_;
+};
+
+/// A block of the engine, until it is told to stop.
+template <class Machine>
+__device__ inline void serve_block(const Resident& resident, uint8_t* memory) {
+    const BlockMemory block = open_block<Machine>(resident, memory);
+    const uint32_t warp = threadIdx.x / 32;
+    if (warp < Machine::kControlWarps) {
+        ControlWarp<Machine>(resident, block, warp).serve();
+    } else {
+        place_slices(block.ring);
+    }
+    __syncthreads();
+    // The host may want to know how they stood.
+    for (uint32_t i = threadIdx.x; i < block.num_queues; i += blockDim.x) {
+        resident.queues[resident.first[blockIdx.x] + i].queue = block.queues[i];
+    }
+}
+
+}  // namespace epcomm::emulated

@@ -1,0 +1,85 @@
+// The host of the GPU-resident engine: tables on the device, the kernel's beginning and end, and
+// what it counted. For one rank's NICs; called by one thread.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "resident.h"
+
+namespace epcomm::emulated {
+
+/// A queue pair for the kernel to serve. Its NIC's entry is there, made by add_queue.
+struct ServedQueue {
+    QueueMemory memory;  ///< in device memory
+    uint32_t number;
+    uint32_t nic;    ///< in the wire
+    uint32_t plane;  ///< among the rank's NICs
+    uint32_t block;  ///< dealt to block `block % num_blocks`
+};
+
+/// The network as the rank's process sees it; see Wire.
+struct ServedWire {
+    std::vector<Nic*> nics;       ///< in device memory
+    std::vector<int64_t> shifts;  ///< [nics][kMaxKeys], or empty
+};
+
+struct ServerOptions {
+    uint32_t num_blocks = 2;
+    uint32_t num_planes = 1;
+    bool strict = true;
+    uint64_t seed = 0;
+    std::vector<FaultRule> rules;
+    uint64_t journal_capacity = 4096;
+    uint64_t tolerance_ns = kToleranceNs;
+    uint64_t patience_ns = 0;  ///< without a sign of life for so long the kernel ends; 0: never
+    int64_t epoch_ns = 0;      ///< of the device's timer, the same for all NICs
+};
+
+/// What the kernel said when it was last looked at.
+struct ServerReport {
+    bool serving;             ///< all blocks
+    bool abandoned;           ///< a block ended because it heard nothing of its host
+    uint64_t heartbeat;       ///< the oldest of the blocks'
+    uint32_t granularity_ns;  ///< of the device's timer
+    uint64_t violations;
+    uint64_t num_events;
+    std::vector<Traffic> traffic;  ///< [num_planes]
+};
+
+/// All members throw std::runtime_error with CUDA's words.
+class Server {
+ public:
+    /// Allocates, uploads, and loads the kernel. Nothing that never ends may run on the device yet.
+    Server(const ServedWire& wire, const std::vector<ServedQueue>& queues,
+           const ServerOptions& options);
+    Server(const Server&) = delete;
+    Server& operator=(const Server&) = delete;
+
+    /// Stops the kernel, waiting for 2 s at most; if it runs on, its memory stays.
+    ~Server();
+
+    void start();
+
+    /// To be said more often than `patience_ns`.
+    void sign_of_life();
+
+    /// Whether the kernel has ended, by itself or as told.
+    bool has_ended();
+
+    /// Tell it to stop, and wait. Whether it has.
+    bool stop(ResidentOrder order, int64_t timeout_ns);
+
+    ServerReport look();
+    std::vector<Event> events();
+
+ private:
+    struct Parts;
+    std::unique_ptr<Parts> parts_;
+};
+
+/// Nanoseconds of the device's timer now: an epoch for a network that is about to start.
+int64_t device_time_ns();
+
+}  // namespace epcomm::emulated

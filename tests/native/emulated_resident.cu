@@ -1,0 +1,454 @@
+// The GPU-resident engine on a GPU: writers' kernels beside it. Every byte is compared.
+
+#include "gpu_world.cuh"
+
+using namespace gpu;
+
+namespace {
+
+/// What the writers of two nodes do to each other, epoch after epoch: a block for each channel, a
+/// chunk for each of its warps. Both nodes' blocks must be resident together.
+struct Exchange {
+    Ibgda fabric[2];
+    uint8_t* send[2];
+    const uint8_t* receive[2];
+    const uint64_t* signals[2];
+    uint64_t* result;  ///< [0] words that differ, [1] calls that failed, [2] waits that failed
+    uint64_t max_bytes;
+    int32_t epochs;
+    int32_t check;  ///< 0: chunks are not looked at before the end
+};
+
+constexpr int32_t kAcks = 256;  ///< signals from here on say that chunks were read
+
+__device__ uint64_t word_of(int32_t node, uint64_t chunk, uint64_t word) {
+    return mix(mix(uint64_t(node), chunk), word);
+}
+
+/// Multiples of 16, short and long.
+__device__ uint64_t bytes_of(const Exchange& exchange, uint64_t chunk) {
+    const uint64_t draw = mix(chunk, 5);
+    const uint64_t most = draw % 3 == 0 ? 512 : exchange.max_bytes;
+    return (draw / 3 % (most / 16) + 1) * 16;
+}
+
+__device__ void count(uint64_t* result, int which, uint64_t amount) {
+    if (amount != 0) atomicAdd(reinterpret_cast<unsigned long long*>(&result[which]), amount);
+}
+
+__device__ bool wait_for(const Ibgda& fabric, const uint64_t* signal, uint64_t expected) {
+    fabric::FabricWait wait(fabric, fabric.timeout_ns);
+    while (fabric::load_acquire(signal) < expected) {
+        if (!wait.again()) return false;
+    }
+    return true;
+}
+
+__global__ void exchange_chunks(const __grid_constant__ Exchange x) {
+    const int32_t channels = x.fabric[0].num_channels;
+    const int32_t node = int32_t(blockIdx.x) / channels, channel = int32_t(blockIdx.x) % channels;
+    const Ibgda& fabric = x.fabric[node];
+    const uint32_t warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Lane there{1 - node, channel};
+    const auto place_of = [&](uint32_t w) { return (uint64_t(channel) * warps + w) * x.max_bytes; };
+    int goes_on = 1;
+    for (int32_t epoch = 1; epoch <= x.epochs; ++epoch) {
+        const uint64_t chunk = uint64_t(epoch) * 64 + warp;
+        const uint64_t at = place_of(warp), bytes = bytes_of(x, chunk);
+        auto* out = reinterpret_cast<uint64_t*>(x.send[node] + at);
+        for (uint64_t w = lane; w < bytes / 8; w += 32) out[w] = word_of(node, chunk, w);
+        __syncwarp();
+        if (lane == 0) {
+            const fabric::Ticket ticket = fabric::put_signal(fabric, there, {kReceive, 0, at},
+                                                             {kSend, 0, at}, bytes, channel);
+            count(x.result, 1, ticket == 0);
+        }
+        goes_on = __syncthreads_or(threadIdx.x == 0 && wait_for(fabric, &x.signals[node][channel],
+                                                                uint64_t(epoch) * warps));
+        if (goes_on == 0) break;
+        uint64_t different = 0;
+        for (uint32_t k = 0; x.check != 0 && k < warps; ++k) {
+            const uint64_t theirs = uint64_t(epoch) * 64 + k;
+            const auto* in = reinterpret_cast<const uint64_t*>(x.receive[node] + place_of(k));
+            for (uint64_t w = threadIdx.x; w < bytes_of(x, theirs) / 8; w += blockDim.x) {
+                different += fabric::load_relaxed(&in[w]) != word_of(1 - node, theirs, w);
+            }
+        }
+        count(x.result, 0, different);
+        __syncthreads();
+        // The chunks have been read; once the peer says so too, they may be overwritten.
+        goes_on = __syncthreads_or(
+            threadIdx.x == 0 && fabric::signal_add(fabric, there, kAcks + channel, 1) != 0 &&
+            wait_for(fabric, &x.signals[node][kAcks + channel], uint64_t(epoch)));
+        if (goes_on == 0) break;
+    }
+    if (threadIdx.x != 0) return;
+    count(x.result, 2, goes_on == 0);
+    count(x.result, 1, goes_on != 0 && !fabric::flush(fabric, channel, fabric.timeout_ns));
+}
+
+/// One thread puts, flushes and looks at the peer's memory, many times.
+__global__ void put_and_flush(const __grid_constant__ Ibgda fabric, Lane lane, uint64_t* send,
+                              const uint64_t* theirs, uint64_t bytes, int rounds,
+                              uint64_t* result) {
+    for (int i = 1; i <= rounds; ++i) {
+        for (uint64_t w = 0; w < bytes / 8; ++w) send[w] = i * 1000 + w;
+        const bool ok = fabric::put(fabric, lane, {kReceive, 0, 0}, {kSend, 0, 0}, bytes) != 0 &&
+                        fabric::flush(fabric, lane.channel, fabric.timeout_ns);
+        count(result, 1, !ok);
+        if (!ok) return;
+        uint64_t different = 0;
+        for (uint64_t w = 0; w < bytes / 8; ++w) {
+            different += fabric::load_relaxed(&theirs[w]) != i * 1000 + w;
+        }
+        count(result, 0, different);
+    }
+}
+
+/// All warps of all blocks raise one signal of the peer, on any channel.
+__global__ void raise(const __grid_constant__ Ibgda fabric, int32_t peer, int32_t signal,
+                      int rounds, uint64_t* result) {
+    const uint32_t warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+    if (threadIdx.x % 32 != 0) return;
+    for (int i = 0; i < rounds; ++i) {
+        const int32_t channel = int32_t((warp + uint32_t(i)) % uint32_t(fabric.num_channels));
+        count(result, 1, fabric::signal_add(fabric, {peer, channel}, signal, 1) == 0);
+    }
+    for (int32_t c = 0; c < fabric.num_channels; ++c) {
+        count(result, 1, !fabric::flush(fabric, c, fabric.timeout_ns));
+    }
+}
+
+/// A warp posts a request a lane: writes, reads of what was written, inline bytes, nothing.
+__global__ void post_by_lanes(const __grid_constant__ Ibgda fabric, Lane lane, int rounds,
+                              uint64_t* result) {
+    SendQueue* queue = fabric::queue_of(fabric, lane);
+    const RegionKey from = fabric.local[kSend];
+    const RegionKey to = fabric.remote[lane.peer * EPCOMM_FABRIC_MAX_REGIONS + kReceive];
+    fabric::FabricWait wait(fabric, fabric.timeout_ns);
+    for (int i = 0; i < rounds; ++i) {
+        const auto make = [&](uint32_t k, uint64_t position) {
+            const mlx5::Header header = mlx5::header_of(*queue, position, k == 31);
+            const uint64_t offset = uint64_t(k) * 256;
+            const uint64_t value = uint64_t(i) * 32 + k;
+            if (k % 4 == 3) return mlx5::nop_request(header);
+            if (k % 4 == 2) {
+                return mlx5::inline_write_request(header, {to.address + offset, to.key}, &value, 8);
+            }
+            return mlx5::write_request(header, {to.address + offset, to.key},
+                                       {from.address + offset, from.key}, 256);
+        };
+        const uint64_t end = mlx5::post(mlx5::WarpLanes(), queue, 32, mlx5::Ring::kNow, make, wait);
+        if (threadIdx.x == 0) count(result, 1, end == 0);
+    }
+    if (threadIdx.x == 0) count(result, 1, !mlx5::flush(queue, wait));
+}
+
+/// Puts whose place at the peer is not its.
+__global__ void put_beyond(const __grid_constant__ Ibgda fabric, Lane lane, uint64_t offset,
+                           int before, uint64_t* result) {
+    for (int i = 0; i < before; ++i) {
+        count(result, 1, fabric::signal_add(fabric, lane, 3, 1) == 0);
+    }
+    const bool put =
+        fabric::put_signal(fabric, lane, {kReceive, 0, offset}, {kSend, 0, 0}, 64, 4) != 0;
+    count(result, 2, put && fabric::flush(fabric, lane.channel, fabric.timeout_ns));
+}
+
+/// The doorbell without the record.
+__global__ void ring_wrongly(SendQueue* queue) {
+    *reinterpret_cast<volatile uint64_t*>(&queue->reserved) = 1;
+    mlx5::store_request(queue, 0, mlx5::nop_request(mlx5::header_of(*queue, 0, true)));
+    mlx5::fence<mlx5::Scope::kSystem>();
+    mlx5::store_doorbell(queue->doorbell, mlx5::next_index_doorbell(queue->number, 1));
+}
+
+void load_all() {
+    load(exchange_chunks, put_and_flush, raise, post_by_lanes, put_beyond, ring_wrongly);
+}
+
+struct Results {
+    uint64_t values[3] = {};
+    uint64_t different() const { return values[0]; }
+    uint64_t failed_calls() const { return values[1]; }
+    uint64_t failed_waits() const { return values[2]; }
+};
+
+/// A world whose engines run.
+struct Running : World {
+    explicit Running(const Options& o) : World(o) {
+        load_all();
+        start();
+    }
+    Results results() {
+        wait_for_writers();
+        Results seen;
+        read(result, seen.values, 3);
+        return seen;
+    }
+};
+
+Results exchange(Running& world, int32_t warps, int32_t epochs, uint64_t max_bytes) {
+    Exchange x = {};
+    for (int n = 0; n < 2; ++n) {
+        Node& node = world.nodes[size_t(n)];
+        x.fabric[n] = node.fabric;
+        x.send[n] = node.regions[kSend];
+        x.receive[n] = node.regions[kReceive];
+        x.signals[n] = reinterpret_cast<const uint64_t*>(node.regions[kSignals]);
+    }
+    x.result = world.result;
+    x.max_bytes = max_bytes;
+    x.epochs = epochs;
+    x.check = 1;
+    exchange_chunks<<<2 * world.options.num_channels, warps * 32, 0, world.stream>>>(x);
+    CUDA(cudaGetLastError());
+    return world.results();
+}
+
+void expect_good(const Results& seen) {
+    CHECK_EQUAL(seen.different(), 0);
+    CHECK_EQUAL(seen.failed_calls(), 0);
+    CHECK_EQUAL(seen.failed_waits(), 0);
+}
+
+void expect_exchange(const Options& options, int32_t warps, int32_t epochs, uint64_t max_bytes) {
+    Running world(options);
+    expect_good(exchange(world, warps, epochs, max_bytes));
+    for (int32_t channel = 0; channel < options.num_channels; ++channel) {
+        for (int n = 0; n < 2; ++n) {
+            CHECK_EQUAL(world.signal(n, channel), uint64_t(warps) * uint64_t(epochs));
+            CHECK_EQUAL(world.signal(n, kAcks + channel), uint64_t(epochs));
+        }
+    }
+    world.expect_clean();
+    for (const Traffic& traffic : world.nodes[0].server->look().traffic) {
+        printf("%s\n", describe(0, options.line, traffic).c_str());
+        CHECK(traffic.messages != 0);
+    }
+}
+
+FaultRule everywhere(Fault kind, uint64_t nanoseconds, uint32_t chance = kAlways / 4) {
+    return {kind, kAny, kAny, 0, ~uint64_t(0), chance, 0, nanoseconds * kNanosecond};
+}
+
+}  // namespace
+
+TEST(chunks_of_several_warps) {
+    Options options;
+    expect_exchange(options, 4, 200, 65536);
+}
+
+TEST(one_block_serves_many_queue_pairs) {
+    Options options;
+    options.num_channels = 32;
+    options.num_blocks = 1;
+    expect_exchange(options, 2, 50, 16384);
+}
+
+TEST(four_blocks_and_no_line) {
+    Options options;
+    options.num_channels = 16;
+    options.num_blocks = 4;
+    options.line = kNoLimit;
+    expect_exchange(options, 4, 100, 65536);
+}
+
+TEST(planes) {
+    Options options;
+    options.num_channels = 6;
+    options.num_planes = 2;
+    expect_exchange(options, 4, 100, 32768);
+}
+
+TEST(counters_wrap) {
+    Options options;
+    for (uint64_t start : {65500u, 131060u, 32760u}) {
+        options.start = start;
+        options.depth = 16;
+        expect_exchange(options, 4, 100, 1024);
+    }
+}
+
+TEST(long_messages) {
+    Options options;
+    options.num_channels = 2;
+    options.region_bytes = 64 << 20;
+    expect_exchange(options, 4, 20, 4 << 20);
+}
+
+TEST(harmless_faults) {
+    const std::vector<FaultRule> all = {
+        everywhere(kDelay, 30'000),     everywhere(kEarlyFetch, 0),
+        everywhere(kLateFetch, 20'000), everywhere(kLostDoorbell, 50'000),
+        everywhere(kPieces, 20'000),    everywhere(kLateCompletion, 30'000),
+    };
+    for (size_t i = 0; i <= all.size(); ++i) {
+        Options options;
+        options.server.seed = i;
+        options.server.rules = i < all.size() ? std::vector<FaultRule>{all[i]} : all;
+        options.start = 65500;
+        Running world(options);
+        expect_good(exchange(world, 3, 60, 8192));
+        world.expect_clean();
+        size_t injected = 0;
+        for (const Event& event : world.nodes[0].server->events()) {
+            injected += event.kind == EventKind::kFault;
+        }
+        printf("%s: %zu\n", i < all.size() ? name(all[i].kind) : "all", injected);
+        CHECK(injected > 20);
+    }
+}
+
+// The test of the test: with such a connection signals must not be trusted.
+TEST(relaxed_ordering_is_seen) {
+    Options options;
+    options.server.rules = {everywhere(kPieces, 100'000, kAlways),
+                            everywhere(kRelaxed, 0, kAlways)};
+    Running world(options);
+    const Results seen = exchange(world, 2, 30, 8192);
+    CHECK(seen.different() != 0);
+}
+
+TEST(after_a_flush_the_bytes_are_there) {
+    for (uint64_t bytes : {16u, 64u, 80u, 7168u, 40000u}) {
+        Options options;
+        Running world(options);
+        Node& node = world.nodes[0];
+        put_and_flush<<<1, 1, 0, world.stream>>>(
+            node.fabric, {1, 2}, reinterpret_cast<uint64_t*>(node.regions[kSend]),
+            reinterpret_cast<const uint64_t*>(world.nodes[1].regions[kReceive]), bytes, 30,
+            world.result);
+        CUDA(cudaGetLastError());
+        expect_good(world.results());
+        world.expect_clean();
+    }
+}
+
+TEST(an_early_completion_is_seen) {
+    Options options;
+    options.server.rules = {everywhere(kEarlyCompletion, 0, kAlways)};
+    Running world(options);
+    Node& node = world.nodes[0];
+    put_and_flush<<<1, 1, 0, world.stream>>>(
+        node.fabric, {1, 2}, reinterpret_cast<uint64_t*>(node.regions[kSend]),
+        reinterpret_cast<const uint64_t*>(world.nodes[1].regions[kReceive]), 7168, 30,
+        world.result);
+    CHECK(world.results().different() != 0);
+}
+
+TEST(atomics_of_all_queue_pairs_count) {
+    Options options;
+    options.num_channels = 8;
+    options.num_nodes = 3;
+    Running world(options);
+    // Two nodes at once; 4 blocks of 4 warps each.
+    for (int n : {0, 2}) {
+        raise<<<4, 128, 0, n == 0 ? world.stream : world.side>>>(world.nodes[size_t(n)].fabric, 1,
+                                                                 7, 50, world.result);
+        CUDA(cudaGetLastError());
+    }
+    CUDA(cudaStreamSynchronize(world.side));
+    expect_good(world.results());
+    CHECK_EQUAL(world.signal(1, 7), 2 * 16 * 50);
+    world.expect_clean();
+}
+
+TEST(a_warp_posts_a_request_a_lane) {
+    Options options;
+    Running world(options);
+    post_by_lanes<<<1, 32, 0, world.stream>>>(world.nodes[0].fabric, {1, 0}, 200, world.result);
+    CUDA(cudaGetLastError());
+    expect_good(world.results());
+    uint64_t value = 0;
+    world.read(reinterpret_cast<uint64_t*>(world.nodes[1].regions[kReceive]) + 6 * 32, &value);
+    CHECK_EQUAL(value, 199 * 32 + 6);
+    world.expect_clean();
+}
+
+TEST(a_place_beyond_the_region_is_an_error) {
+    Options options;
+    Running world(options);
+    Node& node = world.nodes[0];
+    put_beyond<<<1, 1, 0, world.stream>>>(node.fabric, {1, 1}, options.region_bytes - 16, 5,
+                                          world.result);
+    CUDA(cudaGetLastError());
+    expect_good(world.results());
+    CHECK_EQUAL(node.state->failed, EPCOMM_FABRIC_TRANSPORT);
+    CHECK_EQUAL(node.state->error.vendor, mlx5::kRemoteAccess << 8 | kVendorRemoteAccess);
+    CHECK_EQUAL(node.state->error.position, 5);
+    CHECK_EQUAL(world.signal(1, 3), 5);
+    CHECK_EQUAL(world.signal(1, 4), 0);
+}
+
+TEST(a_killed_queue_pair_is_an_error) {
+    Options options;
+    options.server.rules = {{kKillQueue, 0, kAny, 20, 20, kAlways, 1, 0}};
+    options.timeout_ns = 2 * kSecond;  // the other node waits so long
+    Running world(options);
+    const Results seen = exchange(world, 2, 100, 4096);
+    CHECK_EQUAL(seen.different(), 0);
+    CHECK(seen.failed_calls() + seen.failed_waits() != 0);
+    CHECK_EQUAL(world.nodes[0].state->failed, EPCOMM_FABRIC_TRANSPORT);
+    CHECK_EQUAL(world.nodes[0].state->error.vendor, mlx5::kFlushed << 8 | kVendorFlushed);
+}
+
+TEST(a_dead_peer_is_an_error) {
+    Options options;
+    Running world(options);
+    world.kill_nic(1);
+    Node& node = world.nodes[0];
+    put_beyond<<<1, 1, 0, world.stream>>>(node.fabric, {1, 1}, 0, 1, world.result);
+    CUDA(cudaGetLastError());
+    expect_good(world.results());
+    CHECK_EQUAL(node.state->error.vendor, mlx5::kRetryExceeded << 8 | kVendorRetry);
+}
+
+TEST(an_own_dead_nic_ends_in_the_deadline) {
+    Options options;
+    options.timeout_ns = kSecond / 5;
+    Running world(options);
+    world.kill_nic(0);
+    put_beyond<<<1, 1, 0, world.stream>>>(world.nodes[0].fabric, {1, 1}, 0, 1, world.result);
+    CUDA(cudaGetLastError());
+    expect_good(world.results());
+    CHECK_EQUAL(world.nodes[0].state->failed, 0);
+}
+
+TEST(a_doorbell_without_its_record_is_a_violation) {
+    Options options;
+    Running world(options);
+    ring_wrongly<<<1, 1, 0, world.stream>>>(world.nodes[0].device_queues + options.num_channels);
+    world.wait_for_writers();
+    const int64_t until = fabric::now_ns() + 5 * kSecond;
+    while (world.nodes[0].server->look().violations == 0) CHECK(fabric::now_ns() < until);
+    const std::vector<Event> events = world.nodes[0].server->events();
+    CHECK_EQUAL(events.at(0).code, kRecordBehind);
+}
+
+TEST(the_kernel_stops_while_writers_wait) {
+    Options options;
+    options.line.latency_ns = 1'000'000'000;
+    options.timeout_ns = 3 * kSecond;
+    Running world(options);
+    put_beyond<<<1, 1, 0, world.stream>>>(world.nodes[0].fabric, {1, 1}, 0, 1, world.result);
+    CUDA(cudaGetLastError());
+    const int64_t begin = fabric::now_ns();
+    for (Node& node : world.nodes) CHECK(node.server->stop(kStop, kSecond));
+    CHECK(fabric::now_ns() - begin < kSecond);
+    world.wait_for_writers();
+}
+
+TEST(without_its_host_the_kernel_ends) {
+    Options options;
+    options.server.patience_ns = kSecond / 2;
+    Running world(options);
+    const int64_t begin = fabric::now_ns();
+    while (fabric::now_ns() - begin < 2 * kSecond) {
+        world.nodes[0].server->sign_of_life();
+        world.nodes[1].server->sign_of_life();
+        CHECK(!world.nodes[0].server->has_ended());
+    }
+    while (!world.nodes[0].server->has_ended()) CHECK(fabric::now_ns() - begin < 5 * kSecond);
+    CHECK(world.nodes[0].server->look().abandoned);
+}
