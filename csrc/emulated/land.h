@@ -288,7 +288,15 @@ EPCOMM_HD inline bool write_words(Group group, Context* context, QueuePair* queu
 }
 
 /// What remains to be done for a request, once it is due.
-enum class Landing : uint32_t { kTail, kLastPiece, kRead, kWrite };
+enum class Landing : uint32_t { kTail, kLastPiece, kWord, kRead, kWrite };
+
+/// Whether a request writes one aligned word. It changes at once, after all that landed before: a
+/// reader that waits for a counter to be written must see neither half of it nor old bytes.
+EPCOMM_HD inline bool is_word(const Flight& flight) {
+    return copies(flight.request) && flight.request.opcode == mlx5::kRdmaWrite &&
+           flight.request.bytes == 8 && flight.request.remote_address % 8 == 0 &&
+           flight.num_pieces <= 1;
+}
 
 /// ... and when that is. A copy that has not ended is looked at again soon.
 template <class Copier>
@@ -301,6 +309,11 @@ EPCOMM_HD inline Picoseconds landing_of(Context* context, uint64_t position, Fli
         return is_read ? flight->read_at + kAtomicGap : flight->last_piece;
     }
     if (!copies(flight->request)) return flight->last_piece;
+    if (is_word(*flight)) {
+        *what = Landing::kWord;
+        flight->copied_at = context->now;
+        return flight->last_piece;
+    }
     if (flight->num_pieces > 1 && flight->pieces_placed < flight->num_pieces) {
         *what = Landing::kLastPiece;
         return flight->last_piece;
@@ -356,7 +369,7 @@ EPCOMM_HD inline Window land_window(Group group, Context* context, QueuePair* qu
     const uint32_t others = ~group.ballot(ready && what == kind) & ~mlx5::below(first);
     uint32_t end = mlx5::lowest(others);
     if (end > reach) end = reach;
-    if (kind == Landing::kRead) {
+    if (kind == Landing::kRead || kind == Landing::kWord) {
         // Nor are there two on one word.
         const bool reads = ready && what == kind;
         const uint64_t word =
@@ -382,6 +395,16 @@ EPCOMM_HD inline Window land_window(Group group, Context* context, QueuePair* qu
             group.sync();
             return {0, again, false};
         }
+        case Landing::kWord:
+            // What landed before was stored by lanes that this one has met since.
+            mlx5::fence<mlx5::Scope::kSystem>();
+            if (goes) {
+                uint64_t word;
+                const Placement place = placement_of(*context, *queue, position, flight->request);
+                memcpy(&word, place.from, sizeof word);
+                fabric::store_release(word_of(*context, *queue, flight->request), word);
+            }
+            break;
         case Landing::kTail:
             copier.settle(group, goes && (flight->body_placed != 0 || flight->num_pieces > 1));
             if (goes && copies(flight->request) && flight->num_pieces <= 1) {

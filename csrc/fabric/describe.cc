@@ -125,6 +125,8 @@ constexpr epcomm_field kFields[] = {
     OTHER_FIELD(ibgda, num_nodes),
     OTHER_FIELD(ibgda, num_planes),
     OTHER_FIELD(ibgda, node),
+    OTHER_FIELD(ibgda, num_signals),
+    OTHER_FIELD(ibgda, raised),
     END("ibgda", epcomm_ibgda),
 };
 

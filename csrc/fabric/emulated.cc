@@ -144,10 +144,9 @@ class Emulated : public Transport {
             throw std::runtime_error("transport emulated: region " + std::to_string(region.id) +
                                      " must be host memory that maps a memfd");
         }
-        const uint32_t access =
-            region.id == EPCOMM_FABRIC_SIGNALS ? emulated::kRemoteAtomic : emulated::kRemoteWrite;
-        mine_.regions[region.id] = {memory_file(region.fd, region.fd_offset, region.bytes),
-                                    register_memory(region.pointer, region.bytes, access)};
+        mine_.regions[region.id] = {
+            memory_file(region.fd, region.fd_offset, region.bytes),
+            register_memory(region.pointer, region.bytes, emulated::kRemoteWrite)};
         local_[size_t(region.id)] = mine_.regions[region.id].key;
     }
 
@@ -157,7 +156,6 @@ class Emulated : public Transport {
         nic_.nic()->line = settings.line;
         mine_.nic = nic_.file();
         mine_.epoch_ns = now_ns();
-        landing_ = register_memory(&landing_word_, 8, emulated::kLocalWrite);
         peers_.resize(size_t(plan.num_nodes));
         nics_.resize(size_t(plan.num_nodes), nic_.nic());
         shifts_.resize(size_t(plan.num_nodes) * emulated::kMaxKeys);
@@ -174,11 +172,13 @@ class Emulated : public Transport {
         fabric_.queues = queues_.data();
         fabric_.local = local_;
         fabric_.remote = remote_.data();
-        fabric_.landing = &landing_;
         fabric_.num_channels = plan.num_channels;
         fabric_.num_nodes = plan.num_nodes;
         fabric_.num_planes = 1;
         fabric_.node = plan.node;
+        fabric_.num_signals = int32_t(local_[EPCOMM_FABRIC_SIGNALS].bytes / sizeof(uint64_t));
+        raised_.resize(raised_bytes(plan.num_nodes, fabric_.num_signals) / sizeof(uint64_t));
+        fabric_.raised = raised_.data();
     }
 
     std::string address(int32_t peer) override {
@@ -343,8 +343,7 @@ class Emulated : public Transport {
             const Requests requests = requests_of(fabric_, command, true);
             if (!mlx5::has_room(*queue, end + requests.count())) return false;
             NoWait wait;
-            end = mlx5::post(mlx5::OneThread(), queue, requests.count(), mlx5::Ring::kWhenDue,
-                             requests, wait);
+            end = fabric::post(queue, requests, mlx5::Ring::kWhenDue, wait);
         } else if (!empty) {
             end = ~uint64_t(0);  // reported with the queue's error
         }
@@ -367,8 +366,7 @@ class Emulated : public Transport {
     std::vector<mlx5::SendQueue> queues_;
     RegionKey local_[EPCOMM_FABRIC_MAX_REGIONS] = {};
     std::vector<RegionKey> remote_;
-    uint64_t landing_word_ = 0;
-    RegionKey landing_{};
+    std::vector<uint64_t> raised_;
     Ibgda fabric_{};
 };
 

@@ -1,9 +1,11 @@
 // The fabric API of fabric.h over mlx5 send queues that kernels (or host threads) fill themselves.
 //
 // Every (peer, channel) has a queue pair of its own; on a reliable connection its requests take
-// effect at the peer in their order, which is the order the API promises. A signal is an 8-byte
-// fetch and add, the one atomic operation that every NIC and plain verbs have; it is executed by
-// the peer's NIC, so no processor may change that counter.
+// effect at the peer in their order, which is the order the API promises.
+//
+// A signal is an 8-byte write of the counter's next value. The sender alone raises that counter, so
+// it knows the value (`raised`): counted in the turn in which the request is published, since it
+// must grow in the order of the requests.
 //
 // A rank may own several NICs (planes). A channel belongs to one of them, `channel % num_planes`,
 // so planes need no order among themselves: receivers count per (source, channel) anyway.
@@ -16,6 +18,11 @@ namespace epcomm::fabric {
 
 using Ibgda = epcomm_ibgda;
 using RegionKey = epcomm_region_key;
+
+/// Bytes of an Ibgda's `raised`, which lies where the producers run.
+constexpr uint64_t raised_bytes(int32_t num_nodes, int32_t num_signals) {
+    return uint64_t(num_nodes) * uint64_t(num_signals) * sizeof(uint64_t);
+}
 
 EPCOMM_HD inline mlx5::SendQueue* queue_at(const Ibgda& fabric, int32_t index) {
     return static_cast<mlx5::SendQueue*>(fabric.queues) + index;
@@ -110,7 +117,7 @@ EPCOMM_HD inline bool fits(const Ibgda& fabric, const Command& command) {
     };
     return command.peer >= 0 && command.peer < fabric.num_nodes && command.peer != fabric.node &&
            command.channel >= 0 && command.channel < fabric.num_channels && command.signal >= 0 &&
-           command.signal < EPCOMM_FABRIC_MAX_SIGNALS && region_fits(command.local.region) &&
+           command.signal < fabric.num_signals && region_fits(command.local.region) &&
            region_fits(command.remote.region);
 }
 
@@ -123,7 +130,7 @@ struct Requests {
     RegionKey local;
     RegionKey remote;
     RegionKey signals;
-    RegionKey landing;
+    uint64_t* raised;  ///< the signal's count
     Command command;
     bool ask;  ///< for a completion of the last write; for that of a signal in any case
 
@@ -133,23 +140,23 @@ struct Requests {
     EPCOMM_HD bool has_signal() const { return command.op != EPCOMM_FABRIC_PUT; }
     EPCOMM_HD uint32_t count() const { return num_writes() + uint32_t(has_signal()); }
 
-    /// A signal ends a chunk: its completion says that the chunk has arrived.
-    EPCOMM_HD mlx5::Block operator()(uint32_t i, uint64_t position) const {
-        const bool is_signal = i == num_writes();
-        const mlx5::Header header =
-            mlx5::header_of(*queue, position, is_signal || (ask && i + 1 == count()));
-        if (is_signal) {
-            const uint64_t amount =
-                command.op == EPCOMM_FABRIC_SIGNAL_ADD ? command.value : uint64_t(1);
-            return mlx5::fetch_add_request(
-                header, {signals.address + uint64_t(command.signal) * 8, signals.key},
-                {landing.address, landing.key}, amount);
-        }
+    EPCOMM_HD mlx5::Block write(uint32_t i, uint64_t position) const {
+        const mlx5::Header header = mlx5::header_of(*queue, position, ask && i + 1 == count());
         const uint64_t offset = i * kMaxWrite, left = command.bytes - offset;
         return mlx5::write_request(header,
                                    {remote.address + command.remote.offset + offset, remote.key},
                                    {local.address + command.local.offset + offset, local.key},
                                    uint32_t(left < kMaxWrite ? left : kMaxWrite));
+    }
+
+    /// Raises. A signal ends a chunk: its completion says that the chunk has arrived.
+    EPCOMM_HD mlx5::Block signal(uint64_t position) const {
+        const uint64_t amount = command.op == EPCOMM_FABRIC_SIGNAL_ADD ? command.value : 1;
+        const uint64_t value = load_relaxed(raised) + amount;
+        *raised = value;
+        return mlx5::word_request(mlx5::header_of(*queue, position, true),
+                                  {signals.address + uint64_t(command.signal) * 8, signals.key},
+                                  value);
     }
 };
 
@@ -163,9 +170,20 @@ EPCOMM_HD inline Requests requests_of(const Ibgda& fabric, const Command& comman
             local[command.local.region],
             remote[command.remote.region],
             remote[EPCOMM_FABRIC_SIGNALS],
-            fabric.landing[plane],
+            &fabric.raised[int64_t(lane.peer) * fabric.num_signals + command.signal],
             command,
             ask};
+}
+
+/// Post them; returns the position behind the last one, 0: failed.
+template <class Wait>
+EPCOMM_HD inline uint64_t post(mlx5::SendQueue* queue, const Requests& requests, mlx5::Ring when,
+                               Wait& wait) {
+    const auto write = [&](uint32_t i, uint64_t position) { return requests.write(i, position); };
+    const auto signal = [&](uint64_t position) { return requests.signal(position); };
+    const uint32_t count = requests.num_writes();
+    return requests.has_signal() ? mlx5::post_in_turn(queue, count, when, write, signal, wait)
+                                 : mlx5::post(mlx5::OneThread(), queue, count, when, write, wait);
 }
 
 /// A ticket names the peer too, because every (peer, channel) counts on its own.
@@ -197,7 +215,7 @@ EPCOMM_HD inline Ticket push(const Ibgda& fabric, const Command& command) {
         return 0;
     }
     const mlx5::Ring when = requests.has_signal() ? mlx5::Ring::kNow : mlx5::Ring::kWhenDue;
-    const uint64_t end = mlx5::post(mlx5::OneThread(), queue, count, when, requests, wait);
+    const uint64_t end = post(queue, requests, when, wait);
     if (end == 0) {
         report(fabric, lane, command);
         return 0;

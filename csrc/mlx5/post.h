@@ -34,10 +34,10 @@ EPCOMM_HD inline bool reserve(SendQueue* queue, uint32_t count, Wait& wait, uint
     return true;
 }
 
-/// Publish what this thread, or the other threads of its group before a sync, have stored.
+/// Wait for this writer's turn, which `end_turn` must end soon: everybody behind waits for it.
 template <class Wait>
-EPCOMM_HD inline bool publish(SendQueue* queue, uint64_t first, uint32_t count, Wait& wait) {
-    while (!try_publish(queue, first, first + count)) {
+EPCOMM_HD inline bool take_turn(SendQueue* queue, uint64_t first, Wait& wait) {
+    while (!has_turn(*queue, first)) {
         if (works(*queue) && wait.again()) continue;
         if (works(*queue)) give_up(queue, kQueueTimeout);
         return false;
@@ -45,8 +45,24 @@ EPCOMM_HD inline bool publish(SendQueue* queue, uint64_t first, uint32_t count, 
     return true;
 }
 
+/// Publish what this thread, or the other threads of its group before a sync, have stored.
+template <class Wait>
+EPCOMM_HD inline bool publish(SendQueue* queue, uint64_t first, uint32_t count, Wait& wait) {
+    if (!take_turn(queue, first, wait)) return false;
+    end_turn(queue, first + count);
+    return true;
+}
+
 /// When to ring.
 enum class Ring { kWhenDue, kNow };
+
+EPCOMM_HD inline void ring(SendQueue* queue, Ring when) {
+    if (when == Ring::kNow) {
+        ring(queue);
+    } else {
+        ring_if_due(queue);
+    }
+}
 
 /// Post `count` requests: `make(i, position)` returns the i-th block, with
 /// `header_of(queue, position, ...)` in it. Returns the position behind the last one; 0: failed.
@@ -64,15 +80,24 @@ EPCOMM_HD inline uint64_t post(Group group, SendQueue* queue, uint32_t count, Ri
     }
     group.sync();
     ok = group.lane() != 0 || publish(queue, first, count, wait);
-    if (group.lane() == 0 && ok) {
-        if (when == Ring::kNow) {
-            ring(queue);
-        } else {
-            ring_if_due(queue);
-        }
-    }
+    if (group.lane() == 0 && ok) ring(queue, when);
     ok = group.from_first(int(ok)) != 0;
     return ok ? first + count : 0;
+}
+
+/// Post `count` requests and one behind them whose content depends on what was posted before it:
+/// `last(position)` is called in this writer's turn. One thread.
+template <class Make, class Last, class Wait>
+EPCOMM_HD inline uint64_t post_in_turn(SendQueue* queue, uint32_t count, Ring when,
+                                       const Make& make, const Last& last, Wait& wait) {
+    uint64_t first = 0;
+    if (!reserve(queue, count + 1, wait, &first)) return 0;
+    for (uint32_t i = 0; i < count; ++i) store_request(queue, first + i, make(i, first + i));
+    if (!take_turn(queue, first, wait)) return 0;
+    store_request(queue, first + count, last(first + count));
+    end_turn(queue, first + count + 1);
+    ring(queue, when);
+    return first + count + 1;
 }
 
 /// See to it that a completion will come that covers every position below `end`, which the caller

@@ -2,7 +2,7 @@
 //
 //     reserve   take positions; wait until the NIC is done with what lies in their slots
 //     store     write the requests, any thread any of them
-//     publish   in order: positions become `ready` once all before them are
+//     publish   in order, a turn each: positions become `ready` once all before them are
 //     ring      doorbell record, then doorbell, for everything ready; one thread at a time
 //     poll      (completion.h) read completions; raise `done`
 //
@@ -103,12 +103,15 @@ EPCOMM_HD inline void store_request(SendQueue* queue, uint64_t position, const B
     }
 }
 
-/// False: an earlier position is not published yet.
-EPCOMM_HD inline bool try_publish(SendQueue* queue, uint64_t first, uint64_t end) {
-    // Only one thread can see its `first` here, so a store is enough.
-    if (fabric::load_acquire(&queue->ready) != first) return false;
+/// Whether everything before `first` is published. Then it is the turn of who has reserved it, of
+/// one writer after the other in the order of their positions, until `end_turn`.
+EPCOMM_HD inline bool has_turn(const SendQueue& queue, uint64_t first) {
+    return fabric::load_acquire(&queue.ready) == first;
+}
+
+/// Publish. Only one writer can have the turn, so a store is enough.
+EPCOMM_HD inline void end_turn(SendQueue* queue, uint64_t end) {
     fabric::store_release(&queue->ready, end);
-    return true;
 }
 
 /// Ring for everything ready. If another thread is ringing, that one sees to it.

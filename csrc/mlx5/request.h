@@ -76,6 +76,15 @@ EPCOMM_HD inline Block inline_write_request(const Header& header, const RemotePl
     return block;
 }
 
+/// The same of an aligned 64-bit word: what takes it sees it change at once.
+EPCOMM_HD inline Block word_request(const Header& header, const RemotePlace& to, uint64_t value) {
+    const uint32_t size = InlineHeader{sizeof value | kInline}.bytes.raw;
+    return {{control_unit(header, kRdmaWrite, 3),
+             remote_unit(to),
+             {{size, uint32_t(value), uint32_t(value >> 32), 0}},
+             {}}};
+}
+
 /// Adds to an aligned 64-bit word at the peer; its old value comes back to `landing`, 8 bytes that
 /// must be registered even if nobody reads them.
 EPCOMM_HD inline Block fetch_add_request(const Header& header, const RemotePlace& to,

@@ -165,7 +165,10 @@ typedef struct {
     int32_t num_channels;
     int32_t num_nodes;
     int32_t num_planes;
-    int32_t node;  ///< this rank's
+    int32_t node;         ///< this rank's
+    int32_t num_signals;  ///< of a peer
+    int32_t reserved;
+    uint64_t* raised;  ///< [num_nodes][num_signals]: what this rank raised them to; zeros at first
 } epcomm_ibgda;
 
 /// A place in a region: of this rank (local) or of a peer (remote).

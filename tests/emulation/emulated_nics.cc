@@ -22,8 +22,8 @@ LineModel line_of(const emulated_nic_plan& plan) {
 }
 
 uint32_t access_of(int32_t region) {
-    if (region == EPCOMM_FABRIC_SIGNALS) return kRemoteAtomic;
-    const bool written = region == EPCOMM_REGION_RECEIVE || region == EPCOMM_REGION_INBOX;
+    const bool written = region == EPCOMM_FABRIC_SIGNALS || region == EPCOMM_REGION_RECEIVE ||
+                         region == EPCOMM_REGION_INBOX;
     return written ? uint32_t(kRemoteWrite) : 0;
 }
 
@@ -148,9 +148,12 @@ void Nics::connect(int32_t index) {
                              queue_number(member.rail[n], member.node, c));
         }
     }
+    const auto num_signals = int32_t(member.sizes[EPCOMM_FABRIC_SIGNALS] / sizeof(uint64_t));
+    rank.raised.resize(size_t(member.num_nodes * num_signals));
     rank.fabric = {rank.queues.data(), rank.local.data(), rank.remote.data(), rank.landing.data(),
                    member.state,       plan_.timeout_ns,  plan_.num_channels, member.num_nodes,
-                   plan_.num_planes,   member.node};
+                   plan_.num_planes,   member.node,       num_signals,        0,
+                   rank.raised.data()};
 }
 
 void Nics::kill(int32_t rank) {

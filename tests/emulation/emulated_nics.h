@@ -35,7 +35,7 @@ class Nics {
     };
     struct Rank {
         std::vector<Key> local, remote, landing;
-        std::vector<uint64_t> landing_words;
+        std::vector<uint64_t> landing_words, raised;
         std::vector<epcomm::mlx5::SendQueue> queues;
         std::vector<Queue> memory;
         epcomm_ibgda fabric = {};

@@ -208,7 +208,8 @@ class Chunks {
                 return;
             case Phase::kHasRoom:
                 if (options.mistake == Mistake::kPublishBeforeStore) {
-                    if (!mlx5::try_publish(queue, actor->first, end_of(*actor))) return;
+                    if (!mlx5::has_turn(*queue, actor->first)) return;
+                    mlx5::end_turn(queue, end_of(*actor));
                 } else if (options.mistake != Mistake::kStoreBeforeRoom) {
                     store(*actor);
                 }
@@ -219,7 +220,9 @@ class Chunks {
                     store(*actor);
                 } else if (options.mistake == Mistake::kPublishOutOfOrder) {
                     mlx5::raise_to(&queue->ready, end_of(*actor));
-                } else if (!mlx5::try_publish(queue, actor->first, end_of(*actor))) {
+                } else if (mlx5::has_turn(*queue, actor->first)) {
+                    mlx5::end_turn(queue, end_of(*actor));
+                } else {
                     return;
                 }
                 actor->phase = Phase::kPublished;

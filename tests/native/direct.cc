@@ -34,8 +34,8 @@ class Direct : public Transport {
         queue_.doorbell = &doorbell_;
         queue_.num_blocks = queue_.num_completions = 4;
         epcomm::mlx5::start_at(&queue_, 0);
-        fabric_ = {&queue_,         keys_, keys_,          keys_, plan.state,
-                   plan.timeout_ns, 1,     plan.num_nodes, 1,     plan.node};
+        fabric_ = {&queue_,        keys_, keys_,     keys_, plan.state, plan.timeout_ns, 1,
+                   plan.num_nodes, 1,     plan.node, 1,     0,          raised_};
     }
     std::string address(int32_t) override { return ""; }
     void connect(const std::vector<std::string>&) override { connected_ = true; }
@@ -68,6 +68,7 @@ class Direct : public Transport {
     epcomm::mlx5::Be32 record_[epcomm::mlx5::kRecordWords] = {};
     uint64_t doorbell_ = 0;
     epcomm::mlx5::SendQueue queue_ = {};
+    uint64_t raised_[2] = {};
     epcomm_region_key keys_[2 * EPCOMM_FABRIC_MAX_REGIONS] = {};
     epcomm_ibgda fabric_ = {};
     bool connected_ = false;

@@ -3,114 +3,11 @@
 
 #include <thread>
 
-#include "../../csrc/fabric/ibgda.h"
-#include "rig.h"
+#include "fabric_world.h"
 
 using namespace rig;
-using fabric::Ibgda;
-using fabric::Lane;
-using fabric::RegionKey;
-using fabric::Ticket;
 
 namespace {
-
-constexpr int64_t kSeconds = 1'000'000'000;
-
-/// What one node's producers have.
-struct Node {
-    std::vector<SendQueue> queues;
-    std::vector<RegionKey> local, remote, landing;
-    std::vector<std::vector<uint64_t>> regions;  ///< 0: signals, 1: send, 2: receive
-    std::vector<uint64_t> landing_words;
-    epcomm_fabric_state state = {};
-    Ibgda fabric = {};
-
-    uint64_t signal(int32_t index) const { return fabric::load_acquire(&regions[0][index]); }
-};
-
-/// Nodes with some NICs (planes) each, and a queue pair per (peer, channel).
-struct World {
-    int32_t num_nodes, num_channels, num_planes;
-    Rig rig;
-    std::vector<Node> nodes;
-
-    World(int32_t n, int32_t channels, int32_t planes, Options options)
-        : num_nodes(n),
-          num_channels(channels),
-          num_planes(planes),
-          rig(with_nics(options, uint32_t(n * planes))),
-          nodes(size_t(n)) {
-        for (int32_t i = 0; i < n; ++i) register_memory(i);
-        for (int32_t i = 0; i < n; ++i) fill(i);
-        connect();
-        rig.engine.start();
-    }
-    ~World() { rig.engine.stop(); }
-
-    static Options with_nics(Options options, uint32_t count) {
-        options.num_nics = count;
-        return options;
-    }
-    uint32_t nic(int32_t node, int32_t plane) const { return uint32_t(node * num_planes + plane); }
-
-    void register_memory(int32_t i) {
-        Node& node = nodes[size_t(i)];
-        node.regions = {std::vector<uint64_t>(64), std::vector<uint64_t>(8192),
-                        std::vector<uint64_t>(8192)};
-        node.landing_words.resize(size_t(num_planes));
-        for (int32_t plane = 0; plane < num_planes; ++plane) {
-            for (int32_t id = 0; id < EPCOMM_FABRIC_MAX_REGIONS; ++id) {
-                if (id >= 3) {
-                    node.local.push_back({});
-                    continue;
-                }
-                auto& region = node.regions[size_t(id)];
-                const uint32_t key =
-                    rig.network.add_memory(nic(i, plane), region.data(), region.size() * 8,
-                                           id == 0   ? kRemoteAtomic
-                                           : id == 2 ? uint32_t(kRemoteWrite)
-                                                     : 0);
-                node.local.push_back({uint64_t(region.data()), region.size() * 8, key});
-            }
-            uint64_t* word = &node.landing_words[size_t(plane)];
-            node.landing.push_back(
-                {uint64_t(word), 8, rig.network.add_memory(nic(i, plane), word, 8, kLocalWrite)});
-        }
-    }
-
-    void fill(int32_t i) {
-        Node& node = nodes[size_t(i)];
-        for (const Node& other : nodes) {
-            node.remote.insert(node.remote.end(), other.local.begin(), other.local.end());
-        }
-        node.queues.resize(size_t(num_nodes * num_channels));
-        node.fabric = {node.queues.data(), node.local.data(),
-                       node.remote.data(), node.landing.data(),
-                       &node.state,        80 * kSeconds,
-                       num_channels,       num_nodes,
-                       num_planes,         i};
-    }
-
-    void connect() {
-        const auto slot = [&](int32_t from, int32_t to, int32_t channel) -> SendQueue& {
-            return nodes[size_t(from)].queues[size_t(to * num_channels + channel)];
-        };
-        for (int32_t channel = 0; channel < num_channels; ++channel) {
-            const int32_t plane = channel % num_planes;
-            for (int32_t a = 0; a < num_nodes; ++a) {
-                for (int32_t b = a + 1; b < num_nodes; ++b) {
-                    Writer *one = rig.add(nic(a, plane)), *other = rig.add(nic(b, plane));
-                    rig.engine.connect(one->nic, one->queue.number, other->nic,
-                                       other->queue.number);
-                    rig.engine.connect(other->nic, other->queue.number, one->nic,
-                                       one->queue.number);
-                    slot(a, b, channel) = one->queue;
-                    slot(b, a, channel) = other->queue;
-                }
-            }
-        }
-    }
-};
 
 Options quick(uint64_t start) {
     Options options;
@@ -288,7 +185,7 @@ TEST(bad_commands_are_refused_before_they_are_posted) {
         int32_t signal;
     } all[] = {{{2, 0}, {2, 0, 0}, 0},  {{-1, 0}, {2, 0, 0}, 0}, {{0, 0}, {2, 0, 0}, 0},
                {{1, 1}, {2, 0, 0}, 0},  {{1, -1}, {2, 0, 0}, 0}, {{1, 0}, {8, 0, 0}, 0},
-               {{1, 0}, {-1, 0, 0}, 0}, {{1, 0}, {2, 0, 0}, -1}};
+               {{1, 0}, {-1, 0, 0}, 0}, {{1, 0}, {2, 0, 0}, -1}, {{1, 0}, {2, 0, 0}, kSignals}};
     for (const auto& one : all) {
         World world(2, 1, 1, quick(0));
         Node& node = world.nodes[0];

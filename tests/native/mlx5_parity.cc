@@ -211,6 +211,16 @@ void compare_requests(uint16_t index, uint32_t qpn) {
         expect_bytes("inline write", &block, put.bytes, size > 12 ? 64 : 48);
     }
 
+    const uint64_t word = 0x1122334455667788;
+    Theirs put;
+    put.control(index, MLX5_OPCODE_RDMA_WRITE, qpn, 0, 3);
+    put.remote(remote.address, remote.key);
+    reinterpret_cast<mlx5_wqe_inl_data_seg*>(put.bytes + 32)->byte_count =
+        htobe32(8 | MLX5_INLINE_SEG);
+    memcpy(put.bytes + 36, &word, 8);
+    block = ours::word_request(header, remote, word);
+    expect_bytes("word", &block, put.bytes, 64);
+
     Theirs nop;
     nop.control(index, MLX5_OPCODE_NOP, qpn, MLX5_WQE_CTRL_CQ_UPDATE, 1);
     header.flags = ours::kCompletion;

@@ -12,6 +12,8 @@ import native_programs
 import pytest
 
 EMULATED = native_programs.library("emulated")
+#: Where producers race, or wait, they call what a test defines (tests/emulation/give_way.h).
+FIBERS = ["-DEPCOMM_EMULATED", f"-I{native_programs.ROOT / 'tests/emulation'}"]
 PROGRAMS = {
     "emulated_requests": EMULATED,
     "emulated_errors": EMULATED,
@@ -20,6 +22,7 @@ PROGRAMS = {
     "emulated_wrong_writers": EMULATED,
     "emulated_threads": EMULATED,
     "ibgda_fabric": EMULATED,
+    "ibgda_schedules": [*EMULATED, *FIBERS],
 }
 
 
