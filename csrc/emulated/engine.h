@@ -81,6 +81,8 @@ class Engine {
     uint64_t violations() const { return journal_.violations; }
     std::vector<Event> events() const;
     const Traffic& traffic(uint32_t nic) const { return traffic_[nic]; }
+    /// Count from now on. Not while another thread takes steps.
+    void restart_traffic(uint32_t nic) { traffic_[nic] = Traffic(); }
 
     /// One line on an NIC: rates, and what was the limit. Says that the network is modelled.
     std::string describe(uint32_t nic) const;

@@ -297,6 +297,9 @@ class ControlWarp {
                        now - last_sign_ > resident_.patience_ns * kNanosecond;
         }
         order_ = group_.from_first(order);
+        const uint32_t counting =
+            group_.from_first(fabric::load_relaxed(&resident_.mailbox->counting));
+        if (counting != counting_) forget_traffic(counting);
         is_alone = group_.from_first(int(is_alone)) != 0;
         if (sweep % (64 * kSweepsPerLook) == 0) publish_traffic();
         return order_ == kServe && !is_alone;
@@ -307,6 +310,16 @@ class ControlWarp {
         status->granularity = machine_.granularity_ns();
         status->heartbeat = machine_.now() / kNanosecond;
         fabric::store_release(&status->state, uint32_t(state));
+    }
+
+    __device__ void forget_traffic(uint32_t counting) {
+        const uint32_t cells = resident_.num_planes * 32;
+        for (uint32_t i = group_.lane(); i < cells; i += group_.size()) {
+            block_.traffic[warp_ * cells + i] = Traffic();
+        }
+        group_.sync();
+        counting_ = counting;
+        publish_traffic();
     }
 
     /// The host adds up what the lanes counted.
@@ -337,6 +350,7 @@ class ControlWarp {
     Wire wire_;
     Context context_;
     uint32_t order_ = kServe;
+    uint32_t counting_ = 0;
     uint64_t sign_ = 0;
     Picoseconds last_sign_;
 };

@@ -27,6 +27,8 @@ enum ResidentOrder : uint32_t {
 struct Mailbox {
     uint64_t alive;  ///< changes as long as the host lives
     uint32_t order;  ///< ResidentOrder
+    /// Another number: forget what was counted. Nothing is under way.
+    uint32_t counting;
 };
 
 /// In device memory: what a block tells the host. Written by its first warp alone.

@@ -17,6 +17,9 @@ struct Traffic {
     Picoseconds first_depart = kNever;
     Picoseconds last_arrive = 0;  ///< in the model
     Picoseconds last_placed = 0;  ///< in fact
+    // Of messages of more than a packet, which carry data: announcements go ahead of them.
+    Picoseconds data_depart = kNever;
+    Picoseconds data_arrive = 0;
 
     /// A message has landed.
     EPCOMM_HD void add(const Context& context, const Flight& flight, uint64_t tolerance_ns) {
@@ -27,6 +30,10 @@ struct Traffic {
         if (times.depart < first_depart) first_depart = times.depart;
         if (times.arrive > last_arrive) last_arrive = times.arrive;
         if (context.now > last_placed) last_placed = context.now;
+        if (flight.request.bytes > context.own().line.packet_bytes) {
+            if (times.depart < data_depart) data_depart = times.depart;
+            if (times.arrive > data_arrive) data_arrive = times.arrive;
+        }
         // Atomics copy nothing; pieces are late on purpose.
         if (flight.request.is_atomic() || flight.num_pieces > 1) return;
         // Where there are faults, a message may also wait for an earlier one.
@@ -46,6 +53,8 @@ struct Traffic {
         if (other.first_depart < first_depart) first_depart = other.first_depart;
         if (other.last_arrive > last_arrive) last_arrive = other.last_arrive;
         if (other.last_placed > last_placed) last_placed = other.last_placed;
+        if (other.data_depart < data_depart) data_depart = other.data_depart;
+        if (other.data_arrive > data_arrive) data_arrive = other.data_arrive;
     }
 
     /// Where the copier was the limit, times say nothing about the modelled network.

@@ -4,16 +4,15 @@
 // all work on its queue pairs is done by its own proxy threads when they poll: what a rank sends
 // needs nobody else. Requests, signals and errors are those of fabric/ibgda.h.
 //
-// Options: rate (GB/s on the wire, 0 = without limit), latency_ns, seed, and for each harmless
-// fault the most it makes a request late, in microseconds: delay, late_fetch, lost_doorbell,
-// pieces, late_completion. A quarter of the requests meet each fault that is named.
+// Options: emulated/options.h, with one plane.
 
 #include <algorithm>
 #include <deque>
 #include <mutex>
-#include <sstream>
 
+#include "../emulated/counts.h"
 #include "../emulated/engine.h"
+#include "../emulated/options.h"
 #include "ibgda.h"
 #include "peer_memory.h"
 #include "peer_process.h"
@@ -83,55 +82,6 @@ struct Endpoint {
     std::deque<UnderWay> under_way;
 };
 
-struct Settings {
-    emulated::LineModel line = {50, 4096, 80, 5, 300, 2000, 2'000'000'000, 0};
-    emulated::EngineOptions engine;
-};
-
-Settings parse_options(const std::string& text) {
-    const std::pair<const char*, emulated::Fault> faults[] = {
-        {"delay", emulated::kDelay},
-        {"late_fetch", emulated::kLateFetch},
-        {"lost_doorbell", emulated::kLostDoorbell},
-        {"pieces", emulated::kPieces},
-        {"late_completion", emulated::kLateCompletion},
-    };
-    Settings settings;
-    settings.engine.virtual_clock = false;
-    std::istringstream words(text);
-    for (std::string word; words >> word;) {
-        const size_t equals = word.find('=');
-        const std::string name = word.substr(0, equals);
-        char* end = nullptr;
-        const char* digits = equals == std::string::npos ? "" : word.c_str() + equals + 1;
-        const uint64_t value = strtoull(digits, &end, 10);
-        bool known = *digits != 0 && *end == 0;
-        if (name == "rate") {
-            settings.line.bytes_per_ns = uint32_t(value);
-        } else if (name == "latency_ns") {
-            settings.line.latency_ns = uint32_t(value);
-        } else if (name == "seed") {
-            settings.engine.seed = value;
-        } else {
-            const auto* found = std::find_if(std::begin(faults), std::end(faults),
-                                             [&](const auto& f) { return name == f.first; });
-            known = known && found != std::end(faults);
-            if (known) {
-                settings.engine.rules.push_back({found->second, emulated::kAny, emulated::kAny, 0,
-                                                 ~uint64_t(0), emulated::kAlways / 4, 0,
-                                                 value * 1000 * kNanosecond});
-            }
-        }
-        if (!known) {
-            throw std::runtime_error("transport emulated: \"" + word +
-                                     "\" is not one of rate=, latency_ns=, seed=, delay=, "
-                                     "late_fetch=, lost_doorbell=, pieces=, late_completion= "
-                                     "with a whole number");
-        }
-    }
-    return settings;
-}
-
 /// Never waits: room has been seen before.
 struct NoWait {
     static bool again() { return false; }
@@ -152,8 +102,13 @@ class Emulated : public Transport {
 
     void open(const Plan& plan) override {
         plan_ = plan;
-        Settings settings = parse_options(plan.options);
-        nic_.nic()->line = settings.line;
+        const emulated::TransportOptions options =
+            emulated::parse_options(plan.options, uint32_t(plan.num_nodes));
+        if (options.num_planes != 1) {
+            throw std::runtime_error("transport emulated: planes: expected 1, got " +
+                                     std::to_string(options.num_planes));
+        }
+        nic_.nic()->line = options.line;
         mine_.nic = nic_.file();
         mine_.epoch_ns = now_ns();
         peers_.resize(size_t(plan.num_nodes));
@@ -161,7 +116,11 @@ class Emulated : public Transport {
         shifts_.resize(size_t(plan.num_nodes) * emulated::kMaxKeys);
         remote_.resize(size_t(plan.num_nodes) * EPCOMM_FABRIC_MAX_REGIONS);
         wire_ = {mine_.epoch_ns, uint32_t(plan.num_nodes), nics_.data(), shifts_.data()};
-        engine_ = std::make_unique<Engine>(&wire_, std::move(settings.engine));
+        emulated::EngineOptions engine;
+        engine.virtual_clock = false;
+        engine.seed = options.seed;
+        engine.rules = options.rules;
+        engine_ = std::make_unique<Engine>(&wire_, std::move(engine));
         endpoints_.resize(size_t(plan.num_nodes * plan.num_channels));
         queues_.resize(endpoints_.size());
         for (int32_t peer = 0; peer < plan.num_nodes; ++peer) {
@@ -244,6 +203,16 @@ class Emulated : public Transport {
         return "emulated: mlx5 requests, modelled network of " +
                std::to_string(wire_.nic(uint32_t(plan_.node)).line.bytes_per_ns) + " GB/s and " +
                std::to_string(wire_.nic(uint32_t(plan_.node)).line.latency_ns) + " ns";
+    }
+
+    bool count(epcomm_fabric_traffic* into, bool restart) override {
+        const std::lock_guard<std::mutex> lock(working_);
+        const auto node = uint32_t(plan_.node);
+        const emulated::Traffic& seen = engine_->traffic(node);
+        emulated::fill_counts(seen, nic_.nic()->line, epoch_, into);
+        into->num_nics = 1;
+        if (restart) engine_->restart_traffic(node);
+        return true;
     }
 
     void close() override {

@@ -231,6 +231,13 @@ int epcomm_fabric_check(epcomm_fabric_end* end, int64_t stall_ns) {
     return failed;
 }
 
+int epcomm_fabric_count(epcomm_fabric_end* end, epcomm_fabric_traffic* into, int32_t restart) {
+    return attempt(end, [&] {
+        require(!end->stopped, "the fabric was stopped");
+        require(end->transport->count(into, restart != 0), "this transport models no network");
+    });
+}
+
 int epcomm_fabric_peer_gone(epcomm_fabric_end* end, int32_t peer) {
     return end->transport->peer_gone(peer) ? 1 : 0;
 }

@@ -129,6 +129,10 @@ class Transport {
     /// then between `connect` and `close`. Never waits.
     virtual void look_after() {}
 
+    /// A modelled network: what this rank's NICs sent since the last call with `restart`; else
+    /// false. Nothing is under way. Not at the same time as `close`.
+    virtual bool count(epcomm_fabric_traffic* /*into*/, bool /*restart*/) { return false; }
+
     /// Whether the peer's process is known to be gone; false where only a failing operation tells.
     virtual bool peer_gone(int32_t /*peer*/) { return false; }
 

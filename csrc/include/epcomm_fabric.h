@@ -81,6 +81,11 @@ EPCOMM_API const epcomm_fabric* epcomm_fabric_of(const epcomm_fabric_end* end);
 /// The same for the producers of a direct end that is connected; null for other ends.
 EPCOMM_API const epcomm_ibgda* epcomm_fabric_ibgda_of(const epcomm_fabric_end* end);
 
+/// Copy what was sent since the last call with `restart`, by a modelled network. -1: there is none.
+/// Nothing is under way.
+EPCOMM_API int epcomm_fabric_count(epcomm_fabric_end* end, epcomm_fabric_traffic* into,
+                                   int32_t restart);
+
 /// Look after the threads: one that ended, or showed no sign of life for `stall_ns`, fails the
 /// fabric. A direct transport looks for errors that no producer meets. Returns the
 /// epcomm_fabric_status; the error record is in state->error.

@@ -50,6 +50,25 @@ typedef enum {
     EPCOMM_FABRIC_SIGNAL_ADD = 3,  ///< the signal grows by a value
 } epcomm_fabric_op;
 
+/// What the NICs of a rank sent, and the network that they model. Data are messages of more than
+/// one packet; announcements, which go ahead of them, are shorter. Times are in the model, on a
+/// clock that the ranks of a machine share.
+typedef struct {
+    uint64_t messages;
+    uint64_t payload_bytes;
+    uint64_t wire_bytes;     ///< headers included
+    uint64_t late_messages;  ///< placed later than the model says
+    uint64_t worst_late_ns;
+    int64_t data_depart_ns;        ///< the first left; 0: there were no data
+    int64_t data_arrive_ns;        ///< the last arrived
+    int32_t copier_was_the_limit;  ///< then times say nothing about the network
+    int32_t num_nics;              ///< of the rank; each has the rate
+    uint32_t bytes_per_ns;         ///< on the wire; 0: without limit
+    uint32_t latency_ns;           ///< one way
+    uint32_t packet_bytes;         ///< payload of a packet
+    uint32_t header_bytes;         ///< of a packet
+} epcomm_fabric_traffic;
+
 /// Why a fabric stopped. Once it has, nothing more is sent and every wait on it ends.
 typedef enum {
     EPCOMM_FABRIC_OK = 0,

@@ -30,6 +30,7 @@ _FUNCTIONS = {
     "describe": (ctypes.c_char_p, [_POINTER]),
     "of": (_POINTER, [_POINTER]),
     "ibgda_of": (_POINTER, [_POINTER]),
+    "count": (_I32, [_POINTER, _POINTER, _I32]),
     "check": (_I32, [_POINTER, _I64]),
     "peer_gone": (_I32, [_POINTER, _I32]),
     "stop": (_I32, [_POINTER, _I64]),

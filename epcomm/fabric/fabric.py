@@ -265,6 +265,15 @@ class Fabric:
         start = self._memory.host + dtypes["state"].fields["threads"][1]  # type: ignore[index]
         return np.frombuffer(ctypes.string_at(start, size), dtypes["proxy_thread"])
 
+    def count(self, *, restart: bool = False) -> np.ndarray | None:
+        """What this rank's NICs sent since the last restart, a copy: ``traffic``, 0-d.
+
+        None where no network is modelled. Only while no operation is under way.
+        """
+        traffic = np.zeros((), dtypes["traffic"])
+        counted = library.epcomm_fabric_count(self._end, traffic.ctypes.data, restart) == 0
+        return traffic if counted else None
+
     def describe(self) -> str:
         """One line: what the transport chose."""
         return library.epcomm_fabric_describe(self._end).decode()

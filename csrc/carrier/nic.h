@@ -1,0 +1,122 @@
+// The job `nic`: what the transport `emulated-cuda` and its carrier share.
+//
+// A rank's NICs, one for each plane, and its send queues lie in one block of device memory, the
+// arena, which the rank allocates and its carrier and its peers' carriers open. The carrier runs
+// the kernel that serves the rank's queue pairs: it reads requests from the own arena, bytes from
+// the own regions, and stores them in the peers'.
+//
+// NICs of a rail are numbered node * num_planes + plane.
+#pragma once
+
+#include "../emulated/options.h"
+#include "../emulated/resident.h"
+#include "../fabric/ibgda.h"
+#include "ipc.h"
+
+namespace epcomm::carrier {
+
+constexpr uint32_t kQueueDepth = 1024;  ///< requests of a send queue
+constexpr int32_t kMaxPlanes = 8;
+
+/// What the layout of an arena depends on; the same on all ranks of a rail but for `node`.
+struct NicShape {
+    int32_t num_nodes;
+    int32_t node;
+    int32_t num_channels;
+    int32_t num_planes;
+    int32_t num_signals;
+
+    int32_t num_queues() const { return num_nodes * num_channels; }
+    uint32_t nic(int32_t of_node, int32_t plane) const {
+        return uint32_t(of_node * num_planes + plane);
+    }
+};
+
+/// Offsets in an arena.
+struct NicArena {
+    uint64_t nics, queues, rings, completions, records, doorbells, raised, local, remote, bytes;
+
+    explicit NicArena(const NicShape& shape) {
+        uint64_t next = 0;
+        const auto take = [&next](uint64_t size) {
+            const uint64_t at = next;
+            next += (size + 127) / 128 * 128;
+            return at;
+        };
+        const auto count = uint64_t(shape.num_queues());
+        const auto keys = uint64_t(EPCOMM_FABRIC_MAX_REGIONS * shape.num_planes);
+        nics = take(sizeof(emulated::Nic) * uint64_t(shape.num_planes));
+        queues = take(sizeof(mlx5::SendQueue) * count);
+        rings = take(sizeof(mlx5::Block) * kQueueDepth * count);
+        completions = take(sizeof(mlx5::Completion) * kQueueDepth * count);
+        records = take(kLine * count);
+        doorbells = take(kLine * count);
+        raised = take(fabric::raised_bytes(shape.num_nodes, shape.num_signals));
+        local = take(sizeof(fabric::RegionKey) * keys);
+        remote = take(sizeof(fabric::RegionKey) * keys * uint64_t(shape.num_nodes));
+        bytes = next;
+    }
+
+    /// Places of a queue's own; its number is peer * num_channels + channel.
+    uint64_t ring(int32_t queue) const {
+        return rings + sizeof(mlx5::Block) * kQueueDepth * uint64_t(queue);
+    }
+    uint64_t completion(int32_t queue) const {
+        return completions + sizeof(mlx5::Completion) * kQueueDepth * uint64_t(queue);
+    }
+    uint64_t record(int32_t queue) const { return records + kLine * uint64_t(queue); }
+    uint64_t doorbell(int32_t queue) const { return doorbells + kLine * uint64_t(queue); }
+
+ private:
+    /// Records and doorbells of different queues are written by different warps.
+    static constexpr uint64_t kLine = 64;
+};
+
+/// What a rank tells its peers, each of them something else in `numbers`; plain data.
+struct NicAddress {
+    int32_t pid;
+    int32_t node;
+    NicShape shape;
+    int64_t clock_ns;  ///< of the device's timer; node 0's is where time begins
+    IpcMemory arena;
+    uint64_t arena_address;  ///< in the rank's process
+    IpcMemory regions[EPCOMM_FABRIC_MAX_REGIONS];
+    uint64_t region_addresses[EPCOMM_FABRIC_MAX_REGIONS];  ///< as requests name them
+    fabric::RegionKey keys[kMaxPlanes][EPCOMM_FABRIC_MAX_REGIONS];
+    uint32_t numbers[EPCOMM_FABRIC_MAX_CHANNELS];  ///< of the queue pairs for this peer
+};
+
+/// The setup: this, the fault rules, then all nodes' addresses, the own one included.
+struct NicSetup {
+    NicShape shape;
+    int32_t device;
+    int32_t num_blocks;
+    int32_t num_rules;
+    int64_t epoch_ns;
+    uint64_t seed;
+};
+
+/// In memory that the carrier shares with its rank.
+struct NicReport {
+    uint64_t asked;     ///< rank: one more than before, please count
+    uint64_t restart;   ///< rank: 1: then begin anew
+    uint64_t answered;  ///< carrier: `asked`, once what follows is there
+    emulated::Traffic traffic;
+    uint64_t violations;
+    uint64_t heartbeat_ns;  ///< of the kernel's slowest block, device's timer
+};
+
+/// Call `use(queue, peer, channel, plane, number)` for every queue pair, in the order in which an
+/// NIC numbers them.
+template <class Use>
+void for_each_queue(const NicShape& shape, const Use& use) {
+    std::vector<uint32_t> next(size_t(shape.num_planes), emulated::kFirstQueue);
+    for (int32_t peer = 0; peer < shape.num_nodes; ++peer) {
+        for (int32_t channel = 0; peer != shape.node && channel < shape.num_channels; ++channel) {
+            const int32_t plane = channel % shape.num_planes;
+            use(peer * shape.num_channels + channel, peer, channel, plane, next[size_t(plane)]++);
+        }
+    }
+}
+
+}  // namespace epcomm::carrier

@@ -1,0 +1,29 @@
+// What an NIC sent, as the fabric's users are told.
+#pragma once
+
+#include "../protocol/fabric.h"
+#include "traffic.h"
+
+namespace epcomm::emulated {
+
+/// Fill in all but `num_nics`. `epoch_ns`: time 0 of the model on the clock of the counts.
+inline void fill_counts(const Traffic& seen, const LineModel& line, int64_t epoch_ns,
+                        epcomm_fabric_traffic* into) {
+    *into = {};
+    into->messages = seen.messages;
+    into->payload_bytes = seen.payload_bytes;
+    into->wire_bytes = seen.wire_bytes;
+    into->late_messages = seen.late_messages;
+    into->worst_late_ns = seen.worst_late / kNanosecond;
+    if (seen.data_arrive != 0) {
+        into->data_depart_ns = epoch_ns + int64_t(seen.data_depart / kNanosecond);
+        into->data_arrive_ns = epoch_ns + int64_t(seen.data_arrive / kNanosecond);
+    }
+    into->copier_was_the_limit = seen.model_was_the_limit() ? 0 : 1;
+    into->bytes_per_ns = line.bytes_per_ns;
+    into->latency_ns = line.latency_ns;
+    into->packet_bytes = line.packet_bytes;
+    into->header_bytes = line.header_bytes;
+}
+
+}  // namespace epcomm::emulated
