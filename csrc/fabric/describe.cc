@@ -132,7 +132,6 @@ constexpr epcomm_field kFields[] = {
     OTHER_FIELD(ibgda, queues),
     OTHER_FIELD(ibgda, local),
     OTHER_FIELD(ibgda, remote),
-    OTHER_FIELD(ibgda, landing),
     OTHER_FIELD(ibgda, state),
     OTHER_FIELD(ibgda, timeout_ns),
     OTHER_FIELD(ibgda, num_channels),

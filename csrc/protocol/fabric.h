@@ -178,7 +178,6 @@ typedef struct {
     void* queues;                      ///< mlx5::SendQueue [num_nodes][num_channels]
     const epcomm_region_key* local;    ///< [num_planes][EPCOMM_FABRIC_MAX_REGIONS]
     const epcomm_region_key* remote;   ///< [num_nodes][num_planes][EPCOMM_FABRIC_MAX_REGIONS]
-    const epcomm_region_key* landing;  ///< [num_planes]: 8 bytes that old values are returned to
     epcomm_fabric_state* state;
     int64_t timeout_ns;  ///< how long a producer waits for a free slot
     int32_t num_channels;

@@ -88,9 +88,6 @@ TEST(event_queue_fails) { check_first_and_last({"query_eqn", 1, Step::kEventQueu
 TEST(registration_of_host_memory_fails) {
     check_first_and_last({"reg_mr", 1, Step::kRegions, false});
 }
-TEST(registration_of_the_landing_words_fails) {
-    check_first_and_last({"reg_mr", 1, Step::kRegions, true});
-}
 TEST(registers_fail) { check({"alloc_uar", 0, Step::kRegister}); }
 TEST(mapping_fails_where_nothing_else_will_do) {
     check_first_and_last({"host_register", 1, Step::kMapping, true, "doorbell=gpu"});

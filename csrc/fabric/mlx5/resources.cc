@@ -8,7 +8,6 @@ namespace epcomm::fabric::devx {
 
 namespace {
 
-constexpr uint64_t kLandingStride = 64;
 
 std::vector<Nic> nics_of(const Resources& all) {
     std::vector<Nic> nics;
@@ -29,7 +28,6 @@ Resources::~Resources() {
     ringer.reset();
     for (auto& plane : planes) plane->end_queues();
     for (RegisteredRegion& region : regions) unregister_region(&region);
-    for (ibv::Mr* key : landing_keys) ibv::library().dereg_mr(key);
     planes.clear();
 }
 
@@ -41,9 +39,8 @@ epcomm_region_key Resources::key(size_t plane, int32_t id, Side side) const {
             side == Side::kLocal ? key->lkey : key->rkey};
 }
 
-epcomm_region_key Resources::landing_key(size_t plane) const {
-    return {reinterpret_cast<uint64_t>(landing->host() + plane * kLandingStride), sizeof(uint64_t),
-            landing_keys[plane]->lkey};
+int32_t Resources::num_signals() const {
+    return int32_t(regions[EPCOMM_FABRIC_SIGNALS].region.bytes / sizeof(uint64_t));
 }
 
 std::string Resources::describe() const {
@@ -78,11 +75,6 @@ void register_regions(Resources* all, const std::vector<Region>& regions) {
         for (const Region& region : regions) {
             all->regions[size_t(region.id)] =
                 register_region(region, nics, all->options.card.registration, Copies::kRefused);
-        }
-        const uint64_t bytes = nics.size() * kLandingStride;
-        all->landing = make_host_arena(-1, bytes);
-        for (const Nic& nic : nics) {
-            all->landing_keys.push_back(register_host_memory(nic, all->landing->host(), bytes));
         }
     } catch (const std::runtime_error& error) {
         fail(Step::kRegions, names_of(nics), error.what());

@@ -20,8 +20,6 @@ struct Resources {
     World world{};
     int32_t device = -1;  ///< the GPU that producers run on; -1: the host
     std::vector<std::unique_ptr<Plane>> planes;
-    std::unique_ptr<Arena> landing;  ///< a line per plane for the old values of atomics
-    std::vector<ibv::Mr*> landing_keys;
     std::vector<RegisteredRegion> regions;  ///< by id
     std::unique_ptr<Arena> tables;          ///< what producers are given
     std::unique_ptr<Ringer> ringer;         ///< null: nobody needs one
@@ -33,7 +31,8 @@ struct Resources {
 
     /// A region as the card of a plane knows it; zeros if there is none.
     epcomm_region_key key(size_t plane, int32_t id, Side side) const;
-    epcomm_region_key landing_key(size_t plane) const;
+    /// Signals of a rank: words of region 0.
+    int32_t num_signals() const;
     std::string describe() const;
 };
 

@@ -14,6 +14,7 @@ namespace {
 struct TableLayout {
     World world;
     uint64_t num_planes;
+    int32_t num_signals;
 
     static constexpr uint64_t kQueue = sizeof(mlx5::SendQueue), kKey = sizeof(RegionKey);
 
@@ -22,13 +23,15 @@ struct TableLayout {
     }
     uint64_t local() const { return queue(world.num_nodes, 0); }
     uint64_t remote() const { return local() + num_planes * EPCOMM_FABRIC_MAX_REGIONS * kKey; }
-    uint64_t landing() const {
+    uint64_t raised() const {
         return remote() + uint64_t(world.num_nodes) * num_planes * EPCOMM_FABRIC_MAX_REGIONS * kKey;
     }
-    uint64_t bytes() const { return landing() + num_planes * kKey; }
+    uint64_t bytes() const { return raised() + raised_bytes(world.num_nodes, num_signals); }
 };
 
-TableLayout layout_of(const Resources& all) { return {all.world, all.planes.size()}; }
+TableLayout layout_of(const Resources& all) {
+    return {all.world, all.planes.size(), all.num_signals()};
+}
 
 /// Whether all that was asked for has completed, judged by copies of the queue and its completions:
 /// a GPU's memory cannot be read otherwise.
@@ -53,12 +56,11 @@ epcomm_ibgda fill_tables(Resources* all, const std::vector<RegionKey>& remote) {
     } catch (const std::runtime_error& error) {
         fail(Step::kProducerMemory, "tables of queues and keys", error.what());
     }
-    std::vector<RegionKey> local, landing;
+    std::vector<RegionKey> local;
     for (size_t p = 0; p < planes; ++p) {
         for (int32_t id = 0; id < EPCOMM_FABRIC_MAX_REGIONS; ++id) {
             local.push_back(all->key(p, id, Side::kLocal));
         }
-        landing.push_back(all->landing_key(p));
         Plane& plane = *all->planes[p];
         for (const Connection& connection : plane.connections()) {
             const mlx5::SendQueue queue = plane.send_queue(connection);
@@ -74,7 +76,10 @@ epcomm_ibgda fill_tables(Resources* all, const std::vector<RegionKey>& remote) {
     fabric.queues = all->tables->start() + layout.queue(0, 0);
     fabric.local = write(layout.local(), local);
     fabric.remote = write(layout.remote(), remote);
-    fabric.landing = write(layout.landing(), landing);
+    const std::vector<uint8_t> zeros(raised_bytes(all->world.num_nodes, all->num_signals()));
+    all->tables->write(layout.raised(), zeros.data(), zeros.size());
+    fabric.raised = reinterpret_cast<uint64_t*>(all->tables->start() + layout.raised());
+    fabric.num_signals = all->num_signals();
     fabric.num_channels = all->world.num_channels;
     fabric.num_nodes = all->world.num_nodes;
     fabric.num_planes = int32_t(planes);
