@@ -9,7 +9,8 @@
 #pragma once
 
 #include "../emulated/options.h"
-#include "../emulated/resident.h"
+#include "../emulated/step.h"
+#include "../emulated/traffic.h"
 #include "../fabric/ibgda.h"
 #include "ipc.h"
 

@@ -72,6 +72,13 @@ class Server {
     bool stop(ResidentOrder order, int64_t timeout_ns);
 
     ServerReport look();
+
+    /// Count from now on. Nothing is under way; soon after, `look` says so.
+    void forget_counts();
+
+    /// From now on the NIC, whosever it is, does not answer.
+    void kill_nic(uint32_t nic);
+
     std::vector<Event> events();
 
  private:

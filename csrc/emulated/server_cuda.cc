@@ -66,7 +66,8 @@ struct Server::Parts {
     cudaStream_t kernel = nullptr, copies = nullptr;
     void* pinned = nullptr;  ///< what copies go through
     uint64_t pinned_bytes = 0;
-    uint64_t signs = 0;
+    uint64_t signs = 0, countings = 0;
+    std::vector<Nic*> nics;
     bool runs = false;
 
     ~Parts() {
@@ -150,6 +151,7 @@ Server::Server(const ServedWire& wire, const std::vector<ServedQueue>& queues,
     parts.memory.allocate();
     parts.place(queues.size(), wire, options, total_blocks);
     resident.wire.epoch_ns = options.epoch_ns;
+    parts.nics = wire.nics;
     resident.wire.num_nics = uint32_t(wire.nics.size());
     resident.faults.num_rules = uint32_t(options.rules.size());
     resident.faults.seed = options.seed;
@@ -270,6 +272,15 @@ ServerReport Server::look() {
         if (cells[i].messages != 0) report.traffic[i / 32 % resident.num_planes].add(cells[i]);
     }
     return report;
+}
+
+void Server::forget_counts() {
+    parts_->write_mailbox(&parts_->resident.mailbox->counting, ++parts_->countings,
+                          sizeof(uint32_t));
+}
+
+void Server::kill_nic(uint32_t nic) {
+    parts_->write_mailbox(&parts_->nics[nic]->dead, 1, sizeof(uint32_t));
 }
 
 std::vector<Event> Server::events() {

@@ -16,7 +16,7 @@
 #include "../carrier/nic.h"
 #include "../carrier/shared_memory.h"
 #include "../emulated/counts.h"
-#include "../emulated/device_clock.h"
+#include "../emulated/server.h"
 #include "peer_process.h"
 #include "report.h"
 #include "transport.h"
@@ -91,7 +91,7 @@ class EmulatedCuda : public Transport {
         mine_.pid = int32_t(getpid());
         mine_.node = plan.node;
         mine_.shape = shape_;
-        mine_.clock_ns = emulated::device_clock_ns();
+        mine_.clock_ns = emulated::device_time_ns();
         mine_.arena = carrier::export_memory(arena_->start(), places.bytes);
         mine_.arena_address = reinterpret_cast<uint64_t>(arena_->start());
         peers_.resize(size_t(plan.num_nodes));
@@ -231,8 +231,7 @@ class EmulatedCuda : public Transport {
                                             int32_t plane, uint32_t number) {
             mlx5::SendQueue& queue = queues[size_t(index)];
             queue.ring = reinterpret_cast<mlx5::Block*>(at(places.ring(index)));
-            queue.completions =
-                reinterpret_cast<mlx5::Completion*>(at(places.completion(index)));
+            queue.completions = reinterpret_cast<mlx5::Completion*>(at(places.completion(index)));
             queue.record = reinterpret_cast<mlx5::Be32*>(at(places.record(index)));
             queue.doorbell = reinterpret_cast<uint64_t*>(at(places.doorbell(index)));
             queue.num_blocks = queue.num_completions = carrier::kQueueDepth;
@@ -245,9 +244,8 @@ class EmulatedCuda : public Transport {
         });
         mlx5::Completion none{};
         none.opcode_owner = mlx5::kInvalid << 4;
-        upload(places.completions,
-               std::vector<mlx5::Completion>(
-                   size_t(shape_.num_queues()) * carrier::kQueueDepth, none));
+        upload(places.completions, std::vector<mlx5::Completion>(
+                                       size_t(shape_.num_queues()) * carrier::kQueueDepth, none));
         upload(places.queues, queues);
         std::vector<RegionKey> local, remote;
         for (int32_t n = 0; n < shape_.num_nodes; ++n) {
