@@ -241,13 +241,10 @@ EPCOMM_HD inline Ticket signal_add(const Ibgda& fabric, Lane lane, int32_t signa
                 {EPCOMM_FABRIC_SIGNAL_ADD, lane.peer, lane.channel, signal, none, none, 0, value});
 }
 
-/// Read completions of one queue, `turn` modulo their number, and report an error among them. For
-/// those who wait for something else: a kernel's queues have nobody else who looks.
-EPCOMM_HD inline void look(const Ibgda& fabric, uint32_t turn) {
-    const uint32_t channels = uint32_t(fabric.num_channels);
-    const uint32_t index = turn % (uint32_t(fabric.num_nodes) * channels);
-    const Lane lane{int32_t(index / channels), int32_t(index % channels)};
-    if (lane.peer == fabric.node || mlx5::poll(queue_of(fabric, lane))) return;
+/// Read completions of one queue, and report an error among them. For those who wait for something
+/// else: a kernel's queues have nobody else who looks.
+EPCOMM_HD inline void look(const Ibgda& fabric, Lane lane) {
+    if (mlx5::poll(queue_of(fabric, lane))) return;
     report(fabric, lane, {EPCOMM_FABRIC_NOOP, lane.peer, lane.channel, 0, {}, {}, 0, 0});
 }
 

@@ -43,12 +43,12 @@ __device__ inline bool written(const epcomm_cuda_world& world, const epcomm_cuda
                     region, 0,
                     uint64_t(epcomm_slot_offset(&chunking, from, to, first, record_bytes))};
             };
-            const fabric::Lane lane = {node, chunk % chunking.num_channels};
-            ok = fabric::put_signal(
-                     Kind::fabric(rail), lane, at(EPCOMM_REGION_RECEIVE, node, chunking.node),
-                     at(EPCOMM_REGION_SEND, chunking.node, node),
-                     uint64_t(length) * uint64_t(record_bytes),
-                     epcomm_chunk_signal(&chunking, node, chunking.node, chunk)) != 0;
+            const Put put = {{node, chunk % chunking.num_channels},
+                             at(EPCOMM_REGION_RECEIVE, node, chunking.node),
+                             at(EPCOMM_REGION_SEND, chunking.node, node),
+                             uint64_t(length) * uint64_t(record_bytes),
+                             epcomm_chunk_signal(&chunking, node, chunking.node, chunk)};
+            ok = Kind::put_signal(rail, put);
             if (!ok) give_up_sending(world, rail, node, what);
         }
     }

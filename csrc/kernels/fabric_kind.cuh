@@ -7,23 +7,54 @@
 
 namespace epcomm {
 
+/// What a put of a kernel says.
+struct Put {
+    fabric::Lane lane;
+    epcomm_fabric_place remote;
+    epcomm_fabric_place local;
+    uint64_t bytes;
+    int32_t signal;
+};
+
 struct ByProxy {
     static __device__ const epcomm_fabric& fabric(const epcomm_cuda_rail& rail) {
         return rail.fabric;
     }
+    /// One thread; false: the fabric failed.
+    static __device__ __forceinline__ bool put_signal(const epcomm_cuda_rail& rail,
+                                                      const Put& put) {
+        return fabric::put_signal(rail.fabric, put.lane, put.remote, put.local, put.bytes,
+                                  put.signal) != 0;
+    }
     /// The threads look for errors all the time.
-    static __device__ void look(const epcomm_cuda_rail&, uint32_t) {}
+    struct Look {
+        __device__ Look(const epcomm_cuda_rail&, int) {}
+        __device__ void operator()() {}
+    };
 };
 
 struct ByNic {
     static __device__ const epcomm_ibgda& fabric(const epcomm_cuda_rail& rail) {
         return rail.ibgda;
     }
-    /// Nobody looks for errors but who posts, and those who wait for another node: what a broken
-    /// queue pair did not deliver may be what the other node waits for.
-    static __device__ void look(const epcomm_cuda_rail& rail, uint32_t turn) {
-        fabric::look(rail.ibgda, turn);
+    /// Not inline: it is long, comes once for a chunk, and its registers are wanted elsewhere.
+    static __device__ __noinline__ bool put_signal(const epcomm_cuda_rail& rail, Put put) {
+        return fabric::put_signal(rail.ibgda, put.lane, put.remote, put.local, put.bytes,
+                                  put.signal) != 0;
     }
+    /// Nobody looks for errors but who posts, and those who wait for another node: what a broken
+    /// queue pair did not deliver to it may be what it waits for. One channel at a time.
+    struct Look {
+        const epcomm_ibgda& ibgda;
+        fabric::Lane lane;
+
+        __device__ Look(const epcomm_cuda_rail& rail, int node)
+            : ibgda(rail.ibgda), lane{node, 0} {}
+        __device__ void operator()() {
+            fabric::look(ibgda, lane);
+            lane.channel = lane.channel + 1 < ibgda.num_channels ? lane.channel + 1 : 0;
+        }
+    };
 };
 
 /// Nonzero once the way to other nodes is broken.
@@ -38,7 +69,7 @@ __device__ inline bool wait_for_node(const epcomm_cuda_world& world, const epcom
                                      const uint64_t* counter, uint64_t expected, int node,
                                      const Waiting& what) {
     return wait_counter(world, counter, expected, rail.rail[node], what,
-                        [&](uint32_t turn) { Kind::look(rail, turn); });
+                        typename Kind::Look(rail, node));
 }
 
 /// Call `with(ByProxy())` or `with(ByNic())`, as the rail says.

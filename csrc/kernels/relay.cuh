@@ -48,9 +48,9 @@ __device__ inline bool announce_to_rail(const epcomm_cuda_world& world,
             EPCOMM_REGION_INBOX, 0,
             uint64_t((int64_t(what.epoch & 1) * (world.num_nodes - 1) + place) * bytes)};
         const epcomm_fabric_place local = {EPCOMM_REGION_OUTBOX, 0, uint64_t(slot)};
-        const fabric::Lane lane = {n, kAnnounceChannel};
-        if (fabric::put_signal(Kind::fabric(rail), lane, remote, local, uint64_t(bytes),
-                               epcomm_announce_signal(n, own)) == 0) {
+        const Put put = {
+            {n, kAnnounceChannel}, remote, local, uint64_t(bytes), epcomm_announce_signal(n, own)};
+        if (!Kind::put_signal(rail, put)) {
             give_up_sending(world, rail, n, what);
             ok = false;
         }

@@ -53,25 +53,25 @@ constexpr uint64_t kLookAtHostNs = 1000000;
 
 /// Nothing to do while waiting.
 struct NoLook {
-    __device__ void operator()(uint32_t) const {}
+    __device__ void operator()() {}
 };
 
 /// Spin until `*counter` is at least `expected` (acquire). False: gave up, or another rank did.
-/// `look(n)` is called now and then, with n = 0, 1, ...
+/// `look` is called now and then.
 template <class Look = NoLook>
 __device__ inline bool wait_counter(const epcomm_cuda_world& world, const uint64_t* counter,
                                     uint64_t expected, int rank, const Waiting& what,
-                                    const Look& look = Look()) {
+                                    Look look = Look()) {
     constexpr int kPolls = 64;
     if (load_acquire(counter) >= expected) return true;
     const epcomm_cuda_control* own = own_control(world);
     const uint64_t start = now_ns();
     uint64_t looked = start;
-    for (uint32_t turn = 0;; ++turn) {
+    while (true) {
         for (int i = 0; i < kPolls; ++i) {
             if (load_acquire(counter) >= expected) return true;
         }
-        look(turn);
+        look();
         if (load_acquire(&own->aborted.value) != 0) {
             report_abort(world);
             return false;
