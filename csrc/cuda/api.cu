@@ -6,11 +6,9 @@
 #include "epcomm_cuda_rail.h"
 
 namespace epcomm {
-int launch_layout(const epcomm_cuda_layout& call, cudaStream_t stream);
 int launch_dispatch(const epcomm_cuda_dispatch& call, cudaStream_t stream);
 int launch_combine(const epcomm_cuda_combine& call, cudaStream_t stream);
 int launch_calibrate(const epcomm_cuda_calibrate& call, cudaStream_t stream);
-int load_layout();
 int load_dispatch();
 int load_combine();
 int launch_two_hop_layout(const epcomm_cuda_two_hop_layout& all, cudaStream_t stream);
@@ -61,17 +59,10 @@ int64_t epcomm_cuda_refused_offset(int32_t num_nodes, int32_t num_ranks, int32_t
 }
 
 int epcomm_cuda_load(void) {
-    int error = epcomm::load_layout();
-    if (error == 0) error = epcomm::load_dispatch();
+    int error = epcomm::load_dispatch();
     if (error == 0) error = epcomm::load_combine();
     if (error == 0) error = epcomm::load_calibrate();
     return error;
-}
-
-int epcomm_cuda_launch_layout(const epcomm_cuda_layout* call, epcomm_cuda_sequence* sequence,
-                              void* stream) {
-    const int error = epcomm::launch_layout(*call, static_cast<cudaStream_t>(stream));
-    return error == 0 ? epcomm::leave(sequence, stream) : error;
 }
 
 int epcomm_cuda_launch_dispatch(const epcomm_cuda_dispatch* call, epcomm_cuda_sequence* sequence,
@@ -84,15 +75,6 @@ int epcomm_cuda_launch_combine(const epcomm_cuda_combine* call, epcomm_cuda_sequ
                                void* stream) {
     const int error = epcomm::launch_combine(*call, static_cast<cudaStream_t>(stream));
     return error == 0 ? epcomm::leave(sequence, stream) : error;
-}
-
-int epcomm_cuda_launch_first(const epcomm_cuda_layout* layout, epcomm_cuda_dispatch* call,
-                             epcomm_cuda_sequence* sequence, void* stream) {
-    call->announcement = layout->announcement;
-    call->number = layout->number;
-    call->routes = layout->routes;
-    const int error = epcomm::launch_layout(*layout, static_cast<cudaStream_t>(stream));
-    return error == 0 ? epcomm_cuda_launch_dispatch(call, sequence, stream) : error;
 }
 
 int epcomm_cuda_load_two_hop(void) {

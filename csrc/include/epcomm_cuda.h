@@ -100,8 +100,8 @@ typedef struct {
     epcomm_cuda_error error;
     // Used by the owner's kernels alone.
     epcomm_cuda_counter epoch;    ///< calls finished; the next call is this + 1
-    epcomm_cuda_counter counted;  ///< epoch in which all blocks have counted
-    uint32_t counting;            ///< blocks that have counted
+    epcomm_cuda_counter counted;  ///< meetings that all blocks have come to, by epoch
+    uint32_t counting;            ///< blocks that have come to the next
     uint32_t leaving;             ///< blocks that are done
     uint32_t dealt;               ///< tokens handed out beyond the first of every warp
     int32_t bad_choice;           ///< smallest offending token * K + k, or INT32_MAX
@@ -167,7 +167,7 @@ typedef struct {
     int32_t max_dests;  ///< D
 } epcomm_cuda_routes;
 
-/// First call: count, announce, and find the row of every copy.
+/// First call among nodes, its first kernel: count, announce, and find the row of every copy.
 typedef struct {
     epcomm_cuda_world world;
     epcomm_announcement announcement;  ///< `epoch` is filled in by the kernel
@@ -178,7 +178,8 @@ typedef struct {
     int32_t reserved;
 } epcomm_cuda_layout;
 
-/// Data: store every copy at its place, signal, wait for all peers' rows.
+/// Store every copy at its place, signal, wait for all peers' rows. A first call inside a node
+/// does before what a layout kernel does among nodes.
 typedef struct {
     epcomm_cuda_world world;
     epcomm_announcement announcement;
@@ -190,7 +191,7 @@ typedef struct {
     const float* topk_weights;  ///< [T, K]
     int32_t row_in_bytes;
     int32_t input_format;  ///< epcomm_format of x
-    int32_t announce;      ///< cached handle: nothing was announced for this epoch yet
+    int32_t announce;      ///< cached handle: only announce before; 0: a first call
     int32_t num_blocks;
     int32_t num_warps;
     int32_t stages;  ///< rows in flight per warp, 1 to 4; fewer if they do not fit
@@ -270,17 +271,10 @@ EPCOMM_API void epcomm_cuda_sequence_close(epcomm_cuda_sequence* sequence);
 EPCOMM_API int epcomm_cuda_enter(epcomm_cuda_sequence* sequence, void* stream, uint64_t* capture);
 
 /// Launch a call's kernel on the stream last entered with.
-EPCOMM_API int epcomm_cuda_launch_layout(const epcomm_cuda_layout* call,
-                                         epcomm_cuda_sequence* sequence, void* stream);
 EPCOMM_API int epcomm_cuda_launch_dispatch(const epcomm_cuda_dispatch* call,
                                            epcomm_cuda_sequence* sequence, void* stream);
 EPCOMM_API int epcomm_cuda_launch_combine(const epcomm_cuda_combine* call,
                                           epcomm_cuda_sequence* sequence, void* stream);
-
-/// Both kernels of a first dispatch: `call` gets its announcement, number and routes from `layout`.
-EPCOMM_API int epcomm_cuda_launch_first(const epcomm_cuda_layout* layout,
-                                        epcomm_cuda_dispatch* call, epcomm_cuda_sequence* sequence,
-                                        void* stream);
 
 /// Events without timing. `query` returns cudaErrorNotReady before the event has happened.
 EPCOMM_API int epcomm_cuda_event_open(void** event);

@@ -191,9 +191,17 @@ __device__ inline int judge_routes(const epcomm_cuda_routes& routes) {
 
 /// Free windows of the rank that has fewest; announced in `window_fd`. One thread.
 __device__ inline int fewest_free_windows(const epcomm_cuda_world& world, uint64_t epoch) {
+    constexpr int kTogether = 8;  // loads under way
     int fewest = INT32_MAX;
-    for (int r = 0; r < world.num_ranks; ++r) {
-        fewest = min(fewest, announcement_from(world, r, epoch)->window_fd);
+    for (int first = 0; first < world.num_ranks; first += kTogether) {
+        int free[kTogether];
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+            const int r = min(first + i, world.num_ranks - 1);
+            free[i] = announcement_from(world, r, epoch)->window_fd;
+        }
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) fewest = min(fewest, free[i]);
     }
     return fewest;
 }

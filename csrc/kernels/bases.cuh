@@ -5,16 +5,57 @@
 
 namespace epcomm {
 
+/// Inclusive sum over the lanes up to this one. The whole warp.
+__device__ __forceinline__ int sum_to_lane(int value) {
+    for (int step = 1; step < 32; step *= 2) {
+        const int lower = __shfl_up_sync(kWarp, value, step);
+        if (lane_id() >= step) value += lower;
+    }
+    return value;
+}
+
+/// What `source` announced of its rows, by rank and then by expert.
+__device__ __forceinline__ const int32_t* rows_from(const epcomm_cuda_world& world, int source,
+                                                    uint64_t epoch) {
+    return rank_rows_of(world, announcement_from(world, source, epoch));
+}
+
+/// The sum over all sources of entry `i`; `before` (if wanted): over the ranks below this one.
+__device__ inline int sum_of_sources(const epcomm_cuda_world& world, uint64_t epoch, int i,
+                                     int* before = nullptr) {
+    constexpr int kTogether = 8;  // loads under way
+    int total = 0;
+    for (int first = 0; first < world.num_ranks; first += kTogether) {
+        int value[kTogether];
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+            const int s = first + j;
+            value[j] = s < world.num_ranks ? rows_from(world, s, epoch)[i] : 0;
+        }
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+            if (before != nullptr && first + j == world.rank) *before = total;
+            total += value[j];
+        }
+    }
+    return total;
+}
+
 /// rows[r] = rows rank r will hold (layout rank); base[r] = first row of this rank's copies there.
+/// A warp per rank, a lane per source.
 __device__ inline void bases_by_rank(const epcomm_cuda_world& world, uint64_t epoch, int* rows,
                                      int* base) {
-    for (int r = int(threadIdx.x); r < world.num_ranks; r += int(blockDim.x)) {
+    const int R = world.num_ranks, lane = lane_id();
+    for (int r = warp_id(); r < R; r += int(blockDim.x >> 5)) {
         int total = 0;
-        for (int s = 0; s < world.num_ranks; ++s) {
-            if (s == world.rank) base[r] = total;
-            total += rank_rows_of(world, announcement_from(world, s, epoch))[r];
+        for (int first = 0; first < R; first += 32) {
+            const int s = first + lane;
+            const int count = s < R ? rows_from(world, s, epoch)[r] : 0;
+            const int sum = sum_to_lane(count);
+            if (s == world.rank) base[r] = total + sum - count;
+            total += __shfl_sync(kWarp, sum, 31);
         }
-        rows[r] = total;
+        if (lane == 0) rows[r] = total;
     }
 }
 
@@ -30,19 +71,9 @@ __device__ inline void bases_by_expert(const epcomm_cuda_world& world, int align
         for (int chunk = 0; chunk < per_rank; chunk += 32) {
             const int local = chunk + lane, expert = r * per_rank + local;
             int total = 0, before = 0;
-            if (local < per_rank) {
-                for (int s = 0; s < R; ++s) {
-                    if (s == world.rank) before = total;
-                    epcomm_announcement* theirs = announcement_from(world, s, epoch);
-                    total += rank_rows_of(world, theirs)[R + expert];
-                }
-            }
+            if (local < per_rank) total = sum_of_sources(world, epoch, R + expert, &before);
             const int padded = (total + alignment - 1) / alignment * alignment;
-            int sum = padded;  // inclusive prefix sum over the lanes
-            for (int step = 1; step < 32; step *= 2) {
-                const int lower = __shfl_up_sync(kWarp, sum, step);
-                if (lane >= step) sum += lower;
-            }
+            const int sum = sum_to_lane(padded);
             if (local < per_rank) {
                 base[expert] = start + sum - padded + before;
                 if (r == world.rank && starts != nullptr) {
@@ -64,12 +95,7 @@ __device__ inline void count_local_experts(const epcomm_cuda_world& world, uint6
                                            int32_t* counts) {
     const int R = world.num_ranks, per_rank = world.num_experts / R;
     for (int local = int(threadIdx.x); local < per_rank; local += int(blockDim.x)) {
-        int total = 0;
-        for (int s = 0; s < R; ++s) {
-            total += rank_rows_of(
-                world, announcement_from(world, s, epoch))[R + world.rank * per_rank + local];
-        }
-        counts[local] = total;
+        counts[local] = sum_of_sources(world, epoch, R + world.rank * per_rank + local);
     }
 }
 

@@ -2,12 +2,15 @@
 //
 // A warp owns a contiguous share of the tokens, 32 at a time, one a lane. Counts are sums of
 // integers, so the shared-memory adds below give the same result in any order; places (place.cuh)
-// come from prefix sums only.
+// come from prefix sums only. Little is computed and much is waited for: loads that do not depend
+// on each other are all issued before the first is used.
 #pragma once
 
 #include "wait.cuh"
 
 namespace epcomm {
+
+constexpr int kLoadsTogether = 8;
 
 /// Tokens [begin, end) of this warp.
 struct Share {
@@ -15,59 +18,114 @@ struct Share {
     int end;
 };
 
-__device__ inline Share warp_share(int num_tokens) {
-    const int warps = int(gridDim.x * (blockDim.x >> 5));
-    const int warp = int(blockIdx.x * (blockDim.x >> 5)) + warp_id();
+/// The first `each` warps of every block share the tokens, in order; for one of these.
+__device__ inline Share warp_share(int num_tokens, int each) {
+    const int warps = int(gridDim.x) * each;
+    const int warp = int(blockIdx.x) * each + warp_id();
     const int groups = (num_tokens + 31) / 32;
     // Groups of 32 are dealt as evenly as possible, in order.
-    const int each = groups / warps, rest = groups % warps;
-    const int first = warp * each + min(warp, rest);
-    const int count = each + (warp < rest ? 1 : 0);
+    const int few = groups / warps, rest = groups % warps;
+    const int first = warp * few + min(warp, rest);
+    const int count = few + (warp < rest ? 1 : 0);
     return {min(first * 32, num_tokens), min((first + count) * 32, num_tokens)};
 }
 
-/// Bit r: the lane's token has an expert on rank r. With `bad_choice`, the place of an id out of
-/// range or chosen before by the same token is left there.
-__device__ inline uint64_t rank_mask(const epcomm_cuda_layout& call, int token, int* expert_bins,
-                                     int32_t* bad_choice) {
+__device__ inline Share warp_share(int num_tokens) {
+    return warp_share(num_tokens, int(blockDim.x >> 5));
+}
+
+/// The sum of `count` values, `stride` apart.
+__device__ inline int column_sum(const int32_t* column, int64_t stride, int count) {
+    int sum = 0;
+    for (int first = 0; first < count; first += kLoadsTogether) {
+        int value[kLoadsTogether];
+#pragma unroll
+        for (int i = 0; i < kLoadsTogether; ++i) {
+            value[i] = first + i < count ? column[(first + i) * stride] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kLoadsTogether; ++i) sum += value[i];
+    }
+    return sum;
+}
+
+/// Some of a token's choices.
+struct Ids {
+    int64_t id[kLoadsTogether];  ///< -1 beyond the last
+};
+
+/// Choices `first` and following of `token`; none for a token that is not `inside`.
+template <class Call>
+__device__ __forceinline__ Ids load_ids(const Call& call, int token, int first, bool inside) {
     const int K = call.world.num_topk;
-    const int per_rank = call.world.num_experts / call.world.num_ranks;
-    const int64_t* ids = call.routes.topk_idx + int64_t(token) * K;
+    const int64_t* from = call.routes.topk_idx + int64_t(token) * K;
+    Ids ids;
+#pragma unroll
+    for (int i = 0; i < kLoadsTogether; ++i) {
+        ids.id[i] = inside && first + i < K ? from[first + i] : -1;
+    }
+    return ids;
+}
+
+/// Bit r: the token has an expert on rank r. `ids` are its first choices. With `bad_choice`, the
+/// place of an id out of range or chosen before by the same token is left there.
+template <class Call>
+__device__ inline uint64_t rank_mask(const Call& call, int token, Ids ids, bool inside,
+                                     int* expert_bins, int32_t* bad_choice) {
+    const int K = call.world.num_topk, E = call.world.num_experts;
+    const int per_rank = E / call.world.num_ranks;
     uint64_t mask = 0;
-    for (int k = 0; k < K; ++k) {
-        const int64_t id = ids[k];
-        if (id == -1) continue;
-        if (id < 0 || id >= call.world.num_experts) {
-            if (bad_choice != nullptr) atomicMin(bad_choice, token * K + k);
-            continue;
-        }
-        if (bad_choice != nullptr) {
-            for (int j = 0; j < k; ++j) {
-                if (ids[j] == id) atomicMin(bad_choice, token * K + k);
+    for (int first = 0; first < K; first += kLoadsTogether) {
+        if (first > 0) ids = load_ids(call, token, first, inside);
+#pragma unroll
+        for (int i = 0; i < kLoadsTogether; ++i) {
+            const int64_t id = ids.id[i];
+            if (id == -1) continue;
+            bool bad = id < 0 || id >= E;
+            if (!bad) {
+                mask |= 1ull << (int(id) / per_rank);
+                if (expert_bins != nullptr) atomicAdd(&expert_bins[id], 1);
             }
+            if (bad_choice == nullptr) continue;
+#pragma unroll
+            for (int j = 0; j < i; ++j) bad = bad || ids.id[j] == id;
+            for (int j = 0; j < first; ++j) {
+                bad = bad || call.routes.topk_idx[int64_t(token) * K + j] == id;
+            }
+            if (bad) atomicMin(bad_choice, token * K + first + i);
         }
-        mask |= 1ull << (int(id) / per_rank);
-        if (expert_bins != nullptr) atomicAdd(&expert_bins[id], 1);
     }
     return mask;
 }
 
+/// Call `visit(token, mask)` for a share's tokens, one a lane; the mask beyond the share is 0.
+template <class Call, class Visit>
+__device__ __forceinline__ void for_tokens(const Call& call, const Share& share, int* expert_bins,
+                                           int32_t* bad_choice, Visit&& visit) {
+    const int lane = lane_id();
+    Ids coming = load_ids(call, share.begin + lane, 0, share.begin + lane < share.end);
+    for (int t = share.begin; t < share.end; t += 32) {
+        const int token = t + lane;
+        const Ids ids = coming;
+        coming = load_ids(call, token + 32, 0, token + 32 < share.end);
+        visit(token, rank_mask(call, token, ids, token < share.end, expert_bins, bad_choice));
+    }
+}
+
 /// Count this warp's share: `rank_bins[R]` is the warp's own, `expert_bins[E]` may be shared.
-__device__ inline void count_share(const epcomm_cuda_layout& call, int* rank_bins,
+template <class Call>
+__device__ inline void count_share(const Call& call, const Share& share, int* rank_bins,
                                    int* expert_bins) {
     const int R = call.world.num_ranks, lane = lane_id();
-    const Share share = warp_share(call.routes.num_tokens);
     int low = 0, high = 0;  // counts of rank `lane` and of rank 32 + `lane`
-    for (int t = share.begin; t < share.end; t += 32) {
-        const uint64_t mask = t + lane < share.end ? rank_mask(call, t + lane, expert_bins,
-                                                               &own_control(call.world)->bad_choice)
-                                                   : 0;
-        for (int r = 0; r < R; ++r) {
-            const int tokens = __popc(__ballot_sync(kWarp, (mask >> r) & 1));
-            if (r == lane) low += tokens;
-            if (r == lane + 32) high += tokens;
-        }
-    }
+    for_tokens(call, share, expert_bins, &own_control(call.world)->bad_choice,
+               [&](int, uint64_t mask) {
+                   for (int r = 0; r < R; ++r) {
+                       const int tokens = __popc(__ballot_sync(kWarp, (mask >> r) & 1));
+                       if (r == lane) low += tokens;
+                       if (r == lane + 32) high += tokens;
+                   }
+               });
     if (lane < R) rank_bins[lane] = low;
     if (lane + 32 < R) rank_bins[lane + 32] = high;
 }

@@ -16,6 +16,7 @@ enum DelayPlace {
     kDelayMoved = 5,      ///< a warp's work is done, its block has not met
     kDelaySignal = 6,     ///< all blocks are done, the peers do not know
     kDelayFinish = 7,     ///< the peers are done, the call is not counted as finished
+    kDelayPlaced = 8,     ///< layout: this block's copies have their rows, the blocks have not met
 };
 
 /// A number that depends on every bit of `x` (the finalizer of splitmix64).

@@ -6,22 +6,38 @@
 
 namespace epcomm {
 
-/// All blocks of the launch meet (once an epoch; all are resident, the host saw to that).
-__device__ inline bool meet(const epcomm_cuda_world& world, const Waiting& what) {
-    __shared__ bool ok;
+/// Where the blocks of a launch meet, in this order; all are resident, the host saw to that.
+enum Meeting { kCounted = 0, kPlaced = 1, kMeetings = 2 };
+
+/// This block has come to a meeting. What it stored is seen by those that wait for the others.
+__device__ inline void arrive(const epcomm_cuda_world& world, uint64_t epoch, Meeting meeting) {
     epcomm_cuda_control* own = own_control(world);
     __syncthreads();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x != 0) return;
+    __threadfence();
+    // atomicInc returns to 0 by itself after the last block.
+    if (atomicInc(&own->counting, gridDim.x - 1) == gridDim.x - 1) {
         __threadfence();
-        // atomicInc returns to 0 by itself after the last block.
-        if (atomicInc(&own->counting, gridDim.x - 1) == gridDim.x - 1) {
-            __threadfence();
-            store_release(&own->counted.value, what.epoch);
-        }
-        ok = wait_counter(world, &own->counted.value, what.epoch, world.rank, what);
+        store_release(&own->counted.value, epoch * kMeetings + meeting);
+    }
+}
+
+/// Wait until all blocks have come. The whole block.
+__device__ inline bool wait_blocks(const epcomm_cuda_world& world, Meeting meeting,
+                                   const Waiting& what) {
+    __shared__ bool ok;
+    if (threadIdx.x == 0) {
+        ok = wait_counter(world, &own_control(world)->counted.value,
+                          what.epoch * kMeetings + meeting, world.rank, what);
     }
     __syncthreads();
     return ok;
+}
+
+/// All blocks of the launch meet, once an epoch.
+__device__ inline bool meet(const epcomm_cuda_world& world, const Waiting& what) {
+    arrive(world, what.epoch, kCounted);
+    return wait_blocks(world, kCounted, what);
 }
 
 /// Called by every block when its work is done. True in the last one, which then sees what all

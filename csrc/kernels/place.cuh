@@ -6,14 +6,12 @@
 namespace epcomm {
 
 /// Layout "rank". `next[R]` (this warp's) holds the row of the share's first copy at every rank.
-__device__ inline void place_by_rank(const epcomm_cuda_layout& call, const int* next) {
+template <class Call>
+__device__ inline void place_by_rank(const Call& call, const Share& share, const int* next) {
     const int R = call.world.num_ranks, D = call.routes.max_dests, lane = lane_id();
-    const Share share = warp_share(call.routes.num_tokens);
     int low = lane < R ? next[lane] : 0;
     int high = lane + 32 < R ? next[lane + 32] : 0;
-    for (int t = share.begin; t < share.end; t += 32) {
-        const int token = t + lane;
-        const uint64_t mask = token < share.end ? rank_mask(call, token, nullptr, nullptr) : 0;
+    for_tokens(call, share, nullptr, nullptr, [&](int token, uint64_t mask) {
         epcomm_cuda_dest* list = call.routes.dests + int64_t(token) * D;
         int length = 0;
         for (int r = 0; r < R; ++r) {
@@ -30,20 +28,43 @@ __device__ inline void place_by_rank(const epcomm_cuda_layout& call, const int* 
         if (token < share.end) {
             for (; length < D; ++length) list[length] = {int16_t(-1), int16_t(-1), -1};
         }
+    });
+}
+
+/// Layout "expert": where choice `k` stands in its token's list: after all copies of lower ranks,
+/// and those of the same rank by an earlier choice. Dropped choices fill the end.
+template <class Call>
+__device__ inline int place_in_list(const Call& call, int token, int k, int expert) {
+    const int K = call.world.num_topk, E = call.world.num_experts;
+    const int per_rank = E / call.world.num_ranks, rank = expert / per_rank;
+    int position = 0;
+    for (int first = 0; first < K; first += kLoadsTogether) {
+        const Ids ids = load_ids(call, token, first, true);
+#pragma unroll
+        for (int i = 0; i < kLoadsTogether; ++i) {
+            const bool valid = ids.id[i] >= 0 && ids.id[i] < E;
+            const int other = valid ? int(ids.id[i]) / per_rank : 0;
+            if (expert < 0) {
+                position += valid || (first + i < k);
+            } else {
+                position += valid && (other < rank || (other == rank && first + i < k));
+            }
+        }
     }
+    return position;
 }
 
 /// Layout "expert". `next[E]` (this warp's, shared memory) holds the row of the share's first copy
 /// at every expert. A step takes 32 choices in (token, choice) order, one a lane.
-__device__ inline void place_by_expert(const epcomm_cuda_layout& call, int* next) {
+template <class Call>
+__device__ inline void place_by_expert(const Call& call, const Share& share, int* next) {
     const int K = call.world.num_topk, D = call.routes.max_dests, lane = lane_id();
     const int E = call.world.num_experts, per_rank = E / call.world.num_ranks;
-    const Share share = warp_share(call.routes.num_tokens);
     const int64_t begin = int64_t(share.begin) * K, end = int64_t(share.end) * K;
+    int64_t coming = begin + lane < end ? call.routes.topk_idx[begin + lane] : -1;
     for (int64_t step = begin; step < end; step += 32) {
-        const int64_t choice = step + lane;
-        const bool inside = choice < end;
-        const int64_t id = inside ? call.routes.topk_idx[choice] : -1;
+        const int64_t choice = step + lane, id = coming;
+        coming = choice + 32 < end ? call.routes.topk_idx[choice + 32] : -1;
         const bool goes = id >= 0 && id < E;
         const int expert = goes ? int(id) : -1;
         const unsigned same = __match_any_sync(kWarp, expert);
@@ -53,28 +74,14 @@ __device__ inline void place_by_expert(const epcomm_cuda_layout& call, int* next
         __syncwarp();
         if (goes && before == 0) next[expert] += __popc(same);
         __syncwarp();
-        if (!inside) continue;
-        const int64_t token = choice / K;
-        const int k = int(choice % K);
-        const int64_t* ids = call.routes.topk_idx + token * K;
-        // The copy's place in the token's list: after all copies of lower ranks, and those of
-        // the same rank by an earlier choice. Dropped choices fill the end.
-        int position = 0, kept = 0;
-        for (int j = 0; j < K; ++j) {
-            const int64_t other = ids[j];
-            const bool valid = other >= 0 && other < E;
-            kept += valid;
-            if (goes ? valid : !valid) {
-                const int rank = goes ? int(other) / per_rank : 0;
-                const int mine = goes ? expert / per_rank : 0;
-                position += rank < mine || (rank == mine && j < k);
-            }
-        }
-        epcomm_cuda_dest* list = call.routes.dests + token * D;
+        if (choice >= end) continue;
+        const int token = int(choice / K), k = int(choice % K);
+        epcomm_cuda_dest* list = call.routes.dests + int64_t(token) * D;
+        const int position = place_in_list(call, token, k, expert);
         if (goes) {
             list[position] = {int16_t(expert / per_rank), int16_t(k), row};
         } else {
-            list[kept + position] = {int16_t(-1), int16_t(-1), -1};
+            list[position] = {int16_t(-1), int16_t(-1), -1};
         }
     }
 }

@@ -5,8 +5,9 @@
 
 namespace epcomm {
 
-/// Tell the host the verdict and this rank's row counts. Block 0.
-__device__ inline void report_prepared(const epcomm_cuda_layout& call, int verdict, const int* rows,
+/// Tell the host the verdict and this rank's row counts. The whole block 0.
+template <class Call>
+__device__ inline void report_prepared(const Call& call, int verdict, const int* rows,
                                        uint64_t epoch) {
     const epcomm_cuda_world& world = call.world;
     auto* tokens_per_expert = reinterpret_cast<int32_t*>(world.report + 1);
@@ -14,7 +15,8 @@ __device__ inline void report_prepared(const epcomm_cuda_layout& call, int verdi
     for (int e = int(threadIdx.x); e < per_rank; e += int(blockDim.x)) {
         tokens_per_expert[e] = call.routes.group_count[e];
     }
-    __threadfence_system();
+    // The barrier orders the block's stores before the release, which is cumulative: a store to the
+    // host's memory takes a microsecond to be fenced.
     __syncthreads();
     if (threadIdx.x == 0) {
         const int bad = own_control(world)->bad_choice;
@@ -25,7 +27,6 @@ __device__ inline void report_prepared(const epcomm_cuda_layout& call, int verdi
         world.report->max_rows = largest;
         world.report->bad_choice = bad == INT32_MAX ? -1 : bad;
         own_control(world)->bad_choice = INT32_MAX;
-        __threadfence_system();
         report_verdict(world, verdict, epoch, call.number);
     }
 }

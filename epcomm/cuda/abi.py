@@ -44,10 +44,9 @@ def _declare() -> None:
         ctypes.c_uint64,
     ]
     library.epcomm_cuda_announcement_offset.restype = ctypes.c_int64
-    for name in ("layout", "dispatch", "combine"):
-        for kind in (name, f"two_hop_{name}"):
-            getattr(library, f"epcomm_cuda_launch_{kind}").argtypes = [ctypes.c_void_p] * 3
-    library.epcomm_cuda_launch_first.argtypes = [ctypes.c_void_p] * 4
+    kernels = ("dispatch", "combine", "two_hop_layout", "two_hop_dispatch", "two_hop_combine")
+    for name in kernels:
+        getattr(library, f"epcomm_cuda_launch_{name}").argtypes = [ctypes.c_void_p] * 3
     library.epcomm_cuda_sequence_open.argtypes = [ctypes.c_void_p]
     library.epcomm_cuda_sequence_close.argtypes = [ctypes.c_void_p]
     library.epcomm_cuda_sequence_close.restype = None

@@ -81,7 +81,7 @@ class _Received:
         return self._rows if state.fixed_rows < 0 else state.routes.count_rows()
 
     def time(self) -> dict[str, float]:
-        return self._core.time(self._number, self._form.first is not None)
+        return self._core.time(self._number, self._form.first)
 
     def count(self) -> Any:
         form = self._form

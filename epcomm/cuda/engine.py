@@ -1,4 +1,4 @@
-"""One rank's CUDA state: control blocks, windows, and the launches of the three kernels.
+"""One rank's CUDA state: control blocks, windows, and the launches of the kernels.
 
 Everything here is asynchronous on the caller's stream but for :meth:`Engine.wait_prepared`.
 """
@@ -20,10 +20,9 @@ from .routes import Routes, RoutesMemory, Shape
 from .scaleout import ScaleOut
 from .two_hop import Hops
 
-_KERNELS = ("first", "layout", "dispatch", "combine")
 _LAUNCH: dict[str, Any] = {
     name: getattr(native.library, f"epcomm_cuda_launch_{name}", None)
-    for name in (*_KERNELS, *(f"two_hop_{kernel}" for kernel in _KERNELS[1:]))
+    for name in ("dispatch", "combine", "two_hop_layout", "two_hop_dispatch", "two_hop_combine")
 }
 
 #: Device addresses: rows, scales and top-k weights, 0 for what there is not.
@@ -211,21 +210,13 @@ class Engine:
         routes = Routes(
             self.shape, topk_idx, form.max_dests, form.by_expert, self.number, memory, stream
         )
-        first = form.first
-        assert first is not None
-        self._announce(first, routes.num_tokens, 0, window)
-        first.call.routes = routes.block
-        moves = self._fill(form, data)
-        if self.scale_out is None:
-            code = _LAUNCH["first"](first.address, moves.address, self._sequence_at, stream)
-            if code != 0:
-                abi.check(code, "launching a first dispatch")
-            return routes
-        routes.hops = self.scale_out.make_hops(routes.num_tokens, form.agreed.layout)
-        self._launch("layout", first, stream, routes.hops)
-        self._announce(moves, routes.num_tokens, 0, window)
-        moves.call.routes = routes.block
-        self._launch("dispatch", moves, stream, routes.hops)
+        if form.layout is not None:
+            assert self.scale_out is not None
+            routes.hops = self.scale_out.make_hops(routes.num_tokens, form.agreed.layout)
+            self._announce(form.layout, routes.num_tokens, 0, window)
+            form.layout.call.routes = routes.block
+            self._launch("layout", form.layout, stream, routes.hops)
+        self._move(form, routes, 0, window, stream, data)
         return routes
 
     def dispatch_again(
@@ -238,16 +229,23 @@ class Engine:
     ) -> None:
         """Announce and move the rows along routes that are known. Arguments as of dispatch."""
         self.number += 1
-        moves = self._fill(form, data)
-        self._announce(moves, routes.num_tokens, routes.number, window)
-        moves.call.routes = routes.block
-        self._launch("dispatch", moves, stream, routes.hops)
+        self._move(form, routes, routes.number, window, stream, data)
 
-    @staticmethod
-    def _fill(form: DispatchForm, data: Data) -> Block:
-        call = form.data.call
+    def _move(
+        self,
+        form: DispatchForm,
+        routes: Routes,
+        handle: int,
+        window: int | None,
+        stream: int,
+        data: Data,
+    ) -> None:
+        block = form.block
+        self._announce(block, routes.num_tokens, handle, window)
+        call = block.call
+        call.routes = routes.block
         call.x, call.scales, call.topk_weights = data
-        return form.data
+        self._launch("dispatch", block, stream, routes.hops)
 
     def wait_prepared(self, timeout: float) -> int:
         """Wait for the verdict on the last dispatch. Returns 0, 1 (failed) or 2 (too late).

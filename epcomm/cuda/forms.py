@@ -85,8 +85,9 @@ class DispatchForm:
         scale_words: of a row, 4 bytes each.
         row_bytes: of an output row and its scales.
         max_dests: D, copies of a token at most.
-        first: parameters of the layout kernel; None: of a cached dispatch.
-        data: parameters of the dispatch kernel.
+        first: whether routes have to be found; a cached dispatch has them.
+        layout: parameters of the kernel that finds them; None: there is none, or need not be.
+        block: parameters of the dispatch kernel.
     """
 
     def __init__(self, forms: "Forms", agreed: Agreed, input_format: int) -> None:
@@ -111,13 +112,14 @@ class DispatchForm:
         self.max_dests = shape.num_topk
         if not self.by_expert and shape.topology.num_nodes == 1:
             self.max_dests = min(shape.num_topk, shape.num_ranks)
-        self.first: Block | None = None
-        if agreed.op == constants["OP_DISPATCH"]:
-            self.first = Block("layout", forms.world, agreed, tuning.num_sms)
-            self.first.call.row = row
-        self.data = Block("dispatch", forms.world, agreed, tuning.num_sms)
-        call = self.data.call
-        call.row, call.announce = row, self.first is None
+        self.first = agreed.op == constants["OP_DISPATCH"]
+        self.layout: Block | None = None
+        if self.first and shape.topology.num_nodes > 1:
+            self.layout = Block("layout", forms.world, agreed, tuning.num_sms)
+            self.layout.call.row = row
+        self.block = Block("dispatch", forms.world, agreed, tuning.num_sms)
+        call = self.block.call
+        call.row, call.announce = row, not self.first
         call.row_in_bytes = sizes.epcomm_payload_bytes(input_format, hidden)
         call.input_format = input_format
         packs = input_format != agreed.format

@@ -36,16 +36,16 @@ class Stream:
 
 @dataclass
 class Launch:
-    """A launch: kernels in order, each with its parameters (``epcomm_cuda_layout`` and so on)."""
+    """A launch of a kernel with its parameters (``epcomm_cuda_dispatch`` or ``_combine``)."""
 
-    names: tuple[str, ...]
-    blocks: tuple[Any, ...]
+    name: str
+    block: Any
     stream: int
     event: int
 
     @property
     def announcement(self) -> Any:
-        return self.blocks[0].announcement
+        return self.block.announcement
 
 
 @dataclass
@@ -89,15 +89,12 @@ class Library:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
-    def _note(self, sequence: int, stream: int, **kernels: int) -> int:
-        blocks = []
-        for name, address in kernels.items():
-            structure = abi.structures[name]
-            blocks.append(structure.from_buffer_copy(ctypes.string_at(
-                address, ctypes.sizeof(structure))))  # fmt: skip
+    def _note(self, name: str, address: int, sequence: int, stream: int) -> int:
+        structure = abi.structures[name]
+        block = structure.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(structure)))
         event = abi.structures["sequence"].from_address(sequence).next
-        self.gpu.launches.append(Launch(tuple(kernels), tuple(blocks), stream, event))
-        self._judge(blocks[0])
+        self.gpu.launches.append(Launch(name, block, stream, event))
+        self._judge(block)
         return 0
 
     def _judge(self, block: Any) -> None:
@@ -137,19 +134,11 @@ class Library:
         self.gpu.copies.append((to, source, num_bytes, stream))
         return 0
 
-    def epcomm_cuda_launch_first(self, layout: int, call: int, sequence: int, stream: int) -> int:
-        # As in csrc/cuda/api.cu.
-        given, moves = (abi.structures[n].from_address(a)
-                        for n, a in (("layout", layout), ("dispatch", call)))  # fmt: skip
-        moves.announcement, moves.routes = given.announcement, given.routes
-        moves.number = given.number
-        return self._note(sequence, stream, layout=layout, dispatch=call)
-
     def epcomm_cuda_launch_dispatch(self, call: int, sequence: int, stream: int) -> int:
-        return self._note(sequence, stream, dispatch=call)
+        return self._note("dispatch", call, sequence, stream)
 
     def epcomm_cuda_launch_combine(self, call: int, sequence: int, stream: int) -> int:
-        return self._note(sequence, stream, combine=call)
+        return self._note("combine", call, sequence, stream)
 
     def epcomm_cuda_wait_prepared(self, report: int, number: int, timeout_ns: int) -> int:
         assert abi.structures["report"].from_address(report).prepared == number

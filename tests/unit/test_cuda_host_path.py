@@ -65,14 +65,13 @@ def window_of(buffer, serial):
 def test_first_call_makes_windows_once_all_ranks_ask_for_them(buffer, gpu):
     got = buffer.dispatch(inputs(), choices(), WEIGHTS)
     asked, moved = gpu.launches
-    assert asked.names == moved.names == ("layout", "dispatch")
+    assert asked.name == moved.name == "dispatch"
     assert asked.announcement.window_bytes == 0
     address, num_bytes = window_of(buffer, moved.announcement.window_serial)
     assert moved.announcement.window_bytes == num_bytes
     assert moved.announcement.window_fd == 3  # of four
     assert got.x.data_ptr() == address
-    assert [b.number for b in asked.blocks] == [1, 1]
-    assert [b.number for b in moved.blocks] == [2, 2]
+    assert (asked.block.number, moved.block.number) == (1, 2)
     buffer.dispatch(inputs(), choices(), WEIGHTS)
     assert len(gpu.launches) == 3
 
@@ -100,12 +99,11 @@ def test_parameters_of_a_dispatch(buffer, gpu, name, weighted):
     again = buffer.dispatch(
         x, topk_weights=weights, handle=got.handle, quantize=options.get("quantize")
     )
-    layout, first = gpu.launches[-2].blocks
-    (cached,) = gpu.launches[-1].blocks
+    first, cached = (launch.block for launch in gpu.launches[-2:])
     routes = got.handle._state.routes
     rows, scales = x if isinstance(x, tuple) else (x, None)
     by_expert = options.get("layout") == "expert"
-    for block in (layout, first, cached):
+    for block in (first, cached):
         announced, row = block.announcement, block.row
         assert announced.op == constants["OP_CACHED_DISPATCH" if block is cached else "OP_DISPATCH"]
         assert announced.format == constants[f"FORMAT_{sent}"]
@@ -122,7 +120,7 @@ def test_parameters_of_a_dispatch(buffer, gpu, name, weighted):
         assert block.num_blocks == 16
         assert (block.world.rank, block.world.num_ranks) == (1, RANKS)
         assert bytes(block.routes) == bytes(routes.block)
-    assert layout.number == first.number == cached.number - 1
+    assert first.number == cached.number - 1
     for block in (first, cached):
         assert block.x == rows.data_ptr()
         assert (block.scales or 0) == (0 if scales is None else scales.data_ptr())
@@ -166,7 +164,7 @@ def test_narrow_ids_are_widened(buffer, gpu):
     got = buffer.dispatch(inputs(), choices(torch.int32))
     routes = got.handle._state.routes
     assert routes.topk_idx.dtype == torch.int64
-    assert gpu.launches[-1].blocks[0].routes.topk_idx == routes.topk_idx.data_ptr()
+    assert gpu.launches[-1].block.routes.topk_idx == routes.topk_idx.data_ptr()
 
 
 # Windows and results -----------------------------------------------------------------------
@@ -177,7 +175,7 @@ def test_tensors_lie_where_the_kernels_write(buffer, gpu):
     got = buffer.dispatch(inputs("pair"), choices(), WEIGHTS)
     window, _ = window_of(buffer, gpu.launches[-1].announcement.window_serial)
     parts = abi.structures["parts"]()
-    row = gpu.launches[-1].blocks[1].row
+    row = gpu.launches[-1].block.row
     native.library.epcomm_cuda_window_parts(ctypes.addressof(row), 5, ctypes.addressof(parts))
     for tensor, offset, shape, dtype in (
         (got.x, parts.rows, (5, HIDDEN), torch.float8_e4m3fn),
@@ -304,7 +302,7 @@ def test_parameters_of_a_combine(buffer, gpu):
     bias = tuple(torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16) for _ in range(2))
     weights, topk_weights = torch.ones(5), torch.ones(5, TOPK)
     got = buffer.combine(y, handle, weights=weights, topk_weights=topk_weights, bias=bias)
-    (block,) = gpu.launches[-1].blocks
+    block = gpu.launches[-1].block
     announced, routes = block.announcement, handle._state.routes
     window, _ = window_of(buffer, announced.window_serial)
     assert y.data_ptr() == window
@@ -324,7 +322,7 @@ def test_parameters_of_a_combine(buffer, gpu):
     # A plain combine along the same lines has none of that.
     out = torch.empty(TOKENS, HIDDEN, dtype=torch.bfloat16)
     buffer.combine(y, handle, out=out)
-    (block,) = gpu.launches[-1].blocks
+    block = gpu.launches[-1].block
     assert (block.announcement.with_weights, block.announcement.row_weights) == (0, 0)
     assert block.out == out.data_ptr()
     assert not any(block.bias)
@@ -459,14 +457,14 @@ def test_refused_arguments_are_announced_with_the_reason(buffer, gpu):
     with pytest.raises(TypeError, match="topk_idx"):
         buffer.dispatch(inputs(), choices().float())
     refused = gpu.launches[-1]
-    assert refused.names == ("dispatch",)
+    assert refused.name == "dispatch"
     assert refused.announcement.op == constants["OP_DISPATCH"]
     assert refused.announcement.status == constants["STATUS_REFUSED"]
     assert refused.announcement.reason.startswith(b"topk_idx: expected dtype")
-    assert refused.blocks[0].announce == 1
+    assert refused.block.announce == 1
     with pytest.raises(ValueError, match="x"):
         buffer.combine(torch.zeros(4, HIDDEN, dtype=torch.bfloat16), handle)
-    assert gpu.launches[-1].names == ("combine",)
+    assert gpu.launches[-1].name == "combine"
     assert gpu.launches[-1].announcement.status == constants["STATUS_REFUSED"]
     # The next call's announcement is not refused.
     buffer.dispatch(inputs(), handle=handle)
