@@ -1,0 +1,92 @@
+// The dispatch inside a node as host code, by loads and stores instead of bulk copies. Built into a
+// library that the tests drive from Python.
+#include <chrono>
+
+#include "../../csrc/kernels/dispatch.cuh"
+#include "cuda_emulation.h"
+
+extern "C" {
+
+int64_t epcomm_cuda_control_bytes(int32_t nodes, int32_t ranks, int32_t experts) {
+    return epcomm::announced_offset({nodes, ranks, experts}) +
+           ranks * int64_t(sizeof(epcomm_cuda_counter));
+}
+
+void epcomm_cuda_window_parts(const epcomm_cuda_row* row, int64_t rows, epcomm_cuda_parts* parts) {
+    *parts = epcomm::window_parts(*row, rows);
+}
+
+/// A launch of a rank's stream.
+typedef struct {
+    int32_t blocks;
+    int32_t warps;
+    int32_t layout_warps;
+    int32_t delay_us;  ///< before it
+    const epcomm_cuda_dispatch* call;
+} node_launch;
+
+}  // extern "C"
+
+namespace {
+
+struct Arguments {
+    epcomm_cuda_dispatch call;
+    epcomm::DispatchPlan plan;
+};
+
+template <int packing>
+void run_kernel(const void* pointer) {
+    const auto& arguments = *static_cast<const Arguments*>(pointer);
+    if (arguments.call.announce) {
+        epcomm::dispatch_kernel<packing, false>(arguments.call, arguments.plan);
+    } else {
+        epcomm::dispatch_kernel<packing, true>(arguments.call, arguments.plan);
+    }
+}
+
+void (*kernel_of(const epcomm_cuda_dispatch& call))(const void*) {
+    if (call.announcement.format == call.input_format) return run_kernel<0>;
+    return call.input_format == EPCOMM_FORMAT_BF16 ? run_kernel<1> : run_kernel<2>;
+}
+
+void run_launch(const node_launch& launch, uint64_t seed) {
+    Arguments arguments = {*launch.call, {}};
+    const bool packs = launch.call->announcement.format != launch.call->input_format;
+    arguments.plan.scale_bytes = packs ? launch.call->row.scale_bytes : 0;
+    arguments.plan.layout_warps = launch.layout_warps;
+    std::vector<std::unique_ptr<emulation::Block>> blocks;
+    std::vector<std::thread> threads;
+    for (int b = 0; b < launch.blocks; ++b) {
+        auto block = std::make_unique<emulation::Block>();
+        block->block.x = unsigned(b);
+        block->block_dim.x = unsigned(32 * launch.warps);
+        block->grid_dim.x = unsigned(launch.blocks);
+        block->random.seed(seed * 31 + unsigned(b));
+        block->kernel = &arguments;
+        block->run = kernel_of(*launch.call);
+        threads.emplace_back([of = block.get()] { emulation::run_block(*of); });
+        blocks.push_back(std::move(block));
+    }
+    for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace
+
+extern "C" {
+
+/// Run every rank's `count` launches, all ranks at once.
+void emulate_node(const node_launch* launches, int32_t num_ranks, int32_t count, uint64_t seed) {
+    std::vector<std::thread> threads;
+    for (int r = 0; r < num_ranks; ++r) {
+        threads.emplace_back([=] {
+            for (int i = 0; i < count; ++i) {
+                const node_launch& launch = launches[r * count + i];
+                std::this_thread::sleep_for(std::chrono::microseconds(launch.delay_us));
+                run_launch(launch, (seed * 1000 + unsigned(r)) * 100 + unsigned(i));
+            }
+        });
+    }
+    for (std::thread& thread : threads) thread.join();
+}
+
+}  // extern "C"
