@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # launch/bench.sh [--cpu] [options]: run the benchmark. Where a GPU is found, among ranks on the
-# machine's GPUs (several on one under a CUDA MPS of its own); otherwise, with --cpu or with several
-# --nodes, by default as 2 nodes of 4 ranks on this machine's cores.
+# machine's GPUs (several on one under a CUDA MPS of its own), with --nodes 2 or more as that many
+# virtual nodes; otherwise, or with --cpu, by default as 2 nodes of 4 ranks on this machine's cores.
 # --help lists the options of the one that would run.
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$EPCOMM_ROOT"
 
-cpu='' help='' arguments=()
+cpu='' help='' between='' arguments=()
 while [[ $# -gt 0 ]]; do
     case $1 in
         --cpu) cpu=1 ;;
@@ -21,8 +21,7 @@ while [[ $# -gt 0 ]]; do
                 arguments+=("$2")
                 shift
             fi
-            # The GPUs of one node are all that the CUDA back end reaches.
-            [[ $nodes == 1 ]] || cpu=1
+            [[ $nodes == 1 ]] || between=1
             ;;
         *) arguments+=("$1") ;;
     esac
@@ -31,11 +30,16 @@ done
 set -- ${arguments[@]+"${arguments[@]}"}
 
 if [[ -z $cpu ]] && gpu_job; then
-    [[ -z $help ]] || exec python -m benchmarks.gpu.options 0 0 --help
+    options=benchmarks.gpu.${between:+nodes_}options
+    [[ -z $help ]] || exec python -m "$options" 0 0 --help
     read -r gpus sms _ < <(find_gpus)
-    launch=$(python -m benchmarks.gpu.options "$gpus" "$sms" "$@")
+    launch=$(python -m "$options" "$gpus" "$sms" "$@")
     read -r ranks rank_sms settings <<<"$launch"
     warm_up
+    if [[ -n $between ]]; then
+        exec bash launch/gpu.sh -n "$ranks" --sms "$rank_sms" python -m mpi4py \
+            -m benchmarks.gpu_between "$@"
+    fi
     # shellcheck disable=SC2086  # one word for each setting
     exec bash launch/gpu.sh -n "$ranks" --sms "$rank_sms" python -m mpi4py \
         -m benchmarks.gpu_inside "$@" --settings $settings

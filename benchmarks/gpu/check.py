@@ -26,9 +26,9 @@ class _Done:
     returned: CombineResult | None
 
 
-def check_small(comm: Any, shape: Shape, sms: int) -> None:
+def check_small(comm: Any, shape: Shape, sms: int, fabric: str = "auto") -> None:
     """Every byte of an exchange small enough for the oracle; collective."""
-    with Exchange(comm, replace(shape, tokens=24, hidden=272), sms) as exchange:
+    with Exchange(comm, replace(shape, tokens=24, hidden=272), sms, fabric=fabric) as exchange:
         check(exchange, np.arange(24))
 
 
@@ -89,14 +89,21 @@ def check_every_row(exchange: Exchange, form: Form, received: DispatchResult) ->
 def check_sums(exchange: Exchange, got_TH: torch.Tensor, factors: list[float]) -> None:
     """Compare all sums with those of rows that every rank returned times its factor.
 
-    The sum is float32, in rank order, rounded once.
+    Sums are float32, in rank order in a node, then in node order, and rounded once; what comes from
+    another node is also rounded on its way.
     """
     shape, inputs = exchange.shape, exchange.inputs
     rank_TK = torch.div(inputs.topk_idx, shape.experts_per_rank, rounding_mode="floor")
     total_TH = torch.zeros(got_TH.shape, dtype=torch.float32, device=got_TH.device)
-    for rank, factor in enumerate(factors):
-        goes_T = (rank_TK == rank).any(dim=1, keepdim=True)
-        total_TH = torch.where(goes_T, total_TH + (inputs.rows[0] * factor).float(), total_TH)
+    home = exchange.comm.rank // shape.ranks_per_node
+    for node in range(shape.nodes):
+        part_TH = torch.zeros_like(total_TH)
+        first = node * shape.ranks_per_node
+        for rank in range(first, first + shape.ranks_per_node):
+            goes_T = (rank_TK == rank).any(dim=1, keepdim=True)
+            row_TH = (inputs.rows[0] * factors[rank]).float()
+            part_TH = torch.where(goes_T, part_TH + row_TH, part_TH)
+        total_TH += part_TH if node == home else part_TH.bfloat16().float()
     differ = (got_TH != total_TH.bfloat16()).any(dim=1)
     if bool(differ.any()):
         raise VerificationError(f"sums: {int(differ.sum())} of {len(differ)} rows differ")

@@ -76,6 +76,7 @@ class Exchange:
         comm: the ranks.
         shape: what is exchanged.
         sms: of each rank.
+        fabric: what carries records between nodes, as Buffer takes it.
         inputs: of this rank.
         handle: routes for cached calls.
         num_rows: this rank receives.
@@ -91,21 +92,25 @@ class Exchange:
         sms: int,
         timeout: float = 20.0,
         device: Literal["cuda", "cpu"] = "cuda",
+        fabric: str = "auto",
     ) -> None:
         self.comm = comm
         self.shape = shape
         self.sms = sms
-        # The number of ranks changes nothing about what one of them draws.
-        self.inputs = _gpu_inputs(replace(shape, ranks=1), comm.rank, device)
+        self.fabric = fabric
+        # Who the ranks are changes nothing about what one of them draws.
+        self.inputs = _gpu_inputs(replace(shape, ranks=1, nodes=1), comm.rank, device)
         self.buffer = Buffer(
             comm,
             hidden=shape.hidden,
             num_experts=shape.experts,
             num_topk=shape.topk,
             max_tokens=shape.tokens,
+            ranks_per_node=shape.ranks_per_node,
             backend=device,
             num_sms=sms,
             timeout=timeout,
+            fabric=fabric,
         )
         first = self.first("BF16", 0)
         self.handle: Handle = first.handle
@@ -142,6 +147,11 @@ class Exchange:
         """Sum the rows; ``turn`` is for calls that are timed and changes nothing."""
         return self.buffer.combine(self.y_MH, self.handle, out=self.out_TH)
 
+    def synchronize(self) -> None:
+        """Wait for this rank's calls."""
+        if self.out_TH.is_cuda:
+            torch.cuda.synchronize()
+
     def __enter__(self) -> "Exchange":
         return self
 
@@ -151,8 +161,7 @@ class Exchange:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.out_TH.is_cuda:
-            torch.cuda.synchronize()
+        self.synchronize()
         if kind is None:
             self.comm.Barrier()  # a peer may still read this rank's memory
         del self.y_MH

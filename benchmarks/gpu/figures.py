@@ -5,6 +5,7 @@ from typing import Any
 
 from ..floor import row_bytes
 from .exchange import Exchange, Form
+from .network import name_of
 
 _WIDTH = 112
 _HEADER = f"  {'':34}{'us':>10}{'floor us':>10}{'share':>7}{'GB/s':>8}{'GB/s SM':>9}{'host us':>9}"
@@ -21,6 +22,10 @@ class Machine:
 
     copy_rate: float
     gpus: int
+
+    def floor_seconds(self, num_bytes: int) -> float:
+        """Of so many bytes, read and written by all ranks together."""
+        return num_bytes / (self.copy_rate * self.gpus)
 
 
 @dataclass
@@ -39,6 +44,8 @@ class Figure:
         floor_seconds: of those bytes at the copy rate.
         host_seconds: until a call returns, where measured.
         more: other measurements, by name, with the unit in it.
+        nodes: N, equal groups of neighbouring ranks.
+        fabric: between them, as Buffer takes it.
     """
 
     case: str
@@ -52,6 +59,8 @@ class Figure:
     floor_seconds: float
     host_seconds: float | None = None
     more: dict[str, float] = field(default_factory=dict)
+    nodes: int = 1
+    fabric: str = "auto"
 
     @property
     def share(self) -> float:
@@ -71,7 +80,11 @@ class Figure:
     @property
     def label(self) -> str:
         """What distinguishes the exchange from others."""
-        return f"{self.ranks} x {self.sms}, {self.tokens} tokens, {self.routing}"
+        rest = f"{self.sms}, {self.tokens} tokens, {self.routing}"
+        if self.nodes == 1:
+            return f"{self.ranks} x {rest}"
+        each = self.ranks // self.nodes
+        return f"{name_of(self.fabric)}, {self.nodes} x {each} x {rest}"
 
     def __str__(self) -> str:
         host = "" if self.host_seconds is None else f"{self.host_seconds * 1e6:.1f}"
@@ -109,9 +122,14 @@ class Table:
         """Begin the figures of an exchange."""
         shape = exchange.shape
         busiest = max(exchange.rows_R) * shape.ranks / max(exchange.copies, 1)
+        ranks = f"{shape.ranks} ranks"
+        if shape.nodes > 1:
+            ranks = (
+                f"{name_of(exchange.fabric)}, {shape.nodes} nodes x {shape.ranks_per_node} ranks"
+            )
         self.say("-" * _WIDTH)
         self.say(
-            f"{case}: {shape.ranks} ranks x {exchange.sms} SMs, {shape.tokens} tokens a rank, "
+            f"{case}: {ranks} x {exchange.sms} SMs, {shape.tokens} tokens a rank, "
             f"hidden {shape.hidden}, top-{shape.topk} of {shape.experts}, routing {shape.routing}: "
             f"{exchange.copies / (shape.tokens * shape.ranks):.2f} ranks a token, busiest rank "
             f"{busiest:.2f} x mean; checked"
@@ -139,9 +157,11 @@ class Table:
             name=name,
             seconds=seconds,
             num_bytes=num_bytes,
-            floor_seconds=num_bytes / (self.machine.copy_rate * self.machine.gpus),
+            floor_seconds=self.machine.floor_seconds(num_bytes),
             host_seconds=host_seconds,
             more={key.replace("_", " "): value for key, value in more.items()},
+            nodes=shape.nodes,
+            fabric=exchange.fabric,
         )
         self.figures.append(figure)
         self.say(str(figure))
@@ -162,6 +182,13 @@ class Table:
             "host us: until a call returns, a few calls on an idle GPU; a first dispatch waits for "
             "its row count there."
         )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return {
+            "copy_bytes_per_second": self.machine.copy_rate,
+            "figures": [figure.as_dict() for figure in self.figures],
+        }
 
     def markdown(self, case: str) -> None:
         """The figures of a case again, as a table for a document: us (share of the floor)."""
