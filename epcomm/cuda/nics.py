@@ -1,6 +1,7 @@
 """SMs that a rank's emulated network cards take beside its kernels."""
 
-#: Two blocks copy what a card of 50 GB/s sends; with four, a queue pair each, no message waits for another's copy.
+#: Two blocks copy what a card of 50 GB/s sends; with four, one for each channel, no message waits for
+#: another's copy.
 _SMS = 4
 
 
