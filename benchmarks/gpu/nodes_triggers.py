@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from epcomm.backend import Config
-from epcomm.cuda.rail import CHUNK_RECORDS, COPIED_CHUNK_RECORDS, plan_rail
+from epcomm.cuda.rail import CHUNK_RECORDS, CHUNK_RECORDS_OVER, plan_rail
 from epcomm.formats.wire import WireFormat
 from epcomm.native import dispatch_record
 from epcomm.topology import Topology
@@ -77,7 +77,7 @@ def _on(kind: Any, sweep: Sweep, table: TriggerTable, out: Table) -> Callable[[A
 def judge_triggers(world: Any, table: TriggerTable, shape: Shape, goals: Goals) -> None:
     """Whether the proxy can feed an NIC, by computation. Collective."""
     cost = max(world.allgather(table.cost_ns))
-    for records in (CHUNK_RECORDS, COPIED_CHUNK_RECORDS):
+    for records in (CHUNK_RECORDS, CHUNK_RECORDS_OVER["local-cuda"]):
         nbytes = chunk_bytes(shape, records)
         seen = feed(nbytes, cost) if cost else None
         note = f"{cost:.0f} ns a trigger without the post, chunks of {nbytes} bytes"

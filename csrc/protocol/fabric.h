@@ -175,9 +175,9 @@ typedef struct {
 /// for each (peer, channel); those of the own node are not used. A channel belongs to one of the
 /// rank's NICs, its planes: the one of number `channel % num_planes`.
 typedef struct {
-    void* queues;                      ///< mlx5::SendQueue [num_nodes][num_channels]
-    const epcomm_region_key* local;    ///< [num_planes][EPCOMM_FABRIC_MAX_REGIONS]
-    const epcomm_region_key* remote;   ///< [num_nodes][num_planes][EPCOMM_FABRIC_MAX_REGIONS]
+    void* queues;                     ///< mlx5::SendQueue [num_nodes][num_channels]
+    const epcomm_region_key* local;   ///< [num_planes][EPCOMM_FABRIC_MAX_REGIONS]
+    const epcomm_region_key* remote;  ///< [num_nodes][num_planes][EPCOMM_FABRIC_MAX_REGIONS]
     epcomm_fabric_state* state;
     int64_t timeout_ns;  ///< how long a producer waits for a free slot
     int32_t num_channels;

@@ -1,6 +1,6 @@
 """SMs that a rank's emulated network cards take beside its kernels."""
 
-#: Two blocks copy what a card of 50 GB/s sends; with four, one for each channel, no message waits for
+#: Two blocks copy what a card of 50 GB/s sends; with four, one a channel, no message waits for
 #: another's copy.
 _SMS = 4
 

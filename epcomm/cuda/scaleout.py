@@ -27,7 +27,7 @@ from .memory import DeviceBlock, PinnedBlock
 from .nics import with_nic_sms
 from .rail import (
     CHUNK_RECORDS,
-    COPIED_CHUNK_RECORDS,
+    CHUNK_RECORDS_OVER,
     RailPlan,
     fill_hops,
     fill_rail,
@@ -87,11 +87,10 @@ class ScaleOut:
             arguments = with_nic_sms(options.fabric)
         error: Exception | None = None
         try:
-            copied = transport == "local-cuda"
             self.plan: RailPlan = plan_rail(
                 topology,
                 config,
-                chunk_records=COPIED_CHUNK_RECORDS if copied else CHUNK_RECORDS,
+                chunk_records=CHUNK_RECORDS_OVER.get(transport, CHUNK_RECORDS),
             )
             abi.check(native.library.epcomm_cuda_load_two_hop(), "loading the two-hop kernels")
             memory = {i: _Memory(n) for i, n in self.plan.region_bytes().items()}

@@ -8,7 +8,6 @@ namespace epcomm::fabric::devx {
 
 namespace {
 
-
 std::vector<Nic> nics_of(const Resources& all) {
     std::vector<Nic> nics;
     for (const auto& plane : all.planes) nics.push_back(plane->card().nic);
