@@ -71,7 +71,7 @@ def test_launcher_is_told_ranks_and_sms_of_rank_and_nic() -> None:
         cwd=ROOT,
         timeout=60,
     )
-    assert done.stdout.split() == ["8", "10"]
+    assert done.stdout.split() == ["8", str(8 + nic_sms("emulated"))]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_launcher_is_told_ranks_and_sms_of_rank_and_nic() -> None:
         (["--nodes", "3"], "--nodes 3: expected 2 or more that divide --ranks 8"),
         (["--nodes", "1"], "--nodes 1"),
         (["--sms", "17", "--cases", "proxy"], "at most 16 fit for each of 8 ranks"),
-        (["--sms", "15", "--cases", "line"], "--sms 15 beside 2 of its NICs"),
+        (["--sms", "16", "--cases", "line"], f"--sms 16 beside {nic_sms('emulated')} of its NICs"),
         (["--fabric", "emulated blocks=0"], "--fabric: blocks: expected SMs"),
         (["--experts", "28"], "--experts 28 does not divide"),
         (["--experts", "8", "--nodes", "8"], "finds 4 of --experts 8 on 4 of 8 nodes"),
