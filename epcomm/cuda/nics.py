@@ -1,8 +1,7 @@
 """SMs that a rank's emulated network cards take beside its kernels."""
 
-#: Two blocks copy what a card of 50 GB/s sends; with four, one a channel, no message waits for
-#: another's copy.
-_SMS = 4
+#: A card of 50 GB/s needs what two blocks copy.
+_SMS = 2
 
 
 def nic_sms(fabric: str) -> int:

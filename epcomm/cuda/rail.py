@@ -17,9 +17,8 @@ from ..topology import Topology
 #: Records of a chunk, which one put carries, unless the fabric's signals force longer ones. A chunk
 #: of 64 packed rows of H = 7168 has 480 kB: 10 us of a 50 GB/s link, several triggers' cost.
 CHUNK_RECORDS = 64
-#: Longer where each costs CUDA calls of the rank's carrier; shorter where kernels post by
-#: themselves, which costs little: short chunks keep every step of a call busy.
-CHUNK_RECORDS_OVER = {"local-cuda": 256, "emulated-cuda": 16, "mlx5": 16}
+#: Longer where each costs CUDA calls of the rank's carrier.
+CHUNK_RECORDS_OVER = {"local-cuda": 256}
 CHANNELS = 4
 _ALIGN = constants["limit_window_align"]
 

@@ -128,7 +128,7 @@ def test_too_many_sms_for_two_buffers_are_refused(comm):
     with pytest.raises(ValueError, match=f"num_sms: .* and it has {sms}"):
         make_buffer(comm, case, num_sms=sms + 1)
     first = make_buffer(comm, case, num_sms=share // 2 + 1)
-    with pytest.raises(ValueError, match="open buffers hold"):
+    with pytest.raises(ValueError, match="open buffers and network cards hold"):
         make_buffer(comm, case, num_sms=share // 2 + 1)
     first.close()
     with make_buffer(comm, case, num_sms=share // 2 + 1) as second:

@@ -11,8 +11,8 @@ from epcomm.cuda.nics import nic_sms, with_nic_sms
         ("auto", 0, ""),
         ("proxy/local", 0, ""),
         ("proxy/verbs blocks=9", 0, "blocks=9"),
-        ("emulated", 4, "blocks=4"),
-        ("emulated rate=50", 4, "rate=50 blocks=4"),
+        ("emulated", 2, "blocks=2"),
+        ("emulated rate=50", 2, "rate=50 blocks=2"),
         ("emulated blocks=3 rate=50", 3, "blocks=3 rate=50"),
     ],
 )
