@@ -20,6 +20,8 @@ class Config:
         num_topk: K.
         max_tokens: most tokens a rank sends in a call.
         device: where tensors are: "cpu" or "cuda"; once a rank knows its GPU, "cuda:0" or so.
+        max_staging_bytes: most bytes of staging between nodes, in and out; None: what all records
+            of a call take.
     """
 
     hidden: int
@@ -27,6 +29,7 @@ class Config:
     num_topk: int
     max_tokens: int
     device: str = "cpu"
+    max_staging_bytes: int | None = None
 
 
 @dataclass(frozen=True)

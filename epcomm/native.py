@@ -57,7 +57,12 @@ def _load() -> ctypes.CDLL:
         function.restype = ctypes.c_int64
     for name in ("epcomm_dispatch_record", "epcomm_combine_record"):
         getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    library.epcomm_make_chunking.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
+    library.epcomm_make_chunking.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int32,
+        ctypes.c_int64,
+    ]
     library.epcomm_find_slot.argtypes = [
         ctypes.c_void_p,
         ctypes.c_int32,

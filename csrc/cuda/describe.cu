@@ -134,6 +134,8 @@ constexpr epcomm_field kFields[] = {
     FIELD(rail, signals),
     FIELD(rail, expected),
     FIELD(rail, filled),
+    FIELD(rail, credited),
+    FIELD(rail, emptied),
     FIELD(rail, dealt),
     END(rail),
     FIELD(hops, index),

@@ -4,17 +4,24 @@
 
 extern "C" {
 
-int epcomm_make_chunking(epcomm_chunking* chunking, int64_t record_bytes, int32_t chunk_records) {
-    return epcomm_plan_chunks(chunking, record_bytes, chunk_records);
+int epcomm_make_chunking(epcomm_chunking* chunking, int64_t record_bytes, int32_t chunk_records,
+                         int64_t max_bytes) {
+    return epcomm_plan_chunks(chunking, record_bytes, chunk_records, max_bytes);
 }
 
 void epcomm_find_slot(const epcomm_chunking* chunking, int32_t peer, int32_t slot,
                       int64_t record_bytes, epcomm_slot_place* place) {
+    const int32_t node = chunking->node;
     place->chunk = slot / chunking->chunk_records;
-    place->channel = place->chunk % chunking->num_channels;
-    place->signal = epcomm_chunk_signal(chunking, chunking->node, peer, place->chunk);
-    place->announce_signal = epcomm_announce_signal(chunking->node, peer);
-    place->offset = epcomm_slot_offset(chunking, chunking->node, peer, slot, record_bytes);
+    place->lap = epcomm_chunk_lap(chunking, place->chunk);
+    const int32_t at = epcomm_chunk_place(chunking, place->chunk);
+    place->channel = at % chunking->num_channels;
+    place->signal = epcomm_chunk_signal(chunking, node, peer, at);
+    place->credit_signal =
+        epcomm_is_bounded(chunking) ? epcomm_credit_signal(chunking, node, peer, at) : -1;
+    place->announce_signal = epcomm_announce_signal(node, peer);
+    place->offset =
+        epcomm_slot_offset(chunking, node, peer, epcomm_staging_slot(chunking, slot), record_bytes);
 }
 
 void epcomm_find_item(const epcomm_chunking* chunking, int32_t item, epcomm_item_place* place) {

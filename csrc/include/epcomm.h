@@ -46,10 +46,9 @@ EPCOMM_API int epcomm_dispatch_record(const epcomm_record_shape* shape, epcomm_r
 EPCOMM_API int epcomm_combine_record(const epcomm_record_shape* shape, epcomm_record* record);
 
 /// Complete a chunking of which N, node, max_records and num_channels are set, for records of up
-/// to `record_bytes` and chunks of `chunk_records`. Returns 0, or -1 where the fabric cannot
-/// number so much.
+/// to `record_bytes` and chunks of `chunk_records`; see epcomm_plan_chunks.
 EPCOMM_API int epcomm_make_chunking(epcomm_chunking* chunking, int64_t record_bytes,
-                                    int32_t chunk_records);
+                                    int32_t chunk_records, int64_t max_bytes);
 
 /// Where a slot of `peer` is, with records of `record_bytes`.
 EPCOMM_API void epcomm_find_slot(const epcomm_chunking* chunking, int32_t peer, int32_t slot,

@@ -38,8 +38,10 @@ typedef struct {
     uint8_t* outbox;                  ///< region OUTBOX
     const uint8_t* inbox;             ///< region INBOX
     const uint64_t* signals;          ///< region SIGNALS
-    uint64_t* expected;               ///< chunk signals after the last call, [N - 1][chunks]
-    uint32_t* filled;                 ///< records written of a chunk to send, [N - 1][chunks]
+    uint64_t* expected;               ///< chunk signals after the last call, [N - 1][W]
+    uint32_t* filled;                 ///< records written of a chunk to send, [N - 1][W]
+    uint64_t* credited;               ///< bounded: credits after the last call, [N - 1][W]
+    uint32_t* emptied;                ///< bounded: records read of a chunk received, [N - 1][W]
     uint32_t* dealt;                  ///< items handed out: sending, receiving
 } epcomm_cuda_rail;
 

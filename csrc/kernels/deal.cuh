@@ -29,6 +29,21 @@ struct Dealer {
     }
 };
 
+/// For a deck that not every warp comes to, or not at once: nobody holds a token before it comes.
+struct LateDealer {
+    int coming;
+
+    __device__ explicit LateDealer(uint32_t* dealt)
+        : coming(lane_id() == 0 ? int(atomicAdd(dealt, 1u)) : 0) {}
+
+    __device__ int take(uint32_t* dealt, int count) {
+        const int token = coming;
+        if (token >= count) return -1;
+        coming = int(atomicAdd(dealt, 1u));
+        return token;
+    }
+};
+
 /// Ready for the next launch. One thread of the last block.
 __device__ inline void collect_deck(const epcomm_cuda_world& world) {
     own_control(world)->dealt = 0;

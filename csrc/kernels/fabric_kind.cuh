@@ -17,6 +17,7 @@ struct Put {
 };
 
 struct ByProxy {
+    static constexpr bool kBounded = false;
     static __device__ const epcomm_fabric& fabric(const epcomm_cuda_rail& rail) {
         return rail.fabric;
     }
@@ -26,6 +27,10 @@ struct ByProxy {
         return fabric::put_signal(rail.fabric, put.lane, put.remote, put.local, put.bytes,
                                   put.signal) != 0;
     }
+    static __device__ __forceinline__ bool signal_add(const epcomm_cuda_rail& rail,
+                                                      fabric::Lane lane, int32_t signal) {
+        return fabric::signal_add(rail.fabric, lane, signal, 1) != 0;
+    }
     /// The threads look for errors all the time.
     struct Look {
         __device__ Look(const epcomm_cuda_rail&, int) {}
@@ -34,6 +39,7 @@ struct ByProxy {
 };
 
 struct ByNic {
+    static constexpr bool kBounded = false;
     static __device__ const epcomm_ibgda& fabric(const epcomm_cuda_rail& rail) {
         return rail.ibgda;
     }
@@ -41,6 +47,10 @@ struct ByNic {
     static __device__ __noinline__ bool put_signal(const epcomm_cuda_rail& rail, Put put) {
         return fabric::put_signal(rail.ibgda, put.lane, put.remote, put.local, put.bytes,
                                   put.signal) != 0;
+    }
+    static __device__ __noinline__ bool signal_add(const epcomm_cuda_rail& rail, fabric::Lane lane,
+                                                   int32_t signal) {
+        return fabric::signal_add(rail.ibgda, lane, signal, 1) != 0;
     }
     /// Nobody looks for errors but who posts, and those who wait for another node: what a broken
     /// queue pair did not deliver to it may be what it waits for. One channel at a time.
@@ -55,6 +65,12 @@ struct ByNic {
             lane.channel = lane.channel + 1 < ibgda.num_channels ? lane.channel + 1 : 0;
         }
     };
+};
+
+/// The same for staging that holds fewer chunks than a call has (csrc/protocol/chunk.h).
+template <class Kind>
+struct Bounded : Kind {
+    static constexpr bool kBounded = true;
 };
 
 /// Nonzero once the way to other nodes is broken.
@@ -76,6 +92,15 @@ __device__ inline bool wait_for_node(const epcomm_cuda_world& world, const epcom
 template <class With>
 auto with_fabric_kind(const epcomm_cuda_rail& rail, const With& with) {
     return rail.fabric_kind == EPCOMM_FABRIC_KIND_IBGDA ? with(ByNic()) : with(ByProxy());
+}
+
+/// The same for kernels that use staging.
+template <class With>
+auto with_staging_kind(const epcomm_cuda_rail& rail, const With& with) {
+    return with_fabric_kind(rail, [&](auto kind) {
+        using Kind = decltype(kind);
+        return epcomm_is_bounded(&rail.chunking) ? with(Bounded<Kind>()) : with(Kind());
+    });
 }
 
 }  // namespace epcomm

@@ -22,10 +22,18 @@ int launch_two_hop_combine(const epcomm_cuda_two_hop_combine& all, cudaStream_t 
     }
     const bool f32 = call.announcement.format == EPCOMM_FORMAT_F32;
     const bool wire_f32 = wire == EPCOMM_FORMAT_F32;
-    const int threads = call.num_threads < kTwoHopSumThreads ? call.num_threads : kTwoHopSumThreads;
-    return with_fabric_kind(all.rail, [&](auto kind) {
-        return launch(two_hop_combine_of<decltype(kind)>(f32, wire_f32), all, call.num_blocks,
-                      threads, 0, stream);
+    // One warp that sends and one that finishes tokens; a refused call has no routes, and needs
+    // none.
+    if (epcomm_is_bounded(&all.rail.chunking) && all.hops.sent != nullptr &&
+        call.num_threads < 64) {
+        return cudaErrorInvalidValue;
+    }
+    return with_staging_kind(all.rail, [&](auto kind) {
+        using Kind = decltype(kind);
+        const int most = kTwoHopSumThreads<Kind>;
+        const int threads = call.num_threads < most ? call.num_threads : most;
+        return launch(two_hop_combine_of<Kind>(f32, wire_f32), all, call.num_blocks, threads,
+                      two_hop_combine_shared<Kind>(all, threads), stream);
     });
 }
 
@@ -39,8 +47,10 @@ int load_two_hop_combine_kind() {
 }
 
 int load_two_hop_combine() {
-    const int error = load_two_hop_combine_kind<ByProxy>();
-    return error == 0 ? load_two_hop_combine_kind<ByNic>() : error;
+    int error = load_two_hop_combine_kind<ByProxy>();
+    if (error == 0) error = load_two_hop_combine_kind<ByNic>();
+    if (error == 0) error = load_two_hop_combine_kind<Bounded<ByProxy>>();
+    return error == 0 ? load_two_hop_combine_kind<Bounded<ByNic>>() : error;
 }
 
 }  // namespace epcomm

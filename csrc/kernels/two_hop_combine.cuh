@@ -2,11 +2,11 @@
 // home; then sum this rank's own tokens over the nodes as their records come back.
 //
 // Own tokens are taken in one pass, in order: with several nodes nearly every token has a record on
-// its way, and records return in the order of tokens too.
+// its way, and records return in the order of tokens too. Where staging is bounded, half of each
+// block's warps send first, and the others finish tokens from the start.
 #pragma once
 
-#include "chunks.cuh"
-#include "deal.cuh"
+#include "credits.cuh"
 #include "finish.cuh"
 #include "sum_nodes.cuh"
 
@@ -16,6 +16,7 @@ namespace epcomm {
 struct TwoHopSum {
     const epcomm_cuda_two_hop_combine& all;
     const Offer* offers;
+    SendShare* share;  ///< this warp's, if it sends and staging is bounded
     Waiting what;
 };
 
@@ -40,33 +41,39 @@ __device__ __forceinline__ void reduce_record(const TwoHopSum& sum, const CopyLi
     }
 }
 
-/// Role: reduce for the rail peers.
+/// Reduce one record for a rail peer; the warp that completes a chunk sends it.
 template <class Kind, bool f32, bool wire_f32, bool weighted>
-__device__ inline bool return_records(const TwoHopSum& sum) {
+__device__ __forceinline__ bool return_record(const TwoHopSum& sum, int node, int slot) {
     const epcomm_cuda_combine& call = sum.all.call;
     const epcomm_cuda_rail& rail = sum.all.rail;
     const epcomm_chunking& chunking = rail.chunking;
     const int K = call.world.num_topk, record_bytes = sum.all.record.bytes;
+    const int peer = epcomm_peer_index(chunking.node, node);
+    const int64_t at = int64_t(peer) * chunking.max_records + slot;
+    delay_row(call.world, slot);
+    const CopyList copies = load_list(sum.all.hops.forwarded + at * K, K, call.layout);
+    uint8_t* record = rail.send + staging_offset<Kind>(chunking, node, slot, record_bytes);
+    reduce_record<f32, wire_f32, weighted>(sum, copies, record);
+    return written<Kind>(call.world, rail, node, slot, sum.all.hops.received[peer], record_bytes,
+                         sum.what);
+}
+
+/// Warps of a block that send first where staging is bounded.
+__host__ __device__ inline int combine_senders(int warps) { return warps < 4 ? 1 : warps / 2; }
+
+/// Role: reduce for the rail peers.
+template <class Kind, bool f32, bool wire_f32, bool weighted>
+__device__ inline bool return_records(const TwoHopSum& sum) {
+    const auto send = [&](int node, int slot) {
+        return return_record<Kind, f32, wire_f32, weighted>(sum, node, slot);
+    };
+    const epcomm_cuda_rail& rail = sum.all.rail;
     const int32_t* received = sum.all.hops.received;
-    const int items = epcomm_num_items(&chunking, most_records(received, chunking.num_nodes - 1));
-    Dealer dealer;
-    while (true) {
-        int item = lane_id() == 0 ? dealer.take(rail.dealt, items) : 0;
-        item = __shfl_sync(kWarp, item, 0);
-        if (item < 0) return true;
-        const epcomm_chunk_item found = epcomm_item_of(&chunking, item);
-        const int node = epcomm_send_node(&chunking, found.step);
-        const int place = epcomm_peer_index(chunking.node, node), records = received[place];
-        if (found.slot >= records) continue;
-        const int64_t at = int64_t(place) * chunking.max_records + found.slot;
-        delay_row(call.world, item);
-        const CopyList copies = load_list(sum.all.hops.forwarded + at * K, K, call.layout);
-        uint8_t* record = rail.send + epcomm_slot_offset(&chunking, chunking.node, node, found.slot,
-                                                         record_bytes);
-        reduce_record<f32, wire_f32, weighted>(sum, copies, record);
-        if (!written<Kind>(call.world, rail, node, found.slot, records, record_bytes, sum.what)) {
-            return false;
-        }
+    if constexpr (Kind::kBounded) {
+        return send_as_credited<Kind>(sum.all.call.world, rail, received, sum.share, sum.what,
+                                      send);
+    } else {
+        return send_in_turn(rail, received, send);
     }
 }
 
@@ -90,8 +97,8 @@ __device__ __forceinline__ bool far_records(const TwoHopSum& sum, int token, Arr
     far->node = mine.node;
     far->record = nullptr;
     if (mine.node >= 0) {
-        far->record = rail.receive + epcomm_slot_offset(&chunking, chunking.node, mine.node,
-                                                        mine.slot, sum.all.record.bytes);
+        far->record = rail.receive +
+                      staging_offset<Kind>(chunking, mine.node, mine.slot, sum.all.record.bytes);
     }
     for (int i = 0; i < far->count; ++i) {
         const int node = __shfl_sync(kWarp, mine.node, i);
@@ -150,15 +157,33 @@ __device__ __forceinline__ void finish_weights(const TwoHopSum& sum, int token,
     if (k < K) call.topk_weights[int64_t(token) * K + k] = weight;
 }
 
+/// Say of a token's records that they have been read. The whole warp; false: the fabric failed.
+template <class Kind>
+__device__ __forceinline__ bool read_records(const TwoHopSum& sum, int token) {
+    const epcomm_cuda_rail& rail = sum.all.rail;
+    const int F = sum.all.hops.max_far;
+    bool ok = true;
+    __syncwarp();
+    if (lane_id() < F) {
+        const epcomm_cuda_far mine = sum.all.hops.far[int64_t(token) * F + lane_id()];
+        ok = mine.node < 0 ||
+             read_record<Kind>(sum.all.call.world, rail, mine.node, mine.slot,
+                               sum.all.hops.sent[epcomm_peer_index(rail.chunking.node, mine.node)],
+                               sum.what);
+    }
+    return __all_sync(kWarp, ok) != 0;
+}
+
 /// Role: finish this rank's own tokens.
 template <class Kind, bool f32, bool wire_f32, bool weighted>
 __device__ inline bool finish_tokens(const TwoHopSum& sum) {
     const epcomm_cuda_combine& call = sum.all.call;
     const int K = call.world.num_topk;
-    Dealer dealer;
+    uint32_t* dealt = &own_control(call.world)->dealt;
+    auto dealer = dealer_of<Kind>(dealt);
     Arrivals arrivals;
     while (true) {
-        int token = lane_id() == 0 ? dealer.take(call.world, call.routes.num_tokens) : 0;
+        int token = lane_id() == 0 ? dealer.take(dealt, call.routes.num_tokens) : 0;
         token = __shfl_sync(kWarp, token, 0);
         if (token < 0) return true;
         const CopyList copies = load_list(call.routes.dests + int64_t(token) * K, K, call.layout);
@@ -167,21 +192,38 @@ __device__ inline bool finish_tokens(const TwoHopSum& sum) {
         if (!far_records<Kind>(sum, token, &arrivals, &far)) return false;
         finish_token<f32, wire_f32, weighted>(sum, token, copies, far);
         if (call.topk_weights != nullptr) finish_weights(sum, token, copies, far);
+        if constexpr (Kind::kBounded) {
+            if (!read_records<Kind>(sum, token)) return false;
+        }
     }
 }
 
 template <class Kind, bool f32, bool wire_f32, bool weighted>
 __device__ __forceinline__ bool combine_two_hop(const TwoHopSum& sum) {
-    return return_records<Kind, f32, wire_f32, weighted>(sum) &&
+    const bool sends = !Kind::kBounded || warp_id() < combine_senders(int(blockDim.x >> 5));
+    return (!sends || return_records<Kind, f32, wire_f32, weighted>(sum)) &&
            finish_tokens<Kind, f32, wire_f32, weighted>(sum);
 }
 
-constexpr int kTwoHopSumThreads = 512;
+/// Credits take registers, of which fewer threads have more each.
+template <class Kind>
+constexpr int kTwoHopSumThreads = Kind::kBounded ? 384 : 512;
+
+/// Dynamic shared memory: shares of the warps that send.
+template <class Kind>
+__host__ inline int64_t two_hop_combine_shared(const epcomm_cuda_two_hop_combine& all,
+                                               int threads) {
+    if constexpr (!Kind::kBounded) return 0;
+    const int senders = combine_senders(threads / 32);
+    return int64_t(senders) *
+           SendShare::bytes(all.rail.chunking.num_nodes - 1, all.call.num_blocks * senders);
+}
 
 template <class Kind, bool f32, bool wire_f32>
-__global__ void __launch_bounds__(kTwoHopSumThreads, 1)
+__global__ void __launch_bounds__(kTwoHopSumThreads<Kind>, 1)
     two_hop_combine_kernel(const __grid_constant__ epcomm_cuda_two_hop_combine all) {
     __shared__ Offer offers[EPCOMM_CUDA_MAX_LOCAL];
+    extern __shared__ __align__(128) uint8_t shared_bytes[];
     const epcomm_cuda_combine& call = all.call;
     const epcomm_cuda_world& world = call.world;
     const uint64_t epoch = begin_call(world);
@@ -206,14 +248,20 @@ __global__ void __launch_bounds__(kTwoHopSumThreads, 1)
     if (verdict == EPCOMM_CUDA_OK) {
         const bool weighted = find_offers(call, epoch, offers);
         what.phase = EPCOMM_PHASE_RETURN;
-        const TwoHopSum sum = {all, offers, what};
+        SendShare* share = nullptr;
+        if constexpr (Kind::kBounded) {
+            share = deal_share(all.rail, shared_bytes, combine_senders(int(blockDim.x >> 5)));
+        }
+        const TwoHopSum sum = {all, offers, share, what};
         const bool ok = weighted ? combine_two_hop<Kind, f32, wire_f32, true>(sum)
                                  : combine_two_hop<Kind, f32, wire_f32, false>(sum);
         if (!__syncthreads_and(ok)) return;
     }
     delay(world, kDelayMoved);
     if (!is_last_block(world)) return;
-    if (verdict == EPCOMM_CUDA_OK) collect_chunks(all.rail, all.hops.sent);
+    if (verdict == EPCOMM_CUDA_OK) {
+        collect_chunks<Kind>(all.rail, all.hops.sent, all.hops.received);
+    }
     if (threadIdx.x == 0) {
         collect_deck(world);
         stamp(world, call.number, EPCOMM_CUDA_STAMP_MOVED);

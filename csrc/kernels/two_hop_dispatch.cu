@@ -6,9 +6,9 @@ namespace epcomm {
 
 template <int packing>
 int launch_two_hop_packing(const epcomm_cuda_two_hop_dispatch& all, cudaStream_t stream) {
-    const int64_t bytes = two_hop_dispatch_shared(all.call, packing);
+    const int64_t bytes = two_hop_dispatch_shared(all, packing);
     if (bytes > shared_limit()) return cudaErrorInvalidValue;
-    return with_fabric_kind(all.rail, [&](auto kind) {
+    return with_staging_kind(all.rail, [&](auto kind) {
         return launch(two_hop_dispatch_kernel<decltype(kind), packing>, all, all.call.num_blocks,
                       32 * all.call.num_warps, bytes, stream);
     });
@@ -18,6 +18,11 @@ int launch_two_hop_dispatch(const epcomm_cuda_two_hop_dispatch& all, cudaStream_
     const epcomm_cuda_dispatch& call = all.call;
     if (call.num_blocks < 1 || call.num_warps < 1 || 32 * call.num_warps > kTwoHopThreads ||
         call.routes.max_dests != call.world.num_topk || call.row_in_bytes % 16 != 0) {
+        return cudaErrorInvalidValue;
+    }
+    // One that sends and one that forwards. A refused call has no routes and does neither.
+    const bool moves = all.hops.sent != nullptr;
+    if (epcomm_is_bounded(&all.rail.chunking) && moves && call.num_warps < 2) {
         return cudaErrorInvalidValue;
     }
     const bool packs = call.announcement.format != call.input_format;
@@ -36,8 +41,10 @@ int load_two_hop_dispatch_kind() {
 }
 
 int load_two_hop_dispatch() {
-    const int error = load_two_hop_dispatch_kind<ByProxy>();
-    return error == 0 ? load_two_hop_dispatch_kind<ByNic>() : error;
+    int error = load_two_hop_dispatch_kind<ByProxy>();
+    if (error == 0) error = load_two_hop_dispatch_kind<ByNic>();
+    if (error == 0) error = load_two_hop_dispatch_kind<Bounded<ByProxy>>();
+    return error == 0 ? load_two_hop_dispatch_kind<Bounded<ByNic>>() : error;
 }
 
 }  // namespace epcomm

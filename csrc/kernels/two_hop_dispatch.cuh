@@ -1,10 +1,10 @@
 // Dispatch among nodes, data. Every warp writes records for other nodes, then stores rows in its
 // own node, then stores the rows of records that arrive. Sends come first and forwarding last, so
-// nobody waits while others need what it holds, and no SMs are set aside for a role.
+// nobody waits while others need what it holds, and no SMs are set aside for a role. Where staging
+// is bounded, some warps of each block send first and others forward first.
 #pragma once
 
-#include "chunks.cuh"
-#include "deal.cuh"
+#include "credits.cuh"
 #include "finish.cuh"
 #include "labels.cuh"
 #include "move.cuh"
@@ -18,7 +18,8 @@ constexpr int kTwoHopThreads = 512;
 struct TwoHop {
     const epcomm_cuda_two_hop_dispatch& all;
     const Target* targets;
-    uint32_t* area;  ///< this warp's, for a row's scales, when packing
+    uint32_t* area;    ///< this warp's, for a row's scales, when packing
+    SendShare* share;  ///< this warp's, if it sends and staging is bounded
     Waiting what;
 };
 
@@ -71,39 +72,44 @@ __device__ __forceinline__ void write_record_labels(const TwoHop& hop, uint8_t* 
     }
 }
 
-/// Role: write the records for other nodes; the warp that completes a chunk sends it.
+/// Write a record for another node; the warp that completes a chunk sends it.
 template <class Kind, int packing>
-__device__ inline bool send_records(const TwoHop& hop) {
+__device__ __forceinline__ bool send_record(const TwoHop& hop, int node, int slot) {
     const epcomm_cuda_dispatch& call = hop.all.call;
     const epcomm_cuda_rail& rail = hop.all.rail;
     const epcomm_chunking& chunking = rail.chunking;
     const epcomm_record& layout = hop.all.record;
-    const int32_t* sent = hop.all.hops.sent;
-    const int items = epcomm_num_items(&chunking, most_records(sent, chunking.num_nodes - 1));
     const bool power_of_two = call.announcement.format == EPCOMM_FORMAT_FP8_UE8M0;
-    Dealer dealer;
-    while (true) {
-        int item = lane_id() == 0 ? dealer.take(rail.dealt, items) : 0;
-        item = __shfl_sync(kWarp, item, 0);
-        if (item < 0) return true;
-        const epcomm_chunk_item found = epcomm_item_of(&chunking, item);
-        const int node = epcomm_send_node(&chunking, found.step);
-        const int place = epcomm_peer_index(chunking.node, node), records = sent[place];
-        if (found.slot >= records) continue;
-        const int token = hop.all.hops.token_of[int64_t(place) * chunking.max_records + found.slot];
-        uint8_t* record = rail.send + epcomm_slot_offset(&chunking, chunking.node, node, found.slot,
-                                                         layout.bytes);
-        delay_row(call.world, token);
-        Move move = move_of_token(call, token);
-        move.lanes = 1;
-        move.to = record;
-        move.scales_to = record + layout.scales;
-        write_record_labels(hop, record, node, labels_of_token(call, token));
-        move_with_scales<packing>(move, call.row_in_bytes, call.row.scale_bytes / 4, power_of_two,
-                                  hop.area);
-        if (!written<Kind>(call.world, rail, node, found.slot, records, layout.bytes, hop.what)) {
-            return false;
-        }
+    const int peer = epcomm_peer_index(chunking.node, node);
+    const int token = hop.all.hops.token_of[int64_t(peer) * chunking.max_records + slot];
+    uint8_t* record = rail.send + staging_offset<Kind>(chunking, node, slot, layout.bytes);
+    delay_row(call.world, token);
+    Move move = move_of_token(call, token);
+    move.lanes = 1;
+    move.to = record;
+    move.scales_to = record + layout.scales;
+    write_record_labels(hop, record, node, labels_of_token(call, token));
+    move_with_scales<packing>(move, call.row_in_bytes, call.row.scale_bytes / 4, power_of_two,
+                              hop.area);
+    return written<Kind>(call.world, rail, node, slot, hop.all.hops.sent[peer], layout.bytes,
+                         hop.what);
+}
+
+/// Warps of a block that send first where staging is bounded.
+__host__ __device__ inline int dispatch_senders(int warps) { return warps < 8 ? 1 : warps / 4; }
+
+/// Role: write the records for other nodes.
+template <class Kind, int packing>
+__device__ inline bool send_records(const TwoHop& hop) {
+    const auto send = [&](int node, int slot) {
+        return send_record<Kind, packing>(hop, node, slot);
+    };
+    const epcomm_cuda_rail& rail = hop.all.rail;
+    const int32_t* sent = hop.all.hops.sent;
+    if constexpr (Kind::kBounded) {
+        return send_as_credited<Kind>(hop.all.call.world, rail, sent, hop.share, hop.what, send);
+    } else {
+        return send_in_turn(rail, sent, send);
     }
 }
 
@@ -118,14 +124,15 @@ __device__ __forceinline__ void aim(const epcomm_cuda_dispatch& call, const Targ
 }
 
 /// Role: store the rows of this rank's tokens in its own node.
-template <int packing>
+template <class Kind, int packing>
 __device__ inline void store_near(const TwoHop& hop) {
     const epcomm_cuda_dispatch& call = hop.all.call;
     const int K = call.world.num_topk;
     const bool power_of_two = call.announcement.format == EPCOMM_FORMAT_FP8_UE8M0;
-    Dealer dealer;
+    uint32_t* dealt = &own_control(call.world)->dealt;
+    auto dealer = dealer_of<Kind>(dealt);
     while (true) {
-        int token = lane_id() == 0 ? dealer.take(call.world, call.routes.num_tokens) : 0;
+        int token = lane_id() == 0 ? dealer.take(dealt, call.routes.num_tokens) : 0;
         token = __shfl_sync(kWarp, token, 0);
         if (token < 0) return;
         const CopyList copies =
@@ -179,6 +186,7 @@ __device__ __forceinline__ int row_of_choice(const epcomm_cuda_two_hop_dispatch&
 }
 
 /// Store one record's rows in this node; leaves the list of them for the way back.
+template <class Kind>
 __device__ __forceinline__ void forward_record(const TwoHop& hop, int node, int slot) {
     const epcomm_cuda_two_hop_dispatch& all = hop.all;
     const epcomm_cuda_dispatch& call = all.call;
@@ -186,7 +194,7 @@ __device__ __forceinline__ void forward_record(const TwoHop& hop, int node, int 
     const epcomm_record& layout = all.record;
     const int K = call.world.num_topk, lane = lane_id();
     const uint8_t* record =
-        all.rail.receive + epcomm_slot_offset(&chunking, chunking.node, node, slot, layout.bytes);
+        all.rail.receive + staging_offset<Kind>(chunking, node, slot, layout.bytes);
     const auto* meta = reinterpret_cast<const epcomm_record_meta*>(record + layout.meta);
     Labels labels = {-1, 0.0f, meta->source_rank, meta->source_token};
     int index = -1;
@@ -213,11 +221,12 @@ __device__ __forceinline__ void forward_record(const TwoHop& hop, int node, int 
 /// Role: forward what arrives, first chunks of all peers first.
 template <class Kind>
 __device__ inline bool forward_records(const TwoHop& hop) {
+    const epcomm_cuda_world& world = hop.all.call.world;
     const epcomm_cuda_rail& rail = hop.all.rail;
     const epcomm_chunking& chunking = rail.chunking;
     const int32_t* received = hop.all.hops.received;
     const int items = epcomm_num_items(&chunking, most_records(received, chunking.num_nodes - 1));
-    Dealer dealer;
+    auto dealer = dealer_of<Kind>(rail.dealt + 1);
     Arrivals arrivals;
     while (true) {
         int item = lane_id() == 0 ? dealer.take(rail.dealt + 1, items) : 0;
@@ -225,20 +234,58 @@ __device__ inline bool forward_records(const TwoHop& hop) {
         if (item < 0) return true;
         const epcomm_chunk_item found = epcomm_item_of(&chunking, item);
         const int node = epcomm_receive_node(&chunking, found.step);
-        if (found.slot >= received[epcomm_peer_index(chunking.node, node)]) continue;
-        if (!arrivals.wait<Kind>(hop.all.call.world, rail, node, found.slot, hop.what)) {
-            return false;
+        const int records = received[epcomm_peer_index(chunking.node, node)];
+        if (found.slot >= records) continue;
+        if (!arrivals.wait<Kind>(world, rail, node, found.slot, hop.what)) return false;
+        delay_row(world, item);
+        forward_record<Kind>(hop, node, found.slot);
+        if constexpr (Kind::kBounded) {
+            __syncwarp();
+            const bool ok = lane_id() != 0 ||
+                            read_record<Kind>(world, rail, node, found.slot, records, hop.what);
+            if (!__all_sync(kWarp, ok)) return false;
         }
-        delay_row(hop.all.call.world, item);
-        forward_record(hop, node, found.slot);
     }
 }
 
-/// Shared memory: targets | scales areas.
-__host__ __device__ inline int64_t two_hop_dispatch_shared(const epcomm_cuda_dispatch& call,
-                                                           int packing) {
+/// Role: all of them, one after the other; or first what the others wait for, then what is left.
+/// A quarter of the warps send and a quarter store in their own node first, where there are enough.
+template <class Kind, int packing>
+__device__ inline bool move_records(const TwoHop& hop) {
+    if constexpr (!Kind::kBounded) {
+        if (!send_records<Kind, packing>(hop)) return false;
+        store_near<Kind, packing>(hop);
+        return forward_records<Kind>(hop);
+    } else {
+        const int warps = int(blockDim.x >> 5), senders = dispatch_senders(warps);
+        if (warp_id() < senders && !send_records<Kind, packing>(hop)) return false;
+        const bool near_first = warp_id() < (warps < 8 ? senders : 2 * senders);
+        bool ok = true;
+        for (int step = 0; step < 2 && ok; ++step) {
+            if (near_first == (step == 0)) {
+                store_near<Kind, packing>(hop);
+            } else {
+                ok = forward_records<Kind>(hop);
+            }
+        }
+        return ok;
+    }
+}
+
+/// Shared memory: targets | scales areas | shares of the warps that send.
+__host__ __device__ inline int64_t two_hop_dispatch_areas(const epcomm_cuda_dispatch& call,
+                                                          int packing) {
     return int64_t(call.world.num_local) * sizeof(Target) +
            (packing == 0 ? 0 : int64_t(call.num_warps) * call.row.scale_bytes);
+}
+
+__host__ inline int64_t two_hop_dispatch_shared(const epcomm_cuda_two_hop_dispatch& all,
+                                                int packing) {
+    const int64_t areas = two_hop_dispatch_areas(all.call, packing);
+    if (!epcomm_is_bounded(&all.rail.chunking)) return areas;
+    const int senders = dispatch_senders(all.call.num_warps);
+    return areas + senders * SendShare::bytes(all.rail.chunking.num_nodes - 1,
+                                              all.call.num_blocks * senders);
 }
 
 template <class Kind, int packing>
@@ -252,6 +299,11 @@ __global__ void __launch_bounds__(kTwoHopThreads, 1)
                                              (packing == 0 ? 0 : warp_id() * call.row.scale_bytes));
     if (packing != 0) {
         for (int i = lane_id(); i < call.row.scale_bytes / 4; i += 32) area[i] = 0;
+    }
+    SendShare* share = nullptr;
+    if constexpr (Kind::kBounded) {
+        share = deal_share(all.rail, shared_bytes + two_hop_dispatch_areas(call, packing),
+                           dispatch_senders(int(blockDim.x >> 5)));
     }
     const uint64_t epoch = begin_call(world);
     if (epoch == 0) return;
@@ -278,17 +330,14 @@ __global__ void __launch_bounds__(kTwoHopThreads, 1)
         __syncthreads();
         clear_unused(call, targets[world.local_rank]);
         what.phase = EPCOMM_PHASE_DATA;
-        const TwoHop hop = {all, targets, area, what};
-        bool ok = send_records<Kind, packing>(hop);
-        if (ok) {
-            store_near<packing>(hop);
-            ok = forward_records<Kind>(hop);
-        }
-        if (!__syncthreads_and(ok)) return;
+        const TwoHop hop = {all, targets, area, share, what};
+        if (!__syncthreads_and(move_records<Kind, packing>(hop))) return;
     }
     delay(world, kDelayMoved);
     if (!is_last_block(world)) return;
-    if (verdict == EPCOMM_CUDA_OK) collect_chunks(all.rail, all.hops.received);
+    if (verdict == EPCOMM_CUDA_OK) {
+        collect_chunks<Kind>(all.rail, all.hops.received, all.hops.sent);
+    }
     if (threadIdx.x == 0) {
         collect_deck(world);
         stamp(world, call.number, EPCOMM_CUDA_STAMP_MOVED);

@@ -56,23 +56,18 @@ struct NoLook {
     __device__ void operator()() {}
 };
 
-/// Spin until `*counter` is at least `expected` (acquire). False: gave up, or another rank did.
-/// `look` is called now and then.
-template <class Look = NoLook>
-__device__ inline bool wait_counter(const epcomm_cuda_world& world, const uint64_t* counter,
-                                    uint64_t expected, int rank, const Waiting& what,
-                                    Look look = Look()) {
-    constexpr int kPolls = 64;
-    if (load_acquire(counter) >= expected) return true;
-    const epcomm_cuda_control* own = own_control(world);
-    const uint64_t start = now_ns();
-    uint64_t looked = start;
-    while (true) {
-        for (int i = 0; i < kPolls; ++i) {
-            if (load_acquire(counter) >= expected) return true;
-        }
-        look();
-        if (load_acquire(&own->aborted.value) != 0) {
+/// How long a wait may still last.
+struct Patience {
+    uint64_t start;
+    uint64_t looked;
+
+    __device__ Patience() : start(now_ns()), looked(start) {}
+
+    /// Whether to go on waiting for `*counter` to become `expected`. False: gave up, or another
+    /// rank did. One thread of those that wait for the same.
+    __device__ bool lasts(const epcomm_cuda_world& world, const uint64_t* counter,
+                          uint64_t expected, int rank, const Waiting& what) {
+        if (load_acquire(&own_control(world)->aborted.value) != 0) {
             report_abort(world);
             return false;
         }
@@ -82,21 +77,39 @@ __device__ inline bool wait_counter(const epcomm_cuda_world& world, const uint64
             looked = now;
             broken = load_acquire(what.fabric_failed) != 0;
         }
-        const int64_t patience = world.timeout_ns + (what.indirect ? world.timeout_ns / 4 : 0);
-        if (broken || now - start > uint64_t(patience)) {
-            epcomm_cuda_error error;
-            error.verdict = broken ? EPCOMM_CUDA_FABRIC : EPCOMM_CUDA_TIMEOUT;
-            error.op = what.op;
-            error.phase = what.phase;
-            error.channel = int(blockIdx.x);
-            error.reporter = world.rank;
-            error.rank = rank;
-            error.epoch = what.epoch;
-            error.expected = expected;
-            error.seen = load_relaxed(counter);
-            give_up(world, error);
-            return false;
+        const int64_t most = world.timeout_ns + (what.indirect ? world.timeout_ns / 4 : 0);
+        if (!broken && now - start <= uint64_t(most)) return true;
+        epcomm_cuda_error error;
+        error.verdict = broken ? EPCOMM_CUDA_FABRIC : EPCOMM_CUDA_TIMEOUT;
+        error.op = what.op;
+        error.phase = what.phase;
+        error.channel = int(blockIdx.x);
+        error.reporter = world.rank;
+        error.rank = rank;
+        error.epoch = what.epoch;
+        error.expected = expected;
+        error.seen = load_relaxed(counter);
+        give_up(world, error);
+        return false;
+    }
+};
+
+constexpr int kPolls = 64;  ///< between two looks at anything else
+
+/// Spin until `*counter` is at least `expected` (acquire). False: gave up, or another rank did.
+/// `look` is called now and then.
+template <class Look = NoLook>
+__device__ inline bool wait_counter(const epcomm_cuda_world& world, const uint64_t* counter,
+                                    uint64_t expected, int rank, const Waiting& what,
+                                    Look look = Look()) {
+    if (load_acquire(counter) >= expected) return true;
+    Patience patience;
+    while (true) {
+        for (int i = 0; i < kPolls; ++i) {
+            if (load_acquire(counter) >= expected) return true;
         }
+        look();
+        if (!patience.lasts(world, counter, expected, rank, what)) return false;
     }
 }
 

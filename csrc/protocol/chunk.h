@@ -1,10 +1,19 @@
 /// How the records from one rank to one node are numbered, cut into chunks and placed in staging.
 ///
-/// Records to a node are numbered in the order of their tokens; record j lies in slot j, at the
-/// sender and at the receiver, and belongs to chunk j / C. A chunk is what one put carries. It has
-/// a signal of its own at the receiver, which grows by one in every call that has such a chunk; so
-/// nothing is asked of the order in which chunks arrive. What comes back in a combine uses the same
-/// slots and signals the other way round.
+/// Records to a node are numbered in the order of their tokens; record j has slot j, and belongs to
+/// chunk j / C. A chunk is what one put carries. What comes back in a combine uses the same places
+/// and signals the other way round.
+///
+/// Staging *holds* W chunks of a peer, in each direction: chunk c lies at place c % W, at the
+/// sender and at the receiver. A place has a signal at the receiver, which grows by one with every
+/// chunk that comes to it, over all calls; so nothing is asked of the order in which chunks arrive.
+/// As a rule W is all the chunks that a call can have, and every record has a place of its own.
+///
+/// *Bounded* staging holds fewer. Then a place is used several times in a call, and has a second
+/// signal, at the sender: its *credit*, which grows by one when the receiver has read a chunk there
+/// that another of the same call follows. Lap u of a place, its chunk u * W + place, is written, in
+/// either rank's staging, once u credits of the call have come. The last chunk at a place brings
+/// none: no credit is under way when a call has ended.
 ///
 /// A rank's staging has an area for each of its N - 1 peers, in node order.
 #pragma once
@@ -12,16 +21,25 @@
 #include "fabric.h"
 #include "host_device.h"
 #include "limits.h"
+#include "record.h"
 
 typedef struct {
     int32_t num_nodes;      ///< N
     int32_t node;           ///< of this rank
     int32_t max_records;    ///< slots of a peer
     int32_t chunk_records;  ///< C
-    int32_t num_chunks;     ///< of a peer, at most
-    int32_t num_channels;   ///< chunk c travels on channel c % num_channels
+    int32_t num_chunks;     ///< of a peer in a call, at most
+    int32_t held_chunks;    ///< W; less than num_chunks: staging is bounded
+    int32_t num_channels;   ///< what is about place w travels on channel w % num_channels
     int64_t peer_bytes;     ///< staging of a peer, in one direction
 } epcomm_chunking;
+
+/// What came of planning.
+typedef enum {
+    EPCOMM_PLAN_OK = 0,
+    EPCOMM_PLAN_TOO_LARGE = 1,  ///< the fabric's fields are too narrow
+    EPCOMM_PLAN_TOO_SMALL = 2,  ///< the bytes allowed do not hold the shortest chunk of each peer
+} epcomm_plan;
 
 /// A slot of some peer's, as an item of work.
 typedef struct {
@@ -32,9 +50,11 @@ typedef struct {
 /// Where a slot is, for a rank that receives in it (`signal`) or at either end (`offset`).
 typedef struct {
     int32_t chunk;
+    int32_t lap;
     int32_t channel;
     int32_t signal;           ///< raised here when `peer`'s chunk has come
-    int32_t announce_signal;  ///< raised here when `peer`'s announcement has
+    int32_t credit_signal;    ///< raised here when `peer` has read a chunk at that place
+    int32_t announce_signal;  ///< raised here when `peer`'s announcement has come
     int64_t offset;           ///< bytes, in this rank's staging
 } epcomm_slot_place;
 
@@ -71,16 +91,44 @@ EPCOMM_HD static inline int32_t epcomm_chunk_length(const epcomm_chunking* chunk
     return left < chunking->chunk_records ? left : chunking->chunk_records;
 }
 
-/// Byte offset, in the staging of a rank on `node`, of a slot of `peer`.
+/// Whether a place of staging is used several times in a call.
+EPCOMM_HD static inline int32_t epcomm_is_bounded(const epcomm_chunking* chunking) {
+    return chunking->held_chunks < chunking->num_chunks;
+}
+
+/// Where a chunk lies in staging.
+EPCOMM_HD static inline int32_t epcomm_chunk_place(const epcomm_chunking* chunking, int32_t chunk) {
+    return chunk % chunking->held_chunks;
+}
+
+/// How many chunks of the call have lain there before it.
+EPCOMM_HD static inline int32_t epcomm_chunk_lap(const epcomm_chunking* chunking, int32_t chunk) {
+    return chunk / chunking->held_chunks;
+}
+
+/// Chunks of `chunks` that lie at `place`, one after the other.
+EPCOMM_HD static inline int32_t epcomm_num_laps(const epcomm_chunking* chunking, int32_t chunks,
+                                                int32_t place) {
+    return (chunks - place + chunking->held_chunks - 1) / chunking->held_chunks;
+}
+
+/// A slot counted from the start of a peer's staging.
+EPCOMM_HD static inline int32_t epcomm_staging_slot(const epcomm_chunking* chunking, int32_t slot) {
+    return slot % (chunking->held_chunks * chunking->chunk_records);
+}
+
+/// Byte offset, in the staging of a rank on `node`, of a staging slot of `peer`.
 EPCOMM_HD static inline int64_t epcomm_slot_offset(const epcomm_chunking* chunking, int32_t node,
                                                    int32_t peer, int32_t slot,
                                                    int64_t record_bytes) {
     return epcomm_peer_index(node, peer) * chunking->peer_bytes + slot * record_bytes;
 }
 
-/// Signals of a rank: one a peer for announcements, then one for each chunk of each peer.
-EPCOMM_HD static inline int64_t epcomm_num_signals(int64_t num_nodes, int64_t num_chunks) {
-    return (num_nodes - 1) * (1 + num_chunks);
+/// Signals of a rank: one a peer for announcements, then one for each place of each peer; then, in
+/// bounded staging, a credit for each place of each peer.
+EPCOMM_HD static inline int64_t epcomm_num_signals(int64_t num_nodes, int64_t held_chunks,
+                                                   int32_t bounded) {
+    return (num_nodes - 1) * (1 + (bounded ? 2 : 1) * held_chunks);
 }
 
 /// Signal that `peer` raises at a rank on `node` for its announcement.
@@ -88,10 +136,17 @@ EPCOMM_HD static inline int32_t epcomm_announce_signal(int32_t node, int32_t pee
     return epcomm_peer_index(node, peer);
 }
 
-/// Signal that `peer` raises at a rank on `node` for its chunk `chunk`.
+/// Signal that `peer` raises at a rank on `node` for its chunk at `place`.
 EPCOMM_HD static inline int32_t epcomm_chunk_signal(const epcomm_chunking* chunking, int32_t node,
-                                                    int32_t peer, int32_t chunk) {
-    return chunking->num_nodes - 1 + epcomm_peer_index(node, peer) * chunking->num_chunks + chunk;
+                                                    int32_t peer, int32_t place) {
+    return chunking->num_nodes - 1 + epcomm_peer_index(node, peer) * chunking->held_chunks + place;
+}
+
+/// Signal that `peer` raises at a rank on `node` when it has read that rank's chunk at `place`.
+EPCOMM_HD static inline int32_t epcomm_credit_signal(const epcomm_chunking* chunking, int32_t node,
+                                                     int32_t peer, int32_t place) {
+    return (chunking->num_nodes - 1) * chunking->held_chunks +
+           epcomm_chunk_signal(chunking, node, peer, place);
 }
 
 /// Items that cover all slots where the fullest peer has `records`.
@@ -121,27 +176,50 @@ EPCOMM_HD static inline int32_t epcomm_receive_node(const epcomm_chunking* chunk
     return (chunking->node + chunking->num_nodes - 1 - step) % chunking->num_nodes;
 }
 
-/// Fill in `chunk_records` (a power of two times the wanted one, so that the signals suffice),
-/// `num_chunks` and `peer_bytes`. Returns 0, or -1 where the fabric's fields are too narrow.
+/// A chunk of bounded staging is shortened down to so many records, in order that staging holds so
+/// many chunks of a peer: while one is under way, others are written and read.
+enum { EPCOMM_SHORTEST_CHUNK = 4, EPCOMM_ENOUGH_CHUNKS = 4 };
+
+/// Fill in `chunk_records`, the wanted length if it can be, `num_chunks`, `held_chunks` and
+/// `peer_bytes`. `max_bytes`: of staging in both directions, or 0: as much as there can be records.
+/// Returns an epcomm_plan; where that is TOO_SMALL, `peer_bytes` is that of the least staging,
+/// which holds one chunk of `chunk_records`.
 EPCOMM_HD static inline int32_t epcomm_plan_chunks(epcomm_chunking* chunking, int64_t record_bytes,
-                                                   int32_t wanted_records) {
-    const int64_t peers = chunking->num_nodes - 1;
-    int64_t records = wanted_records;
-    if (records < 1 || chunking->max_records < 1 || chunking->num_nodes < 2 ||
+                                                   int32_t wanted_records, int64_t max_bytes) {
+    const int64_t peers = chunking->num_nodes - 1, align = EPCOMM_LIMIT_window_align;
+    if (wanted_records < 1 || chunking->max_records < 1 || chunking->num_nodes < 2 ||
         chunking->num_nodes > EPCOMM_FABRIC_MAX_NODES ||
         chunking->num_channels > EPCOMM_FABRIC_MAX_CHANNELS || chunking->num_channels < 1) {
-        return -1;
+        return EPCOMM_PLAN_TOO_LARGE;
     }
-    while (records < chunking->max_records &&
-           epcomm_num_signals(chunking->num_nodes, (chunking->max_records + records - 1) /
-                                                       records) > EPCOMM_FABRIC_MAX_SIGNALS) {
+    int64_t records = wanted_records, held = chunking->max_records;
+    if (max_bytes > 0) {
+        const int64_t fit = max_bytes / (2 * peers) / align * align / record_bytes;
+        held = fit < held ? fit : held;
+    }
+    const int32_t bounded = held < chunking->max_records;
+    while (bounded && records > EPCOMM_SHORTEST_CHUNK && held / records < EPCOMM_ENOUGH_CHUNKS) {
+        records = records / 2 > EPCOMM_SHORTEST_CHUNK ? records / 2 : EPCOMM_SHORTEST_CHUNK;
+    }
+    int32_t plan = EPCOMM_PLAN_OK;
+    if (bounded && records > held) {
+        plan = EPCOMM_PLAN_TOO_SMALL;
+        records = records < chunking->max_records ? records : chunking->max_records;
+        held = records;
+    }
+    // Longer ones where the fabric has too few signals.
+    while (records < held && epcomm_num_signals(chunking->num_nodes, (held + records - 1) / records,
+                                                bounded) > EPCOMM_FABRIC_MAX_SIGNALS) {
         records *= 2;
     }
+    if (bounded) held = held / records * records;
     chunking->chunk_records = (int32_t)records;
     chunking->num_chunks = (int32_t)((chunking->max_records + records - 1) / records);
-    chunking->peer_bytes = (chunking->max_records * record_bytes + EPCOMM_LIMIT_window_align - 1) /
-                           EPCOMM_LIMIT_window_align * EPCOMM_LIMIT_window_align;
+    chunking->held_chunks = (int32_t)((held + records - 1) / records);
+    chunking->peer_bytes = epcomm_align(held * record_bytes, align);
     // Items are counted in 32 bits.
     const int64_t items = (int64_t)chunking->num_chunks * records * peers;
-    return peers * chunking->peer_bytes <= EPCOMM_FABRIC_MAX_LOCAL && items < INT32_MAX ? 0 : -1;
+    const int32_t fits =
+        peers * chunking->peer_bytes <= EPCOMM_FABRIC_MAX_LOCAL && items < INT32_MAX;
+    return fits ? plan : EPCOMM_PLAN_TOO_LARGE;
 }

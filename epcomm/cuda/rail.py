@@ -50,34 +50,46 @@ class RailPlan:
         return int(self.chunking["num_nodes"]) - 1
 
     @property
-    def num_chunks(self) -> int:
-        """Chunks of a peer at most."""
-        return int(self.chunking["num_chunks"])
+    def held_chunks(self) -> int:
+        """W: chunks of a peer that staging holds, in each direction."""
+        return int(self.chunking["held_chunks"])
+
+    @property
+    def bounded(self) -> bool:
+        """Whether staging holds less than all records of a call."""
+        return self.held_chunks < int(self.chunking["num_chunks"])
 
     @property
     def num_signals(self) -> int:
-        """Counters that peers raise here: one a peer, and one for each chunk of each."""
-        return self.num_peers * (1 + self.num_chunks)
+        """Counters that peers raise here: one a peer, and one or two for each place of each."""
+        return self.num_peers * (1 + (2 if self.bounded else 1) * self.held_chunks)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Of both directions."""
+        return 2 * self.num_peers * int(self.chunking["peer_bytes"])
 
     def region_bytes(self) -> dict[int, int]:
         """Bytes of the fabric's regions, by number."""
-        staging = self.num_peers * int(self.chunking["peer_bytes"])
         return {
             0: 8 * self.num_signals,
-            constants["REGION_SEND"]: staging,
-            constants["REGION_RECEIVE"]: staging,
+            constants["REGION_SEND"]: self.staging_bytes // 2,
+            constants["REGION_RECEIVE"]: self.staging_bytes // 2,
             constants["REGION_OUTBOX"]: 2 * self.announcement_bytes,
             constants["REGION_INBOX"]: 2 * self.num_peers * self.announcement_bytes,
         }
 
     def state_shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
         """Zeroed device arrays that a rank's kernels alone use: fields of ``epcomm_cuda_rail``."""
-        per_chunk = (self.num_peers, self.num_chunks)
-        return {
-            "expected": (per_chunk, np.uint64),
-            "filled": (per_chunk, np.uint32),
+        places = (self.num_peers, self.held_chunks)
+        shapes: dict[str, tuple[tuple[int, ...], type]] = {
+            "expected": (places, np.uint64),
+            "filled": (places, np.uint32),
             "dealt": ((2,), np.uint32),
         }
+        if self.bounded:
+            shapes |= {"credited": (places, np.uint64), "emptied": (places, np.uint32)}
+        return shapes
 
 
 def announcement_bytes(topology: Topology, num_experts: int) -> int:
@@ -96,19 +108,28 @@ def plan_rail(
     """Plan staging and signals for a world of several nodes.
 
     Raises:
-        ValueError: more than the fabric can number or address.
+        ValueError: more than the fabric can number or address; ``max_staging_bytes`` hold less than
+            a chunk of each peer.
     """
     chunking = np.zeros((), dtypes["chunking"])
     chunking["num_nodes"], chunking["node"] = topology.num_nodes, topology.node
     chunking["max_records"], chunking["num_channels"] = max(1, config.max_tokens), num_channels
-    record = largest_record(config)
-    if library.epcomm_make_chunking(chunking.ctypes.data, record, chunk_records) != 0:
+    record, most = largest_record(config), config.max_staging_bytes
+    result = library.epcomm_make_chunking(chunking.ctypes.data, record, chunk_records, most or 0)
+    plan = RailPlan(chunking, announcement_bytes(topology, config.num_experts))
+    if result == constants["PLAN_TOO_LARGE"]:
         raise ValueError(
             f"max_tokens: {config.max_tokens} records of {record} bytes for each of "
-            f"{topology.num_nodes - 1} other nodes are more than the fabric can address; make it "
-            "smaller"
+            f"{plan.num_peers} other nodes are more than the fabric can address; make it smaller, "
+            "or pass max_staging_bytes, or less of them"
         )
-    return RailPlan(chunking, announcement_bytes(topology, config.num_experts))
+    if result == constants["PLAN_TOO_SMALL"]:
+        raise ValueError(
+            f"max_staging_bytes: {most} bytes do not hold the shortest chunk of every other node: "
+            f"{int(chunking['chunk_records'])} records of up to {record} bytes for each of "
+            f"{plan.num_peers}, in and out, take {plan.staging_bytes} bytes; pass at least as many"
+        )
+    return plan
 
 
 def hop_shapes(

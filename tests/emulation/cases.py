@@ -32,10 +32,17 @@ def _array(tensor: torch.Tensor | None) -> np.ndarray | None:
     return None if tensor is None else np.ascontiguousarray(tensor.numpy())
 
 
-def check_case(world: EmulatedWorld, case: Case, *, seed: int = 0, warps: int = 2) -> None:
+def check_case(
+    world: EmulatedWorld,
+    case: Case,
+    *,
+    seed: int = 0,
+    warps: int = 2,
+    inputs: list[oracle.Input] | None = None,
+) -> None:
     """Dispatch, combine, cached dispatch and combine again, as one stream a rank; all compared."""
     size = len(world.ranks)
-    inputs = draw_inputs(case, size)
+    inputs = inputs or draw_inputs(case, size)
     received = oracle.dispatch(inputs, make_world(case, size))
     outputs = draw_outputs(case, received, inputs)
     wire = wire_of(case)

@@ -46,9 +46,10 @@ class Proxy {
         const emulated_member& peer = members_[me_.rail[command.peer]];
         memcpy(peer.regions[command.remote.region] + command.remote.offset,
                me_.regions[command.local.region] + command.local.offset, command.bytes);
-        if (command.op != EPCOMM_FABRIC_PUT_SIGNAL) return;
+        if (command.op == EPCOMM_FABRIC_PUT) return;
         auto* signals = reinterpret_cast<uint64_t*>(peer.regions[EPCOMM_FABRIC_SIGNALS]);
-        __atomic_fetch_add(signals + command.signal, 1, __ATOMIC_RELEASE);
+        const uint64_t amount = command.op == EPCOMM_FABRIC_SIGNAL_ADD ? command.value : 1;
+        __atomic_fetch_add(signals + command.signal, amount, __ATOMIC_RELEASE);
     }
 
     const emulated_member* members_;

@@ -75,7 +75,7 @@ void run_launch(const emulated_launch& launch, uint64_t seed) {
         block->grid_dim.x = unsigned(launch.blocks);
         block->random.seed(seed * 31 + unsigned(b));
         block->kernel = launch.call;
-        block->run = epcomm::with_fabric_kind(
+        block->run = epcomm::with_staging_kind(
             rail_of(launch), [&](auto kind) { return kernel_of<decltype(kind)>(launch); });
         threads.emplace_back([of = block.get()] { emulation::run_block(*of); });
         blocks.push_back(std::move(block));

@@ -10,16 +10,22 @@ from epcomm.backend import Config
 from epcomm.cpu.layout import make_layout
 from epcomm.cuda import rail
 from epcomm.formats.wire import WireFormat
-from epcomm.native import constants, dispatch_record, dtypes, library
+from epcomm.native import align, constants, dispatch_record, dtypes, library
 from epcomm.topology import make_topology
 
 SHAPES = [(2, 1), (2, 4), (3, 2), (8, 1), (32, 8)]
 
 
-def plan_of(nodes, per_node, node=0, *, max_tokens=100, chunk_records=8, hidden=64):
+def plan_of(nodes, per_node, node=0, *, max_tokens=100, chunk_records=8, hidden=64, cap=None):
     topology = make_topology(node * per_node, [0] * (nodes * per_node), per_node)
-    config = Config(hidden, 8 * nodes * per_node, 4, max_tokens)
+    config = Config(hidden, 8 * nodes * per_node, 4, max_tokens, max_staging_bytes=cap)
     return rail.plan_rail(topology, config, chunk_records=chunk_records), topology, config
+
+
+def cap_for(nodes, records, hidden=64):
+    """Bytes of staging that hold so many records of every peer."""
+    record = rail.largest_record(Config(hidden, 8 * nodes, 4, 100))
+    return 2 * (nodes - 1) * align(records * record, constants["limit_window_align"])
 
 
 def find_slot(plan, peer, slot, record_bytes):
@@ -57,6 +63,89 @@ def test_every_signal_has_one_writer_and_no_slots_overlap(nodes, per_node):
 
 
 @pytest.mark.parametrize(("nodes", "per_node"), SHAPES)
+@pytest.mark.parametrize(("held", "chunk"), [(1, 8), (3, 8), (4, 8), (9, 2), (1, 1)])
+def test_places_of_bounded_staging_have_one_chunk_at_a_time(nodes, per_node, held, chunk):
+    node = nodes - 1
+    plan, _, config = plan_of(
+        nodes, per_node, node, chunk_records=chunk, cap=cap_for(nodes, held * chunk)
+    )
+    if held < 4:  # rather shorter chunks
+        chunk, held = max(1, min(chunk, 4)), held * chunk // min(chunk, 4)
+    assert (plan.held_chunks, plan.chunking["chunk_records"]) == (held, chunk)
+    assert plan.bounded
+    record = rail.largest_record(config)
+    signals: dict[int, tuple[int, int, str]] = {}
+    offsets: dict[int, tuple[int, int]] = {}
+    for peer in set(range(nodes)) - {node}:
+        announce = int(find_slot(plan, peer, 0, record)["announce_signal"])
+        assert signals.setdefault(announce, (peer, 0, "announcement"))[0] == peer
+        for slot in range(config.max_tokens):
+            place = find_slot(plan, peer, slot, record)
+            assert divmod(int(place["chunk"]), held)[0] == place["lap"]
+            for kind in ("signal", "credit_signal"):
+                writer = (peer, int(place["channel"]), kind)
+                assert signals.setdefault(int(place[kind]), writer) == writer
+            # Only records that are whole laps apart share a slot.
+            at = (peer, slot % (held * chunk))
+            assert offsets.setdefault(int(place["offset"]), at) == at
+    assert set(signals) == set(range(plan.num_signals))
+    assert len(offsets) == (nodes - 1) * held * chunk
+    assert all(b - a >= record for a, b in itertools.pairwise(sorted(offsets)))
+    assert max(offsets) + record <= plan.region_bytes()[constants["REGION_SEND"]]
+    assert {np.prod(shape) for shape, _ in plan.state_shapes().values()} <= {
+        2,
+        (nodes - 1) * held,
+    }
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 32])
+@pytest.mark.parametrize("wanted", [1, 4, 6, 64, 256])
+def test_staging_never_exceeds_its_bound_and_uses_it(nodes, wanted):
+    for records in [*range(4, 40), 64, 77, 99]:
+        for spare in (0, 100 * (nodes - 1)):
+            cap = cap_for(nodes, records) + spare
+            plan, _, _ = plan_of(nodes, 1, chunk_records=wanted, cap=cap)
+            length = int(plan.chunking["chunk_records"])
+            assert plan.bounded
+            assert plan.staging_bytes <= cap
+            assert plan.held_chunks * length > records - length
+            # Short chunks where there would be few of them, and no shorter than need be.
+            assert length <= wanted
+            assert plan.held_chunks >= 4 or length <= 4
+            assert length == wanted or length == 4 or records // (2 * length) < 4
+            assert plan.region_bytes()[0] == 8 * (nodes - 1) * (1 + 2 * plan.held_chunks)
+    roomy, _, _ = plan_of(nodes, 1, chunk_records=wanted, cap=cap_for(nodes, 100))
+    assert not roomy.bounded
+    assert roomy.region_bytes() == plan_of(nodes, 1, chunk_records=wanted)[0].region_bytes()
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 256])
+def test_bound_below_the_shortest_chunk_is_refused_with_what_is_needed(nodes):
+    needed = cap_for(nodes, 4)
+    for cap in (1, needed // 2, needed - 1):
+        with pytest.raises(ValueError, match="max_staging_bytes") as caught:
+            plan_of(nodes, 1, chunk_records=64, cap=cap)
+        text = str(caught.value)
+        assert f"{cap} bytes" in text
+        assert f"take {needed} bytes" in text
+        assert f"each of {nodes - 1}" in text
+    plan, _, _ = plan_of(nodes, 1, chunk_records=64, cap=needed)
+    assert (plan.held_chunks, int(plan.chunking["chunk_records"])) == (1, 4)
+    # With less than four records a call, all of them.
+    with pytest.raises(ValueError, match="3 records"):
+        plan_of(nodes, 1, max_tokens=3, chunk_records=64, cap=cap_for(nodes, 3) - 1)
+    assert not plan_of(nodes, 1, max_tokens=3, chunk_records=64, cap=cap_for(nodes, 3))[0].bounded
+
+
+def test_bound_makes_room_for_256_nodes():
+    with pytest.raises(ValueError, match="max_staging_bytes"):
+        plan_of(256, 8, max_tokens=8192, hidden=7168, chunk_records=64)
+    plan, _, _ = plan_of(256, 8, max_tokens=8192, hidden=7168, chunk_records=64, cap=2 << 30)
+    assert plan.staging_bytes <= 2 << 30
+    assert plan.num_signals <= 1 << 16
+
+
+@pytest.mark.parametrize(("nodes", "per_node"), SHAPES)
 @pytest.mark.parametrize("records", [0, 1, 8, 9, 100])
 def test_items_are_every_slot_of_every_peer_once(nodes, per_node, records):
     plan, _, _ = plan_of(nodes, per_node, 1)
@@ -88,7 +177,7 @@ def test_both_ends_agree_on_a_slot():
 def test_long_buffers_get_longer_chunks():
     plan, _, config = plan_of(64, 8, max_tokens=1 << 16, chunk_records=8, hidden=16)
     assert plan.num_signals <= 1 << 16
-    assert plan.num_chunks * int(plan.chunking["chunk_records"]) >= config.max_tokens
+    assert int(plan.chunking["num_chunks"] * plan.chunking["chunk_records"]) >= config.max_tokens
 
 
 def test_more_than_the_fabric_addresses_is_refused():
