@@ -76,6 +76,10 @@ class Buffer:
             card may follow, such as "proxy/verbs tc=106 gid=3" (docs/fabric-verbs.md);
             "proxy/emulated" (CPU) and "emulated" (GPU): emulated mlx5 NICs of a modelled network,
             for tests.
+        max_staging_bytes: "cuda" with several nodes: most bytes of the memory that records are sent
+            from and received in, together; None: a place for every record of a call, which other
+            nodes x max_tokens x (8 x hidden + labels) bytes take. With less a sender waits for the
+            receiver. The same on all ranks.
 
     Raises:
         TypeError: an argument of the wrong type, on the rank that passed it.
@@ -101,6 +105,7 @@ class Buffer:
         num_threads: int | None = None,
         num_sms: int | None = None,
         fabric: str = "auto",
+        max_staging_bytes: int | None = None,
     ) -> None:
         self._backend: Backend | None = None
         # A rank whose timeout is refused takes part until all know that. One that starts a GPU, or
@@ -111,7 +116,9 @@ class Buffer:
         bootstrap = make_bootstrap(group, patience)
         self._bootstrap = bootstrap
         device = "cuda" if backend == "cuda" else "cpu"
-        self.config = Config(hidden, num_experts, num_topk, max_tokens, device)
+        self.config = Config(
+            hidden, num_experts, num_topk, max_tokens, device, max_staging_bytes=max_staging_bytes
+        )
         hosts = bootstrap.hosts()
         error: Exception | None = None
         try:
@@ -362,20 +369,28 @@ class Buffer:
         quantize: Literal["fp8", "fp8_ue8m0"] | None = None,
         backend: Literal["cpu", "cuda"] = "cpu",
         fixed_rows: int | None = None,
+        fabric: str = "auto",
+        max_staging_bytes: int | None = None,
     ) -> MemoryReport:
         """Bytes a Buffer used like this may take on one rank, by purpose. Allocates nothing.
 
         The worst case for BF16 input and a BF16 wire: every rank sends ``max_tokens`` tokens, all
         of them to this rank. Windows of "cuda" are as large as the calls made so far needed, and a
-        quarter more; ``fixed_rows`` bounds them.
+        quarter more; ``fixed_rows`` bounds them. ``fabric`` and ``max_staging_bytes`` as for the
+        Buffer.
 
         Raises:
             TypeError, ValueError: as making the Buffer and calling ``dispatch`` would.
         """
-        config = Config(hidden, num_experts, num_topk, max_tokens)
+        if backend not in ("cpu", "cuda"):
+            raise ValueError(f"backend: expected 'cpu' or 'cuda', got {backend!r}")
+        config = Config(
+            hidden, num_experts, num_topk, max_tokens, backend, max_staging_bytes=max_staging_bytes
+        )
         check_int("num_ranks", num_ranks, 1, constants["limit_max_ranks"])
         check_int("ranks_per_node", ranks_per_node, 1, constants["limit_max_local_ranks"])
         check_config(config, num_ranks)
+        check_fabric(fabric, backend)
         check_layout(layout)
         check_int("alignment", alignment, 1, constants["limit_max_alignment"])
         fmt = row_format(torch.bfloat16, quantize)
@@ -384,13 +399,11 @@ class Buffer:
             check_int("fixed_rows", fixed_rows, 0, 2**31 - 1)
         topology = make_topology(0, [0] * num_ranks, ranks_per_node)
         if backend == "cpu":
-            return report_memory(config, topology, layout, alignment, fmt)
-        if backend != "cuda":
-            raise ValueError(f"backend: expected 'cpu' or 'cuda', got {backend!r}")
+            return report_memory(config, topology, layout, alignment, fmt, fabric)
         # Imported here: a library without CUDA has no such part.
         from .cuda.memory_report import report_memory as report_cuda_memory
 
-        return report_cuda_memory(config, topology, layout, alignment, fmt, fixed_rows)
+        return report_cuda_memory(config, topology, layout, alignment, fmt, fixed_rows, fabric)
 
     def check(self) -> None:
         """Wait for the calls made so far and raise what went wrong in one that did not wait.

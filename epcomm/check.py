@@ -51,6 +51,13 @@ def check_config(config: Config, num_ranks: int) -> None:
         )
     if config.num_topk > config.num_experts:
         raise ValueError(f"num_topk: {config.num_topk} exceeds num_experts={config.num_experts}")
+    if config.max_staging_bytes is not None:
+        check_int("max_staging_bytes", config.max_staging_bytes, 1, 2**62)
+        if config.device == "cpu":
+            raise ValueError(
+                "max_staging_bytes: only backend 'cuda' can bound its staging between nodes; "
+                "expected None"
+            )
     rows = num_ranks * config.max_tokens * min(config.num_topk, config.num_experts // num_ranks)
     if rows >= 2**31:
         raise ValueError(
@@ -69,8 +76,8 @@ _FABRICS_OF = {
 _PLAIN_FABRICS = ("auto", "mpi")
 
 
-def check_fabric(fabric: Any, backend: str, bootstrap: Bootstrap) -> None:
-    """Check the choice of what carries messages between nodes.
+def check_fabric(fabric: Any, backend: str, bootstrap: Bootstrap | None = None) -> None:
+    """Check the choice of what carries messages between nodes; without a group, but for that.
 
     Raises:
         ValueError: it is unknown, or not for this group or back end.
@@ -84,7 +91,7 @@ def check_fabric(fabric: Any, backend: str, bootstrap: Bootstrap) -> None:
         raise ValueError(
             f"fabric: expected one of {', '.join(known)} for backend {backend!r}, got {fabric!r}"
         )
-    if fabric == "mpi" and not isinstance(bootstrap, MpiBootstrap):
+    if fabric == "mpi" and bootstrap is not None and not isinstance(bootstrap, MpiBootstrap):
         raise ValueError("fabric: 'mpi' needs an mpi4py communicator as group")
 
 

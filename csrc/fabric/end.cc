@@ -131,6 +131,15 @@ int64_t epcomm_fabric_producer_bytes(int32_t num_rings) {
     return num_rings * int64_t(sizeof(epcomm_ring_producer));
 }
 
+int64_t epcomm_fabric_transport_bytes(const char* transport, int32_t num_nodes,
+                                      int32_t num_channels) {
+    try {
+        return make_transport(transport)->memory_bytes(num_nodes, num_channels);
+    } catch (const std::exception&) {
+        return -1;
+    }
+}
+
 epcomm_fabric_end* epcomm_fabric_create(const epcomm_fabric_config* config, const char* transport,
                                         const char* options) {
     try {

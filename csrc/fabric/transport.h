@@ -145,6 +145,12 @@ class Transport {
     /// One line: what was chosen, such as the NIC and GID or the copy engines.
     virtual std::string describe() const = 0;
 
+    /// Bytes of queues and the like, beside regions and rings, that it takes for so many nodes and
+    /// channels; 0: nothing to speak of, or not this process's.
+    virtual int64_t memory_bytes(int32_t /*num_nodes*/, int32_t /*num_channels*/) const {
+        return 0;
+    }
+
     /// Let go of everything. No thread posts or polls any more. Peers may be gone or still be
     /// sending to this rank's regions, which stay mapped by them. Bounded time.
     virtual void close() = 0;

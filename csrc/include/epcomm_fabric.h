@@ -71,6 +71,10 @@ EPCOMM_API int epcomm_fabric_connect(epcomm_fabric_end* end, const void* const* 
 /// Names of the transports this library has, separated by spaces.
 EPCOMM_API const char* epcomm_fabric_transports(void);
 
+/// Bytes that a transport takes beside regions and rings; -1 where there is none of the name.
+EPCOMM_API int64_t epcomm_fabric_transport_bytes(const char* transport, int32_t num_nodes,
+                                                 int32_t num_channels);
+
 /// What the last failure was, or what the transport chose; valid until the next call.
 EPCOMM_API const char* epcomm_fabric_text(const epcomm_fabric_end* end);
 EPCOMM_API const char* epcomm_fabric_describe(epcomm_fabric_end* end);

@@ -97,15 +97,19 @@ def _make_scale_out(
     """The messages between nodes that the user chose. Collective."""
     if not options.fabric.startswith("proxy/"):
         return bootstrap.scale_out()
+    return FabricScaleOut(bootstrap, topology, message_sizes(topology, config), options)
+
+
+def message_sizes(topology: Topology, config: Config) -> MessageSizes:
+    """Room for float32 rows, or a float32 wire with weights."""
     hidden, num_topk, f32 = config.hidden, config.num_topk, constants["FORMAT_F32"]
     record = max(
         dispatch_record(f32, hidden, num_topk).bytes,
         combine_record(f32, hidden, num_topk, True).bytes,
     )
-    sizes = MessageSizes(
+    return MessageSizes(
         announcement_bytes(topology, config.num_experts), config.max_tokens * record
     )
-    return FabricScaleOut(bootstrap, topology, sizes, options)
 
 
 def _share_control(bootstrap: Bootstrap, topology: Topology, nbytes: int) -> list[ControlBlock]:

@@ -14,7 +14,6 @@ is used again without asking, because the calls' own order says that its last me
 - An abort is sent once.
 """
 
-import dataclasses
 import weakref
 from dataclasses import dataclass
 
@@ -64,6 +63,28 @@ class _Slot:
         return cls((0, announcement), abort, records, records + align(sizes.records, _ALIGN))
 
 
+def region_bytes(num_nodes: int, sizes: MessageSizes) -> dict[int, int]:
+    """Bytes of the fabric's regions, by number."""
+    staging = num_nodes * _Slot.lay_out(sizes).nbytes
+    signals = align(num_nodes * _CHANNELS * _COUNTER_BYTES, _ALIGN)
+    return {_SIGNALS: signals, _OUT: staging, _IN: staging}
+
+
+def fabric_options(topology: Topology, options: Options) -> FabricOptions:
+    """How the fabric of a buffer runs."""
+    transport, _, arguments = options.fabric.removeprefix("proxy/").partition(" ")
+    if transport == "verbs":
+        # First, so that the user's wins.
+        arguments = f"local_rank={topology.local_rank} {arguments}"
+    return FabricOptions(
+        transport,
+        arguments,
+        num_channels=_CHANNELS,
+        spin=200 if options.own_core else 0,
+        timeout=options.timeout,
+    )
+
+
 class FabricScaleOut:
     """See epcomm.cpu.scaleout.ScaleOut. Made collectively.
 
@@ -79,29 +100,15 @@ class FabricScaleOut:
         self._topology = topology
         self._slot = _Slot.lay_out(sizes)
         num_nodes = topology.num_nodes
-        signal_bytes = align(num_nodes * _CHANNELS * _COUNTER_BYTES, _ALIGN)
-        staging = num_nodes * self._slot.nbytes
         self._segments = {
             region: Segment.create(f"epcomm-fabric-{region}", nbytes)
-            for region, nbytes in ((_SIGNALS, signal_bytes), (_OUT, staging), (_IN, staging))
+            for region, nbytes in region_bytes(num_nodes, sizes).items()
         }
         regions = {
             number: RegionMemory(segment.address, segment.nbytes, segment, segment.fd)
             for number, segment in self._segments.items()
         }
-        transport, _, arguments = options.fabric.removeprefix("proxy/").partition(" ")
-        if transport == "verbs":
-            # First, so that the user's wins.
-            arguments = f"local_rank={topology.local_rank} {arguments}"
-        how = FabricOptions(
-            transport,
-            num_channels=_CHANNELS,
-            spin=200 if options.own_core else 0,
-            timeout=options.timeout,
-        )
-        if arguments:
-            how = dataclasses.replace(how, arguments=arguments)
-        self._fabric = Fabric(bootstrap, topology, how, regions)
+        self._fabric = Fabric(bootstrap, topology, fabric_options(topology, options), regions)
         # How many messages of a (node, channel) were sent and are expected.
         self._sent_NC = np.zeros((num_nodes, _CHANNELS), np.int64)
         self._expected_NC = np.zeros((num_nodes, _CHANNELS), np.int64)

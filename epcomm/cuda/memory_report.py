@@ -18,6 +18,7 @@ def report_memory(
     alignment: int,
     fmt: WireFormat,
     fixed_rows: int | None,
+    fabric: str = "auto",
 ) -> MemoryReport:
     """Bytes by purpose on one rank, at most: every token of every rank wanting this rank.
 
@@ -58,6 +59,6 @@ def report_memory(
                 f"per combine result alive: {config.max_tokens} BF16 rows, without out=",
             ),
             "handle": (handle, "per handle alive: choices and rows"),
-            **report_staging(topology, config),
+            **report_staging(topology, config, fabric),
         }
     )

@@ -10,6 +10,9 @@ import numpy as np
 
 from ..backend import Config
 from ..fabric.abi import constants as fabric_constants
+from ..fabric.fabric import FabricOptions
+from ..fabric.ladder import TRANSPORTS
+from ..fabric.memory_report import report_fabric
 from ..formats.wire import WireFormat
 from ..native import combine_record, constants, dispatch_record, dtypes, library
 from ..topology import Topology
@@ -20,6 +23,8 @@ CHUNK_RECORDS = 64
 #: Longer where each costs CUDA calls of the rank's carrier.
 CHUNK_RECORDS_OVER = {"local-cuda": 256}
 CHANNELS = 4
+#: A kernel cannot wake a proxy thread, so a nap adds to the first trigger's latency.
+_LONGEST_NAP = 50e-6
 _ALIGN = constants["limit_window_align"]
 
 
@@ -216,7 +221,28 @@ def fill_record(block: np.ndarray, record: object) -> None:
         block[name] = getattr(record, name)
 
 
-def report_staging(topology: Topology, config: Config) -> dict[str, tuple[int, str]]:
+def chunk_records_of(transport: str) -> int:
+    """C, unless signals or ``max_staging_bytes`` make it another."""
+    return CHUNK_RECORDS_OVER.get(transport, CHUNK_RECORDS)
+
+
+def fabric_options(transport: str, arguments: str, *, threads: int, spin: int) -> FabricOptions:
+    """How the fabric between GPUs runs, but for its timeout."""
+    return FabricOptions(
+        transport,
+        arguments,
+        num_channels=CHANNELS,
+        num_rings=2,
+        num_threads=threads,
+        spin=spin,
+        device_fills=True,
+        longest_nap=_LONGEST_NAP,
+    )
+
+
+def report_staging(
+    topology: Topology, config: Config, fabric: str = "auto"
+) -> dict[str, tuple[int, str]]:
     """Bytes that scale-out takes on a rank, by purpose, for ``Buffer.explain_memory``.
 
     Raises:
@@ -224,25 +250,35 @@ def report_staging(topology: Topology, config: Config) -> dict[str, tuple[int, s
     """
     if topology.num_nodes == 1:
         return {}
-    plan = plan_rail(topology, config)
+    # Where the choice is left open, all that may be taken differs in nothing but chunks' length.
+    transport = TRANSPORTS.get(fabric.partition(" ")[0], TRANSPORTS["ibgda"])
+    plan = plan_rail(topology, config, chunk_records=chunk_records_of(transport))
     sizes = plan.region_bytes()
-    slots, record = int(plan.chunking["max_records"]), largest_record(config)
-    state = sum(
-        int(np.prod(shape)) * np.dtype(dtype).itemsize
-        for shape, dtype in plan.state_shapes().values()
-    )
-    staging = sizes[constants["REGION_SEND"]] + sizes[constants["REGION_RECEIVE"]]
+    length, record = int(plan.chunking["chunk_records"]), largest_record(config)
+    held = int(plan.chunking["max_records"])
+    if plan.bounded:
+        held = plan.held_chunks * length
+    inbox = sizes[constants["REGION_INBOX"]] + sizes[constants["REGION_OUTBOX"]]
     hops = hop_shapes(plan, topology, config, config.max_tokens, by_expert=True)
-    handle = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in hops.values())
     return {
         "scale-out staging": (
-            staging,
-            f"device memory, in and out: {plan.num_peers} other nodes x {slots} records of up to "
-            f"{record} bytes (float32 rows)",
+            plan.staging_bytes,
+            f"device memory, in and out: {plan.num_peers} other nodes x {held} records of up to "
+            f"{record} bytes (float32 rows)"
+            + (f", {plan.held_chunks} chunks that take turns" if plan.bounded else ""),
         ),
         "scale-out signals": (
-            sum(sizes.values()) - staging + state,
-            f"device memory: {plan.num_signals} signals and their expected values, announcements",
+            sizes[0] + _bytes_of(plan.state_shapes()),
+            f"device memory: {plan.num_signals} counters, and what they were after the last call",
         ),
-        "scale-out routes": (handle, "per handle alive: records, and the rows they became here"),
+        "scale-out announcements": (inbox, "device memory: two out, two in from each other node"),
+        "scale-out routes": (
+            _bytes_of(hops),
+            "per handle alive: records, and the rows they became here",
+        ),
+        **report_fabric(fabric_options(transport, "", threads=1, spin=0), topology.num_nodes),
     }
+
+
+def _bytes_of(shapes: Mapping[str, tuple[tuple[int, ...], type]]) -> int:
+    return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())

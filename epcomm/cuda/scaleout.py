@@ -5,6 +5,7 @@ A one-node call's parameter block becomes a two-hop call's by what is added here
 """
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import cupy
@@ -26,9 +27,9 @@ from . import abi
 from .memory import DeviceBlock, PinnedBlock
 from .nics import with_nic_sms
 from .rail import (
-    CHUNK_RECORDS,
-    CHUNK_RECORDS_OVER,
     RailPlan,
+    chunk_records_of,
+    fabric_options,
     fill_hops,
     fill_rail,
     hop_shapes,
@@ -37,8 +38,6 @@ from .rail import (
 )
 from .two_hop import Hops, TwoHopBlocks
 
-#: A kernel cannot wake a proxy thread, so a nap adds to the first trigger's latency.
-_LONGEST_NAP = 50e-6
 _TORCH: dict[type, torch.dtype] = {np.int32: torch.int32, np.int64: torch.int64}
 
 
@@ -69,7 +68,8 @@ class ScaleOut:
         topology, config, options: of the buffer; ``options.fabric`` names what carries chunks.
 
     Raises:
-        ValueError: the fabric cannot number or address as much as the buffer may send.
+        ValueError: the fabric cannot number or address as much as the buffer may send, or
+            ``config.max_staging_bytes`` are too few.
         FabricError, PeerError: the fabric cannot be made, here or on another rank; "auto", and
             there is none for these ranks.
     """
@@ -88,9 +88,7 @@ class ScaleOut:
         error: Exception | None = None
         try:
             self.plan: RailPlan = plan_rail(
-                topology,
-                config,
-                chunk_records=CHUNK_RECORDS_OVER.get(transport, CHUNK_RECORDS),
+                topology, config, chunk_records=chunk_records_of(transport)
             )
             abi.check(native.library.epcomm_cuda_load_two_hop(), "loading the two-hop kernels")
             memory = {i: _Memory(n) for i, n in self.plan.region_bytes().items()}
@@ -125,18 +123,13 @@ class ScaleOut:
         self.blocks = TwoHopBlocks(config, rail)
 
     def _fabric_options(self, options: Options, transport: str, arguments: str) -> FabricOptions:
-        threads = 2 if options.own_core and options.num_threads >= 4 else 1
-        return FabricOptions(
+        how = fabric_options(
             transport,
             arguments,
-            num_channels=int(self.plan.chunking["num_channels"]),
-            num_rings=2,
-            num_threads=threads,
+            threads=2 if options.own_core and options.num_threads >= 4 else 1,
             spin=1000 if options.own_core else 0,
-            device_fills=True,
-            longest_nap=_LONGEST_NAP,
-            timeout=options.timeout,
         )
+        return replace(how, timeout=options.timeout)
 
     @staticmethod
     def _ring_memory(options: FabricOptions) -> RingMemory:
@@ -203,7 +196,7 @@ class ScaleOut:
             lists = arrays["forwarded"][peer, :count].view(torch.int16)
             ranks_of_copies = lists.view(count, self.config.num_topk, 4)[..., 0]
             rows += _rows_elsewhere(ranks_of_copies, self.topology.local_rank, by_expert)
-        mine = sent if name == "dispatch" else received
+        mine, theirs = (sent, received) if name == "dispatch" else (received, sent)
         hidden, num_topk = self.config.hidden, self.config.num_topk
         if name == "dispatch":
             record = dispatch_record(agreed.format, hidden, num_topk)
@@ -212,6 +205,9 @@ class ScaleOut:
             record = combine_record(agreed.wire, hidden, num_topk, agreed.with_weights)
             row_meta = (4 if by_expert else 4 * num_topk) if agreed.with_weights else 0
         chunk = int(self.plan.chunking["chunk_records"])
+        messages = int((-(-mine // chunk)).sum())
+        if self.plan.bounded:  # and credits
+            messages += int((-(-theirs // chunk) - self.plan.held_chunks).clip(0).sum())
         payload, records = record.payload_bytes + record.scale_bytes, int(mine.sum())
         announced, peers = self.plan.announcement_bytes, self.plan.num_peers
         others = self.topology.ranks_per_node - 1
@@ -220,7 +216,7 @@ class ScaleOut:
                 rows, rows * row_bytes, rows * row_meta + announced * (peers + 1) * others
             ),
             scale_out=LinkTraffic(
-                int((-(-mine // chunk)).sum()) + peers,
+                messages + peers,
                 records * payload,
                 records * (record.bytes - payload) + announced * peers,
             ),

@@ -11,6 +11,9 @@ from on_gpu import check, make_buffer
 from oracle_cases import CASES, LARGE
 
 import epcomm
+from epcomm.backend import Config
+from epcomm.cuda.rail import largest_record
+from epcomm.native import align, constants
 
 pytestmark = [pytest.mark.mpi, pytest.mark.gpu]
 
@@ -61,6 +64,55 @@ def test_changing_sizes_and_routings(world, ranks_per_node, num_ranks, fabric):
             if seed % 5 == 2:
                 one = replace(one, layout="expert", alignment=4)
             check(comm, one, buffer)
+
+
+def bound_for(case, num_ranks, records):
+    """Bytes of staging that hold so many records of every other node."""
+    config = Config(case.hidden, case.num_experts(num_ranks), case.num_topk, max(case.tokens))
+    each = align(records * largest_record(config), constants["limit_window_align"])
+    return 2 * (num_ranks // case.ranks_per_node - 1) * each
+
+
+@fabrics
+@shapes
+@pytest.mark.parametrize("records", [4, 9, 64])
+def test_bounded_staging_equals_oracle(world, records, ranks_per_node, num_ranks, fabric):
+    # One chunk of four records a node, two, and four of sixteen.
+    comm = world(num_ranks)
+    routings = ("uniform", "skewed", "one rank", "sparse")
+    case = replace(CASES["bf16"], ranks_per_node=ranks_per_node, hidden=256, tokens=(300,))
+    bound = bound_for(case, num_ranks, records)
+    with make_buffer(comm, case, fabric=fabric, max_staging_bytes=bound) as buffer:
+        for seed in range(8):
+            tokens = tuple(1 + (seed * 37 + r * 113) % 300 for r in range(comm.size))
+            one = replace(case, seed=seed, tokens=tokens, routing=routings[seed % 4])
+            if seed % 3 == 1:
+                one = replace(one, quantize="fp8")
+            if seed % 5 == 2:
+                one = replace(one, layout="expert", alignment=4)
+            check(comm, one, buffer)
+
+
+@fabrics
+@shapes
+@pytest.mark.parametrize("name", LARGE)
+def test_bounded_rows_of_real_size_equal_oracle(world, name, ranks_per_node, num_ranks, fabric):
+    comm = world(num_ranks)
+    case = replace(LARGE[name], ranks_per_node=ranks_per_node)
+    bound = bound_for(case, num_ranks, 16)
+    with make_buffer(comm, case, fabric=fabric, max_staging_bytes=bound) as buffer:
+        check(comm, case, buffer, in_place=True)
+
+
+@fabrics
+def test_bound_below_one_chunk_is_refused(world, fabric):
+    comm = world(4)
+    case = replace(CASES["bf16"], ranks_per_node=2, tokens=(300,))
+    needed = bound_for(case, 4, 4)
+    with pytest.raises(ValueError, match=f"max_staging_bytes: {needed - 1} .* take {needed} bytes"):
+        make_buffer(comm, case, fabric=fabric, max_staging_bytes=needed - 1)
+    with make_buffer(comm, case, fabric=fabric, max_staging_bytes=needed) as buffer:
+        check(comm, case, buffer)
 
 
 @fabrics

@@ -9,6 +9,7 @@ from epcomm import native
 from epcomm.backend import Config
 from epcomm.cpu.layout import make_layout
 from epcomm.cuda import rail
+from epcomm.fabric.fabric import RingMemory
 from epcomm.formats.wire import WireFormat
 from epcomm.native import align, constants, dispatch_record, dtypes, library
 from epcomm.topology import make_topology
@@ -200,14 +201,33 @@ def test_slots_are_numbered_as_on_the_cpu():
         assert np.diff(offsets).tolist() == [record] * (len(sent) - 1)
 
 
-def test_memory_of_scale_out_is_explained():
-    topology = make_topology(0, [0] * 8, 4)
-    config = Config(7168, 256, 8, 4096)
-    report = rail.report_staging(topology, config)
-    staging, _ = report["scale-out staging"]
-    # One other node, in and out, float32 records.
-    assert staging == 2 * 4096 * rail.largest_record(config)
-    assert set(report) == {"scale-out staging", "scale-out signals", "scale-out routes"}
+@pytest.mark.parametrize("cap", [None, 100 << 20])
+@pytest.mark.parametrize("fabric", ["auto", "proxy/local", "emulated"])
+def test_memory_of_scale_out_is_what_is_allocated(fabric, cap):
+    topology = make_topology(0, [0] * 12, 4)
+    config = Config(7168, 240, 8, 4096, max_staging_bytes=cap)
+    report = rail.report_staging(topology, config, fabric)
+    chunk_records = 256 if fabric == "proxy/local" else 16
+    plan = rail.plan_rail(topology, config, chunk_records=chunk_records)
+    assert plan.bounded == (cap is not None)
+    staging, why = report["scale-out staging"]
+    # Two other nodes, in and out, float32 records.
+    if cap is None:
+        assert staging == 2 * 2 * 4096 * rail.largest_record(config)
+    else:
+        assert cap - 4 * chunk_records * rail.largest_record(config) < staging <= cap
+        assert f"{plan.held_chunks} chunks" in why
+    state = sum(np.zeros(shape, dtype).nbytes for shape, dtype in plan.state_shapes().values())
+    parts = ("staging", "signals", "announcements")
+    assert sum(report[f"scale-out {part}"][0] for part in parts) == state + sum(
+        plan.region_bytes().values()
+    )
+    hops = rail.hop_shapes(plan, topology, config, 4096, by_expert=True)
+    assert report["scale-out routes"][0] == sum(
+        np.zeros(shape, dtype).nbytes for shape, dtype in hops.values()
+    )
+    options = rail.fabric_options("local-cuda", "", threads=2, spin=1000)
+    assert report["fabric rings"][0] == sum(RingMemory.sizes(options))
     assert rail.report_staging(make_topology(0, [0] * 4, 4), config) == {}
 
 
