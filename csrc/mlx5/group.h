@@ -35,8 +35,8 @@ struct OneThread {
     EPCOMM_HD static uint32_t alike(uint64_t) { return 1; }
 };
 
-// Also where a test runs kernels on the host.
-#if defined(__CUDACC__) || defined(EPCOMM_EMULATED)
+// Also where a test's header stands for the device.
+#if defined(__CUDACC__) || defined(EPCOMM_DEVICE_EMULATION)
 /// The 32 threads of a converged warp.
 struct WarpLanes {
     static constexpr unsigned kAll = 0xffffffffu;

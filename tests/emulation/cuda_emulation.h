@@ -22,6 +22,7 @@
 
 #include "give_way.h"
 
+#define EPCOMM_DEVICE_EMULATION 1
 #define __device__
 #define __host__
 #define __global__

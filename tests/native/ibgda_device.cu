@@ -1,6 +1,6 @@
-// Compiled, not run, by launch/compile_cuda.sh: the writers' and the NIC's headers are device code.
+// Compiled, not run, by launch/compile_cuda.sh: the writers' headers are device code. The NIC's are
+// compiled with csrc/emulated/resident.cu.
 
-#include "../../csrc/emulated/land.h"
 #include "../../csrc/fabric/ibgda.h"
 
 namespace {
@@ -46,32 +46,9 @@ __global__ void put_rows(Ibgda fabric, fabric::Lane lane, uint32_t count, uint32
     if (threadIdx.x == 0) *end = posted;
 }
 
-/// The plainest copier there is.
-struct ThreadCopier {
-    __device__ static void copy(void* to, const void* from, uint64_t bytes) {
-        for (uint64_t i = 0; i < bytes; ++i) {
-            static_cast<uint8_t*>(to)[i] = static_cast<const uint8_t*>(from)[i];
-        }
-    }
-    __device__ static emulated::Picoseconds finish(emulated::Context* context, uint64_t) {
-        return context->now;
-    }
-    __device__ static void landed(const emulated::Context&, const emulated::Flight&) {}
-};
-
-/// One look at a queue pair by an NIC on the device.
-__global__ void serve(emulated::Context context, emulated::QueuePair* queue) {
-    ThreadCopier copier;
-    emulated::look_at_doorbell(&context, queue);
-    emulated::fetch(&context, queue);
-    emulated::land(&context, queue, copier);
-    emulated::complete(&context, queue);
-}
-
 }  // namespace
 
-void launch_all(Ibgda fabric, Chunk chunk, emulated::Context context, emulated::QueuePair* queue) {
+void launch_all(Ibgda fabric, Chunk chunk) {
     put_chunk<<<1, 128>>>(fabric, chunk, nullptr);
     put_rows<<<1, 32>>>(fabric, chunk.lane, 8, 16, nullptr);
-    serve<<<1, 1>>>(context, queue);
 }
