@@ -88,7 +88,6 @@ std::vector<FaultRule> Nics::rules() const {
 void Nics::register_memory(int32_t index) {
     const emulated_member& member = members_[size_t(index)];
     Rank& rank = ranks_[size_t(index)];
-    rank.landing_words.resize(size_t(plan_.num_planes));
     for (int32_t plane = 0; plane < plan_.num_planes; ++plane) {
         for (int32_t id = 0; id < EPCOMM_FABRIC_MAX_REGIONS; ++id) {
             Key key = {};
@@ -100,9 +99,6 @@ void Nics::register_memory(int32_t index) {
             }
             rank.local.push_back(key);
         }
-        uint64_t* word = &rank.landing_words[size_t(plane)];
-        rank.landing.push_back({reinterpret_cast<uint64_t>(word), 8,
-                                network_.add_memory(nic(index, plane), word, 8, kLocalWrite)});
     }
 }
 
@@ -150,9 +146,17 @@ void Nics::connect(int32_t index) {
     }
     const auto num_signals = int32_t(member.sizes[EPCOMM_FABRIC_SIGNALS] / sizeof(uint64_t));
     rank.raised.resize(size_t(member.num_nodes * num_signals));
-    rank.fabric = {rank.queues.data(), rank.local.data(), rank.remote.data(), rank.landing.data(),
-                   member.state,       plan_.timeout_ns,  plan_.num_channels, member.num_nodes,
-                   plan_.num_planes,   member.node,       num_signals,        0,
+    rank.fabric = {rank.queues.data(),
+                   rank.local.data(),
+                   rank.remote.data(),
+                   member.state,
+                   plan_.timeout_ns,
+                   plan_.num_channels,
+                   member.num_nodes,
+                   plan_.num_planes,
+                   member.node,
+                   num_signals,
+                   0,
                    rank.raised.data()};
 }
 

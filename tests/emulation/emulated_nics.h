@@ -34,8 +34,8 @@ class Nics {
         uint64_t doorbell = 0;
     };
     struct Rank {
-        std::vector<Key> local, remote, landing;
-        std::vector<uint64_t> landing_words, raised;
+        std::vector<Key> local, remote;
+        std::vector<uint64_t> raised;
         std::vector<epcomm::mlx5::SendQueue> queues;
         std::vector<Queue> memory;
         epcomm_ibgda fabric = {};
