@@ -24,7 +24,6 @@ struct TransportOptions {
     std::vector<FaultRule> rules;
     uint32_t num_planes = 1;
     uint32_t num_blocks = 2;  ///< SMs of a rank's NICs on a GPU
-    bool failover = false;
 };
 
 inline TransportOptions parse_options(const std::string& text, uint32_t num_nodes) {
@@ -33,7 +32,7 @@ inline TransportOptions parse_options(const std::string& text, uint32_t num_node
         {"pieces", kPieces}, {"late_completion", kLateCompletion},
     };
     const char* names =
-        "rate=, latency_ns=, retry_us=, planes=, blocks=, failover=, seed=, delay=, late_fetch=, "
+        "rate=, latency_ns=, retry_us=, planes=, blocks=, seed=, delay=, late_fetch=, "
         "lost_doorbell=, pieces=, late_completion=, kill=, dead_plane=, dead_from=";
     TransportOptions options;
     uint64_t dead_plane = ~uint64_t(0), dead_from = 0;
@@ -55,8 +54,6 @@ inline TransportOptions parse_options(const std::string& text, uint32_t num_node
             options.num_planes = uint32_t(value);
         } else if (name == "blocks") {
             options.num_blocks = uint32_t(value);
-        } else if (name == "failover") {
-            options.failover = value != 0;
         } else if (name == "seed") {
             options.seed = value;
         } else if (name == "kill") {
