@@ -215,7 +215,7 @@ class Emulated : public Transport {
         return true;
     }
 
-    int64_t memory_bytes(int32_t num_nodes, int32_t num_channels) const override {
+    int64_t memory_bytes(int32_t num_nodes, int32_t num_channels, int32_t) const override {
         const int64_t queue =
             sizeof(Endpoint) + kDepth * (sizeof(mlx5::Block) + sizeof(mlx5::Completion));
         return int64_t(sizeof(emulated::Nic)) + (num_nodes - 1) * num_channels * queue;

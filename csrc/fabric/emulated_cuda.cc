@@ -167,6 +167,12 @@ class EmulatedCuda : public Transport {
                std::to_string(options_.num_blocks) + " SMs";
     }
 
+    /// Of one plane.
+    int64_t memory_bytes(int32_t num_nodes, int32_t num_channels,
+                         int32_t num_signals) const override {
+        return int64_t(NicArena({num_nodes, 0, num_channels, 1, num_signals}).bytes);
+    }
+
     void close() override {
         carrier_.reset();
         report_.reset();

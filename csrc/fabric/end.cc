@@ -132,9 +132,9 @@ int64_t epcomm_fabric_producer_bytes(int32_t num_rings) {
 }
 
 int64_t epcomm_fabric_transport_bytes(const char* transport, int32_t num_nodes,
-                                      int32_t num_channels) {
+                                      int32_t num_channels, int32_t num_signals) {
     try {
-        return make_transport(transport)->memory_bytes(num_nodes, num_channels);
+        return make_transport(transport)->memory_bytes(num_nodes, num_channels, num_signals);
     } catch (const std::exception&) {
         return -1;
     }

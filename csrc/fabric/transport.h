@@ -145,9 +145,10 @@ class Transport {
     /// One line: what was chosen, such as the NIC and GID or the copy engines.
     virtual std::string describe() const = 0;
 
-    /// Bytes of queues and the like, beside regions and rings, that it takes for so many nodes and
-    /// channels; 0: nothing to speak of, or not this process's.
-    virtual int64_t memory_bytes(int32_t /*num_nodes*/, int32_t /*num_channels*/) const {
+    /// Bytes of queues and the like, beside regions and rings, that it takes for so many nodes,
+    /// channels and signals; 0: nothing to speak of, or not this process's.
+    virtual int64_t memory_bytes(int32_t /*num_nodes*/, int32_t /*num_channels*/,
+                                 int32_t /*num_signals*/) const {
         return 0;
     }
 

@@ -73,7 +73,7 @@ EPCOMM_API const char* epcomm_fabric_transports(void);
 
 /// Bytes that a transport takes beside regions and rings; -1 where there is none of the name.
 EPCOMM_API int64_t epcomm_fabric_transport_bytes(const char* transport, int32_t num_nodes,
-                                                 int32_t num_channels);
+                                                 int32_t num_channels, int32_t num_signals);
 
 /// What the last failure was, or what the transport chose; valid until the next call.
 EPCOMM_API const char* epcomm_fabric_text(const epcomm_fabric_end* end);

@@ -88,5 +88,5 @@ def report_scale_out(
             "announcements); pages exist once written",
         ),
         "scale-out signals": (signals, "counters of messages, by node and kind"),
-        **report_fabric(options, topology.num_nodes),
+        **report_fabric(options, topology.num_nodes, signals // 8),
     }

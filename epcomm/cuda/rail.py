@@ -276,7 +276,9 @@ def report_staging(
             _bytes_of(hops),
             "per handle alive: records, and the rows they became here",
         ),
-        **report_fabric(fabric_options(transport, "", threads=1, spin=0), topology.num_nodes),
+        **report_fabric(
+            fabric_options(transport, "", threads=1, spin=0), topology.num_nodes, plan.num_signals
+        ),
     }
 
 

@@ -27,7 +27,7 @@ _FUNCTIONS = {
     "connect": (_I32, [_POINTER, _POINTER, _POINTER]),
     "text": (ctypes.c_char_p, [_POINTER]),
     "transports": (ctypes.c_char_p, []),
-    "transport_bytes": (_I64, [ctypes.c_char_p, _I32, _I32]),
+    "transport_bytes": (_I64, [ctypes.c_char_p, _I32, _I32, _I32]),
     "describe": (ctypes.c_char_p, [_POINTER]),
     "of": (_POINTER, [_POINTER]),
     "ibgda_of": (_POINTER, [_POINTER]),

@@ -4,7 +4,9 @@ from ..native import library
 from .fabric import FabricOptions, RingMemory
 
 
-def report_fabric(options: FabricOptions, num_nodes: int) -> dict[str, tuple[int, str]]:
+def report_fabric(
+    options: FabricOptions, num_nodes: int, num_signals: int
+) -> dict[str, tuple[int, str]]:
     """Bytes by purpose, as in a MemoryReport."""
     report = {
         "fabric rings": (
@@ -14,7 +16,7 @@ def report_fabric(options: FabricOptions, num_nodes: int) -> dict[str, tuple[int
         )
     }
     queues = library.epcomm_fabric_transport_bytes(
-        options.transport.encode(), num_nodes, options.num_channels
+        options.transport.encode(), num_nodes, options.num_channels, num_signals
     )
     if queues > 0:
         report["fabric queues"] = (

@@ -207,7 +207,7 @@ def test_memory_of_scale_out_is_what_is_allocated(fabric, cap):
     topology = make_topology(0, [0] * 12, 4)
     config = Config(7168, 240, 8, 4096, max_staging_bytes=cap)
     report = rail.report_staging(topology, config, fabric)
-    chunk_records = 256 if fabric == "proxy/local" else 16
+    chunk_records = 256 if fabric == "proxy/local" else 64
     plan = rail.plan_rail(topology, config, chunk_records=chunk_records)
     assert plan.bounded == (cap is not None)
     staging, why = report["scale-out staging"]
