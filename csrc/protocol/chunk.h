@@ -199,7 +199,8 @@ EPCOMM_HD static inline int32_t epcomm_plan_chunks(epcomm_chunking* chunking, in
     }
     const int32_t bounded = held < chunking->max_records;
     while (bounded && records > EPCOMM_SHORTEST_CHUNK && held / records < EPCOMM_ENOUGH_CHUNKS) {
-        records = records / 2 > EPCOMM_SHORTEST_CHUNK ? records / 2 : EPCOMM_SHORTEST_CHUNK;
+        records =
+            records / 2 > EPCOMM_SHORTEST_CHUNK ? records / 2 : (int64_t)EPCOMM_SHORTEST_CHUNK;
     }
     int32_t plan = EPCOMM_PLAN_OK;
     if (bounded && records > held) {

@@ -34,8 +34,14 @@ class Direct : public Transport {
         queue_.doorbell = &doorbell_;
         queue_.num_blocks = queue_.num_completions = 4;
         epcomm::mlx5::start_at(&queue_, 0);
-        fabric_ = {&queue_,        keys_, keys_,     keys_, plan.state, plan.timeout_ns, 1,
-                   plan.num_nodes, 1,     plan.node, 1,     0,          raised_};
+        fabric_.queues = &queue_;
+        fabric_.local = fabric_.remote = keys_;
+        fabric_.state = plan.state;
+        fabric_.timeout_ns = plan.timeout_ns;
+        fabric_.num_channels = fabric_.num_planes = fabric_.num_signals = 1;
+        fabric_.num_nodes = plan.num_nodes;
+        fabric_.node = plan.node;
+        fabric_.raised = raised_;
     }
     std::string address(int32_t) override { return ""; }
     void connect(const std::vector<std::string>&) override { connected_ = true; }
