@@ -105,14 +105,25 @@ __global__ void put_and_flush(const __grid_constant__ Ibgda fabric, Lane lane, u
     }
 }
 
-/// All warps of all blocks raise one signal of the peer, on any channel.
-__global__ void raise(const __grid_constant__ Ibgda fabric, int32_t peer, int32_t signal,
-                      int rounds, uint64_t* result) {
+/// All warps of all blocks add to one word of the peer, on any channel: what only the NIC's atomics
+/// can do.
+__global__ void add_to_word(const __grid_constant__ Ibgda fabric, int32_t peer, uint64_t word,
+                            int rounds, uint64_t* result) {
     const uint32_t warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
     if (threadIdx.x % 32 != 0) return;
+    const RegionKey to = fabric.remote[peer * EPCOMM_FABRIC_MAX_REGIONS + kSignals];
+    const RegionKey old = fabric.local[kSend];
+    fabric::FabricWait wait(fabric, fabric.timeout_ns);
     for (int i = 0; i < rounds; ++i) {
         const int32_t channel = int32_t((warp + uint32_t(i)) % uint32_t(fabric.num_channels));
-        count(result, 1, fabric::signal_add(fabric, {peer, channel}, signal, 1) == 0);
+        SendQueue* queue = fabric::queue_of(fabric, {peer, channel});
+        const auto make = [&](uint32_t, uint64_t position) {
+            return mlx5::fetch_add_request(mlx5::header_of(*queue, position, false),
+                                           {to.address + word * 8, to.key},
+                                           {old.address + warp * 8, old.key}, 1);
+        };
+        count(result, 1,
+              mlx5::post(mlx5::OneThread(), queue, 1, mlx5::Ring::kNow, make, wait) == 0);
     }
     for (int32_t c = 0; c < fabric.num_channels; ++c) {
         count(result, 1, !fabric::flush(fabric, c, fabric.timeout_ns));
@@ -164,7 +175,7 @@ __global__ void ring_wrongly(SendQueue* queue) {
 }
 
 void load_all() {
-    load(exchange_chunks, put_and_flush, raise, post_by_lanes, put_beyond, ring_wrongly);
+    load(exchange_chunks, put_and_flush, add_to_word, post_by_lanes, put_beyond, ring_wrongly);
 }
 
 struct Results {
@@ -344,8 +355,8 @@ TEST(atomics_of_all_queue_pairs_count) {
     Running world(options);
     // Two nodes at once; 4 blocks of 4 warps each.
     for (int n : {0, 2}) {
-        raise<<<4, 128, 0, n == 0 ? world.stream : world.side>>>(world.nodes[size_t(n)].fabric, 1,
-                                                                 7, 50, world.result);
+        const cudaStream_t stream = n == 0 ? world.stream : world.side;
+        add_to_word<<<4, 128, 0, stream>>>(world.nodes[size_t(n)].fabric, 1, 7, 50, world.result);
         CUDA(cudaGetLastError());
     }
     CUDA(cudaStreamSynchronize(world.side));

@@ -18,9 +18,9 @@ constexpr int32_t kSignals = 64;
 /// What one node's producers have.
 struct Node {
     std::vector<SendQueue> queues;
-    std::vector<RegionKey> local, remote, landing;
+    std::vector<RegionKey> local, remote;
     std::vector<std::vector<uint64_t>> regions;  ///< 0: signals, 1: send, 2: receive
-    std::vector<uint64_t> landing_words, raised;
+    std::vector<uint64_t> raised;
     epcomm_fabric_state state = {};
     Ibgda fabric = {};
 
@@ -56,7 +56,6 @@ struct World {
         Node& node = nodes[size_t(i)];
         node.regions = {std::vector<uint64_t>(kSignals), std::vector<uint64_t>(8192),
                         std::vector<uint64_t>(8192)};
-        node.landing_words.resize(size_t(num_planes));
         for (int32_t plane = 0; plane < num_planes; ++plane) {
             for (int32_t id = 0; id < EPCOMM_FABRIC_MAX_REGIONS; ++id) {
                 if (id >= 3) {
@@ -69,9 +68,6 @@ struct World {
                                            id == 1 ? 0 : uint32_t(kRemoteWrite));
                 node.local.push_back({uint64_t(region.data()), region.size() * 8, key});
             }
-            uint64_t* word = &node.landing_words[size_t(plane)];
-            node.landing.push_back(
-                {uint64_t(word), 8, rig.network.add_memory(nic(i, plane), word, 8, kLocalWrite)});
         }
     }
 
@@ -86,7 +82,6 @@ struct World {
         fabric.queues = node.queues.data();
         fabric.local = node.local.data();
         fabric.remote = node.remote.data();
-        fabric.landing = node.landing.data();
         fabric.state = &node.state;
         fabric.timeout_ns = 80 * kSeconds;
         fabric.num_channels = num_channels;

@@ -36,6 +36,8 @@ constexpr int64_t kSecond = 1'000'000'000;
 constexpr LineModel kLine = {50, 4096, 30, 5, 300, 2000, 50'000'000, 0};
 constexpr LineModel kNoLimit = {0, 4096, 30, 0, 0, 0, 50'000'000, 0};
 
+constexpr int32_t kMaxSignals = 512;
+
 enum RegionId : int32_t { kSignals = 0, kSend = 1, kReceive = 2, kNumRegions = 3 };
 
 struct Options {
@@ -192,20 +194,19 @@ class World {
         CUDA(cudaHostAlloc(reinterpret_cast<void**>(&node.state), sizeof *node.state,
                            cudaHostAllocDefault));
         memset(node.state, 0, sizeof *node.state);
-        landing_.push_back(device_.zeros<uint64_t>(uint64_t(options.num_planes)));
         for (int32_t plane = 0; plane < options.num_planes; ++plane) {
             Nic* image = &images_[nic(n, plane)];
             const auto add = [&](const void* start, uint64_t bytes, uint32_t access) {
                 const auto address = reinterpret_cast<uint64_t>(start);
                 return RegionKey{address, bytes, add_key(image, {address, bytes, 1, access})};
             };
-            const uint32_t access[] = {kRemoteAtomic, kLocalWrite | kRemoteRead, kRemoteWrite};
+            const uint32_t access[] = {kRemoteWrite | kRemoteAtomic, kLocalWrite | kRemoteRead,
+                                       kRemoteWrite};
             for (int32_t id = 0; id < EPCOMM_FABRIC_MAX_REGIONS; ++id) {
                 keys_.push_back(id < kNumRegions
                                     ? add(node.regions[id], options.region_bytes, access[id])
                                     : RegionKey{});
             }
-            landing_keys_.push_back(add(landing_[size_t(n)] + plane, 8, kLocalWrite));
         }
     }
 
@@ -245,16 +246,19 @@ class World {
         const auto per_node = size_t(options.num_planes * EPCOMM_FABRIC_MAX_REGIONS);
         const RegionKey* all = device_.copy_of(keys_);
         node.device_queues = device_.copy_of(node.queues);
-        node.fabric = {node.device_queues,
-                       all + size_t(n) * per_node,
-                       all,
-                       device_.copy_of(landing_keys_) + n * options.num_planes,
-                       node.state,
-                       options.timeout_ns,
-                       options.num_channels,
-                       options.num_nodes,
-                       options.num_planes,
-                       n};
+        Ibgda& fabric = node.fabric;
+        fabric = {};
+        fabric.queues = node.device_queues;
+        fabric.local = all + size_t(n) * per_node;
+        fabric.remote = all;
+        fabric.state = node.state;
+        fabric.timeout_ns = options.timeout_ns;
+        fabric.num_channels = options.num_channels;
+        fabric.num_nodes = options.num_nodes;
+        fabric.num_planes = options.num_planes;
+        fabric.node = n;
+        fabric.num_signals = kMaxSignals;
+        fabric.raised = device_.zeros<uint64_t>(uint64_t(options.num_nodes * kMaxSignals));
     }
 
     uint32_t number(int32_t n, int32_t peer, int32_t channel) const {
@@ -285,8 +289,6 @@ class World {
     void* pinned_ = nullptr;
     std::vector<Nic> images_;
     std::vector<RegionKey> keys_;  ///< [num_nodes][num_planes][EPCOMM_FABRIC_MAX_REGIONS]
-    std::vector<RegionKey> landing_keys_;
-    std::vector<uint64_t*> landing_;
 };
 
 /// Load kernels, before any starts that does not end.
