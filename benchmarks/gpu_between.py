@@ -47,7 +47,7 @@ from .triggers import KernelProducers
 def _refusal(fabric: str) -> str:
     """Why a GPU's buffer cannot have this fabric; empty if it can."""
     try:
-        check_fabric(fabric, "cuda", None)  # type: ignore[arg-type]
+        check_fabric(fabric, "cuda", None)
     except ValueError as error:
         return str(error)
     transport = TRANSPORTS.get(fabric.partition(" ")[0])

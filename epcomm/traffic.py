@@ -9,8 +9,8 @@ class LinkTraffic:
     """What one rank sent over one kind of link in one call.
 
     Attributes:
-        messages: scale-out: messages posted, credits among them. Scale-up: rows stored to (dispatch) or read from
-            (combine) another rank's memory.
+        messages: scale-out: messages posted, credits among them. Scale-up: rows stored to
+            (dispatch) or read from (combine) another rank's memory.
         payload_bytes: rows, with their scales.
         metadata_bytes: everything else: ids, indices, weights, padding, announcements.
     """
