@@ -1,12 +1,12 @@
 // Two or more emulated NICs with queue pairs between them, and the writers' side of those.
 //
-// The engine is the host's; or, where EPCOMM_EMULATED is defined, that of the GPU, its kernel run
-// on the host.
+// The engine is the host's; or, where EPCOMM_DEVICE_EMULATION is defined, that of the GPU, its
+// kernel run on the host.
 #pragma once
 
 #include <deque>
 
-#ifdef EPCOMM_EMULATED
+#ifdef EPCOMM_DEVICE_EMULATION
 #include "resident_engine.h"
 #endif
 
@@ -24,7 +24,7 @@ using mlx5::OneThread;
 using mlx5::Ring;
 using mlx5::SendQueue;
 
-#ifdef EPCOMM_EMULATED
+#ifdef EPCOMM_DEVICE_EMULATION
 using TestEngine = ResidentEngine;
 constexpr uint64_t kSlowness = 20;       ///< tests of many runs make so many times fewer
 constexpr bool kCopierHasSpeed = false;  ///< EngineOptions::copy_bytes_per_ns
