@@ -27,10 +27,11 @@ for arch in 80 90a 100; do
     for source in csrc/{kernels,fabric,emulated}/*.cu csrc/{fabric,emulated,carrier}/*_cuda.cc \
         tests/native/*.cu; do
         compile "$arch" "$source" >"$work/report" || { cat "$work/report"; die "$source, sm_$arch"; }
-        # The combine for more than 8 rows a token (its second flag) is not one of the hot kernels.
+        # Not hot kernels: the combine for more than 8 rows a token (its second flag), and those that
+        # move lanes off dead planes, which save registers around what they call for that.
         spills=$(awk '/Compiling entry/ { name = $0 }
             /bytes spill/ && !/ 0 bytes spill stores, 0 bytes spill loads/ &&
-                name !~ /combine_kernelILb[01]ELb1E/ { print name; print }' "$work/report")
+                name !~ /combine_kernelILb[01]ELb1E|8ByPlanes/ { print name; print }' "$work/report")
         [[ -z $spills || $arch != 90a ]] || { echo "$spills"; die "$source spills on sm_$arch"; }
     done
     echo "compiled for sm_$arch"

@@ -17,13 +17,15 @@ namespace epcomm::emulated {
 /// What all of them understand. `delay`, `late_fetch`, `lost_doorbell`, `pieces` and
 /// `late_completion` are the most that this harmless fault makes a request late, in microseconds; a
 /// quarter of the requests meet each that is named. `kill` is the position at which every queue
-/// pair fails, `dead_plane` an NIC of every rank that reaches nobody, from `dead_from` on.
+/// pair fails, `dead_plane` an NIC of every rank that reaches nobody, from `dead_from` on. With
+/// `failover` 1 its lanes move to other planes.
 struct TransportOptions {
     LineModel line = {50, 4096, 80, 5, 300, 2000, 2'000'000'000, 0};
     uint64_t seed = 0;
     std::vector<FaultRule> rules;
     uint32_t num_planes = 1;
     uint32_t num_blocks = 2;  ///< SMs of a rank's NICs on a GPU
+    int32_t failover = 0;
 };
 
 inline TransportOptions parse_options(const std::string& text, uint32_t num_nodes) {
@@ -33,7 +35,7 @@ inline TransportOptions parse_options(const std::string& text, uint32_t num_node
     };
     const char* names =
         "rate=, latency_ns=, retry_us=, planes=, blocks=, seed=, delay=, late_fetch=, "
-        "lost_doorbell=, pieces=, late_completion=, kill=, dead_plane=, dead_from=";
+        "lost_doorbell=, pieces=, late_completion=, kill=, dead_plane=, dead_from=, failover=";
     TransportOptions options;
     uint64_t dead_plane = ~uint64_t(0), dead_from = 0;
     std::istringstream words(text);
@@ -62,6 +64,8 @@ inline TransportOptions parse_options(const std::string& text, uint32_t num_node
             dead_plane = value;
         } else if (name == "dead_from") {
             dead_from = value;
+        } else if (name == "failover" && value <= 1) {
+            options.failover = int32_t(value);
         } else {
             bool found = false;
             for (const auto& fault : faults) {

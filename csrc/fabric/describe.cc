@@ -49,11 +49,20 @@ constexpr epcomm_field kFields[] = {
     FIELD(error, position),
     FIELD(error, text),
     END("error", epcomm_fabric_error),
+    FIELD(loss, peer),
+    FIELD(loss, plane),
+    FIELD(loss, channel),
+    FIELD(loss, vendor),
+    FIELD(loss, queue_pair),
+    FIELD(loss, position),
+    END("loss", epcomm_fabric_loss),
     FIELD(state, failed),
     FIELD(state, failing),
     FIELD(state, error),
     FIELD(state, threads),
     FIELD(state, consumers),
+    FIELD(state, num_losses),
+    FIELD(state, losses),
     END("state", epcomm_fabric_state),
     FIELD(probe, fabric),
     FIELD(probe, out),
@@ -139,6 +148,7 @@ constexpr epcomm_field kFields[] = {
     OTHER_FIELD(ibgda, num_planes),
     OTHER_FIELD(ibgda, node),
     OTHER_FIELD(ibgda, num_signals),
+    OTHER_FIELD(ibgda, failover),
     OTHER_FIELD(ibgda, raised),
     END("ibgda", epcomm_ibgda),
 };
@@ -161,6 +171,7 @@ constexpr epcomm_constant kConstants[] = {
     ENUMERATOR(STOPPED),
     ENUMERATOR(KIND_PROXY),
     ENUMERATOR(KIND_IBGDA),
+    ENUMERATOR(MAX_LOSSES),
 #undef ENUMERATOR
 };
 

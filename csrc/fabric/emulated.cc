@@ -315,7 +315,8 @@ class Emulated : public Transport {
                            (command.op == EPCOMM_FABRIC_PUT && command.bytes == 0);
         uint64_t end = queue->reserved;
         if (!empty && mlx5::works(*queue)) {
-            const Requests requests = requests_of(fabric_, command, true);
+            const Requests requests =
+                requests_of(fabric_, {command.peer, command.channel}, command, true);
             if (!mlx5::has_room(*queue, end + requests.count())) return false;
             NoWait wait;
             end = fabric::post(queue, requests, mlx5::Ring::kWhenDue, wait);

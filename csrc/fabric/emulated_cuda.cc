@@ -73,7 +73,7 @@ class EmulatedCuda : public Transport {
         plan_ = plan;
         options_ = emulated::parse_options(plan.options, uint32_t(plan.num_nodes));
         check_options();
-        const uint64_t signals = mine_.regions[EPCOMM_FABRIC_SIGNALS].bytes / sizeof(uint64_t);
+        const uint64_t signals = signals_in(mine_.regions[EPCOMM_FABRIC_SIGNALS].bytes);
         shape_ = {plan.num_nodes, plan.node, plan.num_channels, int32_t(options_.num_planes),
                   int32_t(signals)};
         const NicArena places(shape_);
@@ -199,8 +199,13 @@ class EmulatedCuda : public Transport {
             for (int id = 0; id < EPCOMM_FABRIC_MAX_REGIONS; ++id) {
                 const uint64_t bytes = mine_.regions[id].bytes, at = mine_.region_addresses[id];
                 if (bytes == 0) continue;
-                const uint32_t key = emulated::add_key(&nics_[size_t(plane)],
-                                                       {at, bytes, 1, emulated::kRemoteWrite});
+                uint32_t access = emulated::kRemoteWrite;
+                // Who moves a lane off a dead plane reads the peer's counters.
+                if (id == EPCOMM_FABRIC_SIGNALS) {
+                    access |= emulated::kRemoteRead | emulated::kLocalWrite;
+                }
+                const uint32_t key =
+                    emulated::add_key(&nics_[size_t(plane)], {at, bytes, 1, access});
                 mine_.keys[plane][id] = {at, bytes, key};
             }
         }
@@ -299,6 +304,7 @@ class EmulatedCuda : public Transport {
         fabric_.num_nodes = shape_.num_nodes;
         fabric_.num_planes = shape_.num_planes;
         fabric_.num_signals = shape_.num_signals;
+        fabric_.failover = options_.failover;
         fabric_.node = shape_.node;
     }
 

@@ -247,6 +247,22 @@ int epcomm_fabric_count(epcomm_fabric_end* end, epcomm_fabric_traffic* into, int
     });
 }
 
+uint32_t epcomm_fabric_num_losses(const epcomm_fabric_end* end) {
+    return load_acquire(&end->fabric.state->num_losses);
+}
+
+const char* epcomm_fabric_loss_text(epcomm_fabric_end* end, uint32_t index, int32_t* peer) {
+    if (index >= epcomm_fabric_num_losses(end) || index >= EPCOMM_FABRIC_MAX_LOSSES) return nullptr;
+    const epcomm_fabric_loss& loss = end->fabric.state->losses[index];
+    *peer = loss.peer;
+    end->text = "plane " + std::to_string(loss.plane) + " is dead: " +
+                end->transport->error_text({0, false, loss.vendor, loss.queue_pair}) +
+                " (channel " + std::to_string(loss.channel) + ", queue pair " +
+                std::to_string(loss.queue_pair) + ", request " + std::to_string(loss.position) +
+                ", vendor code " + std::to_string(loss.vendor) + ")";
+    return end->text.c_str();
+}
+
 int epcomm_fabric_peer_gone(epcomm_fabric_end* end, int32_t peer) {
     return end->transport->peer_gone(peer) ? 1 : 0;
 }

@@ -7,108 +7,14 @@
 // it knows the value (`raised`): counted in the turn in which the request is published, since it
 // must grow in the order of the requests.
 //
-// A rank may own several NICs (planes). A channel belongs to one of them, `channel % num_planes`,
-// so planes need no order among themselves: receivers count per (source, channel) anyway.
+// A rank may own several NICs (planes). A channel belongs to one of them, so planes need no order
+// among themselves: receivers count per (source, channel) anyway. Here a queue pair that fails ends
+// the fabric; planes.h has the same calls for lanes that then go to another plane.
 #pragma once
 
-#include "../mlx5/post.h"
-#include "fabric.h"
+#include "queues.h"
 
 namespace epcomm::fabric {
-
-using Ibgda = epcomm_ibgda;
-using RegionKey = epcomm_region_key;
-
-/// Bytes of an Ibgda's `raised`, which lies where the producers run.
-constexpr uint64_t raised_bytes(int32_t num_nodes, int32_t num_signals) {
-    return uint64_t(num_nodes) * uint64_t(num_signals) * sizeof(uint64_t);
-}
-
-EPCOMM_HD inline mlx5::SendQueue* queue_at(const Ibgda& fabric, int32_t index) {
-    return static_cast<mlx5::SendQueue*>(fabric.queues) + index;
-}
-
-EPCOMM_HD inline mlx5::SendQueue* queue_of(const Ibgda& fabric, Lane lane) {
-    return queue_at(fabric, lane.peer * fabric.num_channels + lane.channel);
-}
-
-EPCOMM_HD inline int32_t plane_of(const Ibgda& fabric, Lane lane) {
-    return lane.channel % fabric.num_planes;
-}
-
-EPCOMM_HD inline bool failed(const Ibgda& fabric) {
-    return load_acquire(&fabric.state->failed) != 0;
-}
-
-/// A deadline, and the end of the fabric. A device reads the host's flag over PCIe, and many
-/// threads that do so all the time would hold up what else crosses it: once in a while is enough.
-struct FabricWait {
-    static constexpr int64_t kLookNs = 1'000'000;
-
-    const Ibgda& fabric;
-    int64_t until;
-    int64_t look_at;
-
-    EPCOMM_HD FabricWait(const Ibgda& f, int64_t timeout_ns)
-        : fabric(f), until(now_ns() + timeout_ns), look_at(until - timeout_ns + kLookNs) {}
-    EPCOMM_HD bool again() {
-        relax();
-        const int64_t now = now_ns();
-        if (now < look_at) return now < until;
-        look_at = now + kLookNs;
-        return !failed(fabric) && now < until;
-    }
-};
-
-/// End the use of every queue. Producers look at these flags, which lie in memory of their own, and
-/// at the host's only when they wait: a look at host memory with every call would cost more than
-/// the call.
-EPCOMM_HD inline void stop_all(const Ibgda& fabric) {
-    for (int32_t i = 0; i < fabric.num_nodes * fabric.num_channels; ++i) {
-        mlx5::SendQueue* queue = queue_at(fabric, i);
-        if (mlx5::works(*queue)) mlx5::give_up(queue, mlx5::kQueueStopped);
-    }
-}
-
-/// Report why a queue failed. `vendor` is the NIC's syndrome << 8 | its vendor's; what was under
-/// way is known by the request's position only, and `command` is the call that met the failure.
-EPCOMM_HD inline void report(const Ibgda& fabric, Lane lane, const Command& command) {
-    const mlx5::SendQueue* queue = queue_of(fabric, lane);
-    const uint32_t why = load_acquire(&queue->failed);
-    // A deadline passed, by which nothing is lost; or what failed has been reported.
-    if (why == mlx5::kQueueWorks || why == mlx5::kQueueStopped) return;
-    epcomm_fabric_error error;
-    error.status = EPCOMM_FABRIC_TRANSPORT;
-    error.vendor = 0;
-    error.peer = lane.peer;
-    error.channel = lane.channel;
-    error.op = command.op;
-    error.queue_pair = queue->number;
-    error.bytes = command.bytes;
-    if (why == mlx5::kQueueTimeout) {
-        error.status = EPCOMM_FABRIC_RING_FULL;
-        error.position = load_relaxed(&queue->reserved);
-    } else {
-        error.vendor = queue->error.syndrome << 8 | queue->error.vendor_syndrome;
-        error.position = queue->error_position;
-    }
-    fail(fabric.state, error);
-    stop_all(fabric);
-}
-
-EPCOMM_HD inline void report_bad_command(const Ibgda& fabric, const Command& command) {
-    epcomm_fabric_error error;
-    error.status = EPCOMM_FABRIC_BAD_TRIGGER;
-    error.vendor = 0;
-    error.peer = command.peer;
-    error.channel = command.channel;
-    error.op = command.op;
-    error.queue_pair = 0;
-    error.bytes = command.bytes;
-    error.position = 0;
-    fail(fabric.state, error);
-    stop_all(fabric);
-}
 
 /// Whether the tables have what the command names. Bounds are the NIC's to check.
 EPCOMM_HD inline bool fits(const Ibgda& fabric, const Command& command) {
@@ -151,21 +57,23 @@ struct Requests {
 
     /// Raises. A signal ends a chunk: its completion says that the chunk has arrived.
     EPCOMM_HD mlx5::Block signal(uint64_t position) const {
+        const mlx5::Header header = mlx5::header_of(*queue, position, true);
         const uint64_t amount = command.op == EPCOMM_FABRIC_SIGNAL_ADD ? command.value : 1;
+        // A value that is there already would say that this request has taken effect.
+        if (amount == 0) return mlx5::nop_request(header);
         const uint64_t value = load_relaxed(raised) + amount;
         *raised = value;
-        return mlx5::word_request(mlx5::header_of(*queue, position, true),
-                                  {signals.address + uint64_t(command.signal) * 8, signals.key},
-                                  value);
+        return mlx5::word_request(
+            header, {signals.address + uint64_t(command.signal) * 8, signals.key}, value);
     }
 };
 
-EPCOMM_HD inline Requests requests_of(const Ibgda& fabric, const Command& command, bool ask) {
-    const Lane lane{command.peer, command.channel};
+/// On the queue of `lane`, which may have taken over from the command's own.
+EPCOMM_HD inline Requests requests_of(const Ibgda& fabric, Lane lane, const Command& command,
+                                      bool ask) {
     const int32_t plane = plane_of(fabric, lane);
-    const RegionKey* local = &fabric.local[plane * EPCOMM_FABRIC_MAX_REGIONS];
-    const RegionKey* remote =
-        &fabric.remote[(lane.peer * fabric.num_planes + plane) * EPCOMM_FABRIC_MAX_REGIONS];
+    const RegionKey* local = keys_on(fabric, fabric.local, 0, plane);
+    const RegionKey* remote = keys_on(fabric, fabric.remote, lane.peer, plane);
     return {queue_of(fabric, lane),
             local[command.local.region],
             remote[command.remote.region],
@@ -186,99 +94,159 @@ EPCOMM_HD inline uint64_t post(mlx5::SendQueue* queue, const Requests& requests,
                                  : mlx5::post(mlx5::OneThread(), queue, count, when, write, wait);
 }
 
-/// A ticket names the peer too, because every (peer, channel) counts on its own.
-constexpr int kTicketPeerShift = 64 - 10;
+/// A ticket names the queue, because every (peer, channel) counts on its own.
+constexpr int kTicketPeerShift = 64 - 10, kTicketChannelShift = kTicketPeerShift - 6;
 static_assert(EPCOMM_FABRIC_MAX_NODES <= 1 << 10, "the peer's bits of a ticket");
+static_assert(EPCOMM_FABRIC_MAX_CHANNELS <= 1 << 6, "the channel's bits of a ticket");
 
 /// 0 says that the call failed, so the first of all tickets, of nothing for peer 0, is 1.
-EPCOMM_HD inline Ticket ticket_of(int32_t peer, uint64_t end) {
-    return (uint64_t(peer) << kTicketPeerShift | end) + 1;
+EPCOMM_HD inline Ticket ticket_of(Lane lane, uint64_t end) {
+    return (uint64_t(lane.peer) << kTicketPeerShift |
+            uint64_t(lane.channel) << kTicketChannelShift | end) +
+           1;
 }
 
+/// What a call does when the queue of a lane has failed: find the channel whose queue it goes on
+/// with, -1: none. This one ends the fabric.
+struct EndFabric {
+    EPCOMM_HD static int32_t next_channel(const Ibgda& fabric, Lane lane, Call call) {
+        report(fabric, queue_of(fabric, lane), call);
+        return -1;
+    }
+};
+
 /// Post a command's requests with one reservation and, if it signals, ring.
+template <class Recovery>
 EPCOMM_HD inline Ticket push(const Ibgda& fabric, const Command& command) {
     if (!fits(fabric, command)) {
         report_bad_command(fabric, command);
         return 0;
     }
-    const Lane lane{command.peer, command.channel};
-    mlx5::SendQueue* queue = queue_of(fabric, lane);
-    const Requests requests = requests_of(fabric, command, false);
-    const uint32_t count = requests.count();
-    FabricWait wait(fabric, fabric.timeout_ns);
-    if (count == 0) {  // nothing to move: done when all before it is
-        const uint64_t end = load_relaxed(&queue->reserved);
-        return mlx5::works(*queue) ? ticket_of(lane.peer, end) : 0;
-    }
-    if (count > mlx5::max_at_once(*queue)) {
-        report_bad_command(fabric, command);
-        return 0;
-    }
-    const mlx5::Ring when = requests.has_signal() ? mlx5::Ring::kNow : mlx5::Ring::kWhenDue;
-    const uint64_t end = post(queue, requests, when, wait);
-    if (end == 0) {
-        report(fabric, lane, command);
-        return 0;
-    }
-    if (requests.has_signal()) mlx5::raise_to(&queue->asked, end);
-    return ticket_of(lane.peer, end);
+    Lane lane{command.peer, command.channel};
+    do {
+        mlx5::SendQueue* queue = queue_of(fabric, lane);
+        const Requests requests = requests_of(fabric, lane, command, false);
+        const uint32_t count = requests.count();
+        if (count > mlx5::max_at_once(*queue)) {
+            report_bad_command(fabric, command);
+            return 0;
+        }
+        if (count == 0) {  // nothing to move: done when all before it is
+            const uint64_t end = load_relaxed(&queue->reserved);
+            if (mlx5::works(*queue)) return ticket_of(lane, end);
+        } else {
+            FabricWait wait(fabric, fabric.timeout_ns);
+            const bool signals = requests.has_signal();
+            const uint64_t end =
+                post(queue, requests, signals ? mlx5::Ring::kNow : mlx5::Ring::kWhenDue, wait);
+            if (signals && end != 0) mlx5::raise_to(&queue->asked, end);
+            if (end != 0) return ticket_of(lane, end);
+        }
+        lane.channel = Recovery::next_channel(fabric, lane, {command.op, command.bytes});
+    } while (lane.channel >= 0);
+    return 0;
+}
+
+EPCOMM_HD inline Command put_command(Lane lane, epcomm_fabric_place remote,
+                                     epcomm_fabric_place local, uint64_t bytes) {
+    return {EPCOMM_FABRIC_PUT, lane.peer, lane.channel, 0, local, remote, bytes, 0};
+}
+
+EPCOMM_HD inline Command put_signal_command(Lane lane, epcomm_fabric_place remote,
+                                            epcomm_fabric_place local, uint64_t bytes,
+                                            int32_t signal) {
+    return {EPCOMM_FABRIC_PUT_SIGNAL, lane.peer, lane.channel, signal, local, remote, bytes, 0};
+}
+
+EPCOMM_HD inline Command signal_add_command(Lane lane, int32_t signal, uint64_t value) {
+    const epcomm_fabric_place none{0, 0, 0};
+    return {EPCOMM_FABRIC_SIGNAL_ADD, lane.peer, lane.channel, signal, none, none, 0, value};
 }
 
 EPCOMM_HD inline Ticket put(const Ibgda& fabric, Lane lane, epcomm_fabric_place remote,
                             epcomm_fabric_place local, uint64_t bytes) {
-    return push(fabric, {EPCOMM_FABRIC_PUT, lane.peer, lane.channel, 0, local, remote, bytes, 0});
+    return push<EndFabric>(fabric, put_command(lane, remote, local, bytes));
 }
 
 EPCOMM_HD inline Ticket put_signal(const Ibgda& fabric, Lane lane, epcomm_fabric_place remote,
                                    epcomm_fabric_place local, uint64_t bytes, int32_t signal) {
-    return push(fabric, {EPCOMM_FABRIC_PUT_SIGNAL, lane.peer, lane.channel, signal, local, remote,
-                         bytes, 0});
+    return push<EndFabric>(fabric, put_signal_command(lane, remote, local, bytes, signal));
 }
 
 EPCOMM_HD inline Ticket signal_add(const Ibgda& fabric, Lane lane, int32_t signal, uint64_t value) {
-    const epcomm_fabric_place none{0, 0, 0};
-    return push(fabric,
-                {EPCOMM_FABRIC_SIGNAL_ADD, lane.peer, lane.channel, signal, none, none, 0, value});
+    return push<EndFabric>(fabric, signal_add_command(lane, signal, value));
 }
 
-/// Read completions of one queue, and report an error among them. For those who wait for something
-/// else: a kernel's queues have nobody else who looks.
-EPCOMM_HD inline void look(const Ibgda& fabric, Lane lane) {
+/// Read completions of one queue, and deal with an error among them. For those who wait for
+/// something else: a kernel's queues have nobody else who looks.
+template <class Recovery>
+EPCOMM_HD inline void look_at_queue(const Ibgda& fabric, Lane lane) {
     if (mlx5::poll(queue_of(fabric, lane))) return;
-    report(fabric, lane, {EPCOMM_FABRIC_NOOP, lane.peer, lane.channel, 0, {}, {}, 0, 0});
+    Recovery::next_channel(fabric, lane, {EPCOMM_FABRIC_NOOP, 0});
 }
 
-/// Never waits for the peer, but may post a request that asks for a completion.
-EPCOMM_HD inline bool done(const Ibgda& fabric, int32_t channel, Ticket ticket) {
-    const Lane lane{int32_t((ticket - 1) >> kTicketPeerShift), channel};
-    const uint64_t end = (ticket - 1) & ((uint64_t(1) << kTicketPeerShift) - 1);
-    mlx5::SendQueue* queue = queue_of(fabric, lane);
-    FabricWait wait(fabric, fabric.timeout_ns);
-    if (load_acquire(&queue->done) >= end) return true;
-    if (!mlx5::poll(queue) || !mlx5::ask(queue, end, wait)) {
-        report(fabric, lane, {EPCOMM_FABRIC_NOOP, lane.peer, channel, 0, {}, {}, 0, 0});
-        return false;
+template <class Recovery>
+EPCOMM_HD inline bool ticket_is_done(const Ibgda& fabric, Ticket ticket) {
+    constexpr uint64_t kChannel = EPCOMM_FABRIC_MAX_CHANNELS - 1;
+    Lane lane{int32_t((ticket - 1) >> kTicketPeerShift),
+              int32_t((ticket - 1) >> kTicketChannelShift & kChannel)};
+    uint64_t end = (ticket - 1) & ((uint64_t(1) << kTicketChannelShift) - 1);
+    while (true) {
+        mlx5::SendQueue* queue = queue_of(fabric, lane);
+        FabricWait wait(fabric, fabric.timeout_ns);
+        if (load_acquire(&queue->done) >= end) return true;
+        if (mlx5::poll(queue) && mlx5::ask(queue, end, wait)) {
+            return load_acquire(&queue->done) >= end;
+        }
+        const bool over = mlx5::works(*queue);  // it is the time that is
+        if (over || Recovery::next_channel(fabric, lane, {EPCOMM_FABRIC_NOOP, 0}) < 0) return false;
+        // What had not completed is on the successor.
+        if (end <= queue->error_position) return true;
+        end = queue->again_end;
+        lane = lane_of(fabric, queue_at(fabric, int32_t(queue->successor) - 1));
     }
-    return load_acquire(&queue->done) >= end;
 }
 
-/// On every peer's queue pair of the channel.
-EPCOMM_HD inline bool flush(const Ibgda& fabric, int32_t channel, int64_t timeout_ns) {
+/// See to it that everything that was put into a lane completes, and if `wait_for_it` wait.
+template <class Recovery>
+EPCOMM_HD inline bool flush_lane(const Ibgda& fabric, Lane lane, bool wait_for_it,
+                                 FabricWait& wait) {
+    do {
+        mlx5::SendQueue* queue = queue_of(fabric, lane);
+        const uint64_t end = load_relaxed(&queue->reserved);
+        if (load_acquire(&queue->done) >= end) return true;
+        if (wait_for_it ? mlx5::flush(queue, wait) : mlx5::ask(queue, end, wait)) return true;
+        if (mlx5::works(*queue)) return false;
+        lane.channel = Recovery::next_channel(fabric, lane, {EPCOMM_FABRIC_NOOP, 0});
+    } while (lane.channel >= 0);
+    return false;
+}
+
+template <class Recovery>
+EPCOMM_HD inline bool flush_channel(const Ibgda& fabric, int32_t channel, int64_t timeout_ns) {
     FabricWait wait(fabric, timeout_ns);
     // First ask everywhere, so that the peers' completions come at the same time.
     for (int pass = 0; pass < 2; ++pass) {
         for (int32_t peer = 0; peer < fabric.num_nodes; ++peer) {
             if (peer == fabric.node) continue;
-            const Lane lane{peer, channel};
-            mlx5::SendQueue* queue = queue_of(fabric, lane);
-            const uint64_t end = load_relaxed(&queue->reserved);
-            if (load_acquire(&queue->done) >= end) continue;
-            if (pass == 0 ? mlx5::ask(queue, end, wait) : mlx5::flush(queue, wait)) continue;
-            report(fabric, lane, {EPCOMM_FABRIC_NOOP, peer, channel, 0, {}, {}, 0, 0});
-            return false;
+            if (!flush_lane<Recovery>(fabric, {peer, channel}, pass == 1, wait)) return false;
         }
     }
     return !failed(fabric);
+}
+
+EPCOMM_HD inline void look(const Ibgda& fabric, Lane lane) {
+    look_at_queue<EndFabric>(fabric, lane);
+}
+
+/// Never waits for the peer, but may post a request that asks for a completion.
+EPCOMM_HD inline bool done(const Ibgda& fabric, int32_t /*channel*/, Ticket ticket) {
+    return ticket_is_done<EndFabric>(fabric, ticket);
+}
+
+/// On every peer's queue pair of the channel.
+EPCOMM_HD inline bool flush(const Ibgda& fabric, int32_t channel, int64_t timeout_ns) {
+    return flush_channel<EndFabric>(fabric, channel, timeout_ns);
 }
 
 }  // namespace epcomm::fabric

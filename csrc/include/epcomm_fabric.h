@@ -95,6 +95,14 @@ EPCOMM_API int epcomm_fabric_count(epcomm_fabric_end* end, epcomm_fabric_traffic
 /// epcomm_fabric_status; the error record is in state->error.
 EPCOMM_API int epcomm_fabric_check(epcomm_fabric_end* end, int64_t stall_ns);
 
+/// Planes lost to peers so far (see epcomm_ibgda.failover).
+EPCOMM_API uint32_t epcomm_fabric_num_losses(const epcomm_fabric_end* end);
+
+/// The index-th of them in words, what peer it concerns in `peer`; null if its record was not kept.
+/// Valid until the next call.
+EPCOMM_API const char* epcomm_fabric_loss_text(epcomm_fabric_end* end, uint32_t index,
+                                               int32_t* peer);
+
 /// Whether the process of a peer is known to be gone.
 EPCOMM_API int epcomm_fabric_peer_gone(epcomm_fabric_end* end, int32_t peer);
 

@@ -122,18 +122,19 @@ __device__ inline void announce(const epcomm_cuda_world& world, const epcomm_ann
 
 /// The whole block waits until every rank's announcement is here. First for the node's own: a rank
 /// of it that is silent hands on nobody else's either, and is the one to name.
+template <class Look = NoLook>
 __device__ inline bool wait_announced(const epcomm_cuda_world& world, uint64_t epoch,
-                                      const Waiting& what) {
+                                      const Waiting& what, const Look& look = Look()) {
     const epcomm_cuda_counter* counters = announced_counters(world, world.local_rank);
     bool ok = true;
     for (int l = int(threadIdx.x); l < world.num_local; l += int(blockDim.x)) {
         const int r = world.node_ranks[l];
-        ok = wait_counter(world, &counters[r].value, epoch, r, what) && ok;
+        ok = wait_counter(world, &counters[r].value, epoch, r, what, look) && ok;
     }
     ok = __syncthreads_and(ok);
     if (!ok || world.num_nodes == 1) return ok;
     for (int r = int(threadIdx.x); r < world.num_ranks; r += int(blockDim.x)) {
-        ok = wait_counter(world, &counters[r].value, epoch, r, what) && ok;
+        ok = wait_counter(world, &counters[r].value, epoch, r, what, look) && ok;
     }
     return __syncthreads_and(ok);
 }

@@ -1,8 +1,9 @@
 // How the kernels of the two-hop path reach other nodes: they put triggers for proxy threads, or
-// fill the NICs' send queues by themselves. A kernel is compiled for both; the launch picks.
+// fill the NICs' send queues by themselves, with or without moving lanes off dead planes. A kernel
+// is compiled for each; the launch picks.
 #pragma once
 
-#include "../fabric/ibgda.h"
+#include "../fabric/planes.h"
 #include "epcomm_cuda_rail.h"
 
 namespace epcomm {
@@ -36,6 +37,11 @@ struct ByProxy {
         __device__ Look(const epcomm_cuda_rail&, int) {}
         __device__ void operator()() {}
     };
+    struct LookAround {
+        __device__ explicit LookAround(const epcomm_cuda_rail&) {}
+        __device__ void operator()() {}
+    };
+    static __device__ bool settle(const epcomm_cuda_rail&) { return true; }
 };
 
 struct ByNic {
@@ -65,6 +71,56 @@ struct ByNic {
             lane.channel = lane.channel + 1 < ibgda.num_channels ? lane.channel + 1 : 0;
         }
     };
+    using LookAround = ByProxy::LookAround;
+    static __device__ bool settle(const epcomm_cuda_rail&) { return true; }
+};
+
+/// As ByNic, and moves lanes off dead planes. A kind of its own: kernels that call what that takes
+/// need more registers.
+struct ByPlanes {
+    static constexpr bool kBounded = false;
+    static __device__ fabric::Planes fabric(const epcomm_cuda_rail& rail) {
+        return fabric::Planes(rail.ibgda);
+    }
+    static __device__ __noinline__ bool put_signal(const epcomm_cuda_rail& rail, Put put) {
+        return fabric::put_signal(fabric(rail), put.lane, put.remote, put.local, put.bytes,
+                                  put.signal) != 0;
+    }
+    static __device__ __noinline__ bool signal_add(const epcomm_cuda_rail& rail, fabric::Lane lane,
+                                                   int32_t signal) {
+        return fabric::signal_add(fabric(rail), lane, signal, 1) != 0;
+    }
+    static __device__ __noinline__ void look(const epcomm_cuda_rail& rail, fabric::Lane lane) {
+        fabric::look(fabric(rail), lane);
+    }
+    /// What another node waits for may have been lost with a plane here, and only this rank can
+    /// send it again. Whoever waits may wait for that node, through others: looks at all queues.
+    struct LookAround {
+        const epcomm_cuda_rail& rail;
+        fabric::Lane lane;
+
+        __device__ explicit LookAround(const epcomm_cuda_rail& r) : rail(r), lane{0, 0} {}
+        __device__ void operator()() {
+            if (lane.peer != rail.ibgda.node) look(rail, lane);
+            if (++lane.channel < rail.ibgda.num_channels) return;
+            lane.channel = 0;
+            lane.peer = lane.peer + 1 < rail.ibgda.num_nodes ? lane.peer + 1 : 0;
+        }
+    };
+    struct Look : LookAround {
+        __device__ Look(const epcomm_cuda_rail& r, int node) : LookAround(r) {
+            LookAround::lane.peer = node;
+        }
+    };
+    /// Wait until all that was put has arrived, by the whole block. What is lost is sent again by
+    /// who looks, and after the kernel nobody does.
+    static __device__ __noinline__ bool settle(const epcomm_cuda_rail& rail) {
+        bool ok = true;
+        for (int c = int(threadIdx.x); c < rail.ibgda.num_channels; c += int(blockDim.x)) {
+            ok = fabric::flush(fabric(rail), c, rail.ibgda.timeout_ns) && ok;
+        }
+        return __syncthreads_and(ok);
+    }
 };
 
 /// The same for staging that holds fewer chunks than a call has (csrc/protocol/chunk.h).
@@ -88,10 +144,11 @@ __device__ inline bool wait_for_node(const epcomm_cuda_world& world, const epcom
                         typename Kind::Look(rail, node));
 }
 
-/// Call `with(ByProxy())` or `with(ByNic())`, as the rail says.
+/// Call `with` with the kind that the rail asks for.
 template <class With>
 auto with_fabric_kind(const epcomm_cuda_rail& rail, const With& with) {
-    return rail.fabric_kind == EPCOMM_FABRIC_KIND_IBGDA ? with(ByNic()) : with(ByProxy());
+    if (rail.fabric_kind != EPCOMM_FABRIC_KIND_IBGDA) return with(ByProxy());
+    return rail.ibgda.failover != 0 ? with(ByPlanes()) : with(ByNic());
 }
 
 /// The same for kernels that use staging.

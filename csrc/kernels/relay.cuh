@@ -28,6 +28,20 @@ __device__ inline void give_up_sending(const epcomm_cuda_world& world, const epc
     give_up(world, error);
 }
 
+/// What is due before the kernel may end, for all its puts. The whole last block; false: the fabric
+/// failed.
+template <class Kind>
+__device__ inline bool settle(const epcomm_cuda_world& world, const epcomm_cuda_rail& rail,
+                              const Waiting& what) {
+    if (Kind::settle(rail)) return true;
+    if (threadIdx.x == 0) {
+        const epcomm_fabric_state* state = Kind::fabric(rail).state;
+        const int peer = state->failed != 0 ? state->error.peer : -1;
+        give_up_sending(world, rail, peer < 0 ? rail.chunking.node : peer, what);
+    }
+    return false;
+}
+
 /// Put this rank's announcement to every rail peer. The whole block; false: the fabric failed.
 template <class Kind>
 __device__ inline bool announce_to_rail(const epcomm_cuda_world& world,

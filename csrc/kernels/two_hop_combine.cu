@@ -49,8 +49,10 @@ int load_two_hop_combine_kind() {
 int load_two_hop_combine() {
     int error = load_two_hop_combine_kind<ByProxy>();
     if (error == 0) error = load_two_hop_combine_kind<ByNic>();
+    if (error == 0) error = load_two_hop_combine_kind<ByPlanes>();
     if (error == 0) error = load_two_hop_combine_kind<Bounded<ByProxy>>();
-    return error == 0 ? load_two_hop_combine_kind<Bounded<ByNic>>() : error;
+    if (error == 0) error = load_two_hop_combine_kind<Bounded<ByNic>>();
+    return error == 0 ? load_two_hop_combine_kind<Bounded<ByPlanes>>() : error;
 }
 
 }  // namespace epcomm

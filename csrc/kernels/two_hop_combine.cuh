@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kTwoHopSumThreads<Kind>, 1)
                                                  call.announcement.status, {}, what)) {
         return;
     }
-    if (!wait_announced(world, epoch, what)) return;
+    if (!wait_announced(world, epoch, what, typename Kind::LookAround(all.rail))) return;
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
     const epcomm_cuda_row no_row = {};
     delay(world, kDelayAnnounced);
@@ -259,6 +259,7 @@ __global__ void __launch_bounds__(kTwoHopSumThreads<Kind>, 1)
     }
     delay(world, kDelayMoved);
     if (!is_last_block(world)) return;
+    if (!settle<Kind>(world, all.rail, what)) return;
     if (verdict == EPCOMM_CUDA_OK) {
         collect_chunks<Kind>(all.rail, all.hops.sent, all.hops.received);
     }

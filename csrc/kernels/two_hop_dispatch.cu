@@ -43,8 +43,10 @@ int load_two_hop_dispatch_kind() {
 int load_two_hop_dispatch() {
     int error = load_two_hop_dispatch_kind<ByProxy>();
     if (error == 0) error = load_two_hop_dispatch_kind<ByNic>();
+    if (error == 0) error = load_two_hop_dispatch_kind<ByPlanes>();
     if (error == 0) error = load_two_hop_dispatch_kind<Bounded<ByProxy>>();
-    return error == 0 ? load_two_hop_dispatch_kind<Bounded<ByNic>>() : error;
+    if (error == 0) error = load_two_hop_dispatch_kind<Bounded<ByNic>>();
+    return error == 0 ? load_two_hop_dispatch_kind<Bounded<ByPlanes>>() : error;
 }
 
 }  // namespace epcomm

@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(kTwoHopThreads, 1)
                               what)) {
         return;
     }
-    if (!wait_announced(world, epoch, what)) return;
+    if (!wait_announced(world, epoch, what, typename Kind::LookAround(all.rail))) return;
     if (timed && call.announce) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
     delay(world, kDelayAnnounced);
     int verdict = judge_all(world, call.announcement, call.row, call.routes.rows, epoch);
@@ -335,6 +335,7 @@ __global__ void __launch_bounds__(kTwoHopThreads, 1)
     }
     delay(world, kDelayMoved);
     if (!is_last_block(world)) return;
+    if (!settle<Kind>(world, all.rail, what)) return;
     if (verdict == EPCOMM_CUDA_OK) {
         collect_chunks<Kind>(all.rail, all.hops.received, all.hops.sent);
     }

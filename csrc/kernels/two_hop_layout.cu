@@ -19,8 +19,9 @@ int launch_two_hop_layout(const epcomm_cuda_two_hop_layout& all, cudaStream_t st
 }
 
 int load_two_hop_layout() {
-    const int error = load(two_hop_layout_kernel<ByProxy>);
-    return error == 0 ? load(two_hop_layout_kernel<ByNic>) : error;
+    int error = load(two_hop_layout_kernel<ByProxy>);
+    if (error == 0) error = load(two_hop_layout_kernel<ByNic>);
+    return error == 0 ? load(two_hop_layout_kernel<ByPlanes>) : error;
 }
 
 }  // namespace epcomm

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(256, 1)
     bool ok = meet(world, what);
     if (ok && leads) ok = announce_two_hop<Kind>(all, shared, what);
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_COUNTED);
-    ok = ok && wait_announced(world, epoch, what);
+    ok = ok && wait_announced(world, epoch, what, typename Kind::LookAround(all.rail));
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
     if (!ok) return;
     delay(world, kDelayAnnounced);

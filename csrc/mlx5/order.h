@@ -103,8 +103,10 @@ EPCOMM_HD inline bool exchange_if(uint64_t* word, uint64_t expected, uint64_t va
     return won;
 #else
     fabric::interleave();
-    return __atomic_compare_exchange_n(word, &expected, value, false, __ATOMIC_ACQ_REL,
-                                       __ATOMIC_ACQUIRE);
+    const bool won = __atomic_compare_exchange_n(word, &expected, value, false, __ATOMIC_ACQ_REL,
+                                                 __ATOMIC_ACQUIRE);
+    fabric::interleave();
+    return won;
 #endif
 }
 

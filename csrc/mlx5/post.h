@@ -37,7 +37,7 @@ EPCOMM_HD inline bool reserve(SendQueue* queue, uint32_t count, Wait& wait, uint
 /// Wait for this writer's turn, which `end_turn` must end soon: everybody behind waits for it.
 template <class Wait>
 EPCOMM_HD inline bool take_turn(SendQueue* queue, uint64_t first, Wait& wait) {
-    while (!has_turn(*queue, first)) {
+    while (!try_turn(queue, first)) {
         if (works(*queue) && wait.again()) continue;
         if (works(*queue)) give_up(queue, kQueueTimeout);
         return false;

@@ -44,7 +44,7 @@ struct SendQueue {
 
     // Positions. Each is changed by other operations than its neighbours.
     alignas(64) uint64_t reserved;    ///< next free
-    alignas(64) uint64_t ready;       ///< below: written, may be rung for
+    alignas(64) uint64_t ready;       ///< see ready_of
     alignas(64) uint64_t rung;        ///< below: the doorbell rang
     uint64_t ringing;                 ///< 1: a thread is between record and doorbell
     alignas(64) uint64_t done;        ///< below: completed
@@ -54,12 +54,20 @@ struct SendQueue {
     ErrorCompletion error;
     uint64_t error_position;  ///< of its request
     uint32_t failed;          ///< QueueFailure
+
+    // Of a queue that failed and that another one takes over from (fabric/planes.h).
+    uint32_t successor;  ///< 1 + the other's place among the rank's queues; 0: there is none yet
+    uint64_t again;      ///< next position that is to be sent again
+    uint64_t again_end;  ///< position in the successor behind all that was
+    uint32_t judged;     ///< 1: what has taken effect at the peer has been skipped
+    uint32_t moved;      ///< 1: the successor has all of it
 };
 
 /// Start all counters at `position`, the hardware's at its low 16 bits (0 for a real one).
 EPCOMM_HD inline void start_at(SendQueue* queue, uint64_t position) {
     queue->reserved = queue->ready = queue->rung = queue->done = queue->asked = position;
     queue->polled = queue->ringing = queue->error_kept = queue->failed = 0;
+    queue->successor = queue->judged = queue->moved = 0;
     queue->completion_interval = queue->num_blocks < 4 ? 1 : queue->num_blocks / 4;
     queue->doorbell_interval = queue->completion_interval;
 }
@@ -103,25 +111,41 @@ EPCOMM_HD inline void store_request(SendQueue* queue, uint64_t position, const B
     }
 }
 
-/// Whether everything before `first` is published. Then it is the turn of who has reserved it, of
-/// one writer after the other in the order of their positions, until `end_turn`.
-EPCOMM_HD inline bool has_turn(const SendQueue& queue, uint64_t first) {
-    return fabric::load_acquire(&queue.ready) == first;
+/// Bits of `ready` above the position: a writer has its turn; nobody gets it any more.
+constexpr uint64_t kTurnTaken = uint64_t(1) << 63;
+constexpr uint64_t kClosed = uint64_t(1) << 62;
+
+/// Below: written, may be rung for.
+EPCOMM_HD inline uint64_t ready_of(const SendQueue& queue) {
+    return fabric::load_acquire(&queue.ready) & ~(kTurnTaken | kClosed);
 }
 
-/// Publish. Only one writer can have the turn, so a store is enough.
+/// Once everything before `first` is published it is the turn of who has reserved that: of one
+/// writer after the other, in the order of their positions, until `end_turn`.
+EPCOMM_HD inline bool try_turn(SendQueue* queue, uint64_t first) {
+    return exchange_if(&queue->ready, first, first | kTurnTaken);
+}
+
+/// Publish.
 EPCOMM_HD inline void end_turn(SendQueue* queue, uint64_t end) {
     fabric::store_release(&queue->ready, end);
+}
+
+/// Let nobody publish any more. False: a writer has its turn.
+EPCOMM_HD inline bool try_close(SendQueue* queue) {
+    const uint64_t ready = fabric::load_acquire(&queue->ready);
+    if ((ready & kClosed) != 0) return true;
+    return (ready & kTurnTaken) == 0 && exchange_if(&queue->ready, ready, ready | kClosed);
 }
 
 /// Ring for everything ready. If another thread is ringing, that one sees to it.
 EPCOMM_HD inline void ring(SendQueue* queue) {
     while (true) {
         fence_store_load();  // a caller's publication, or the release below, before these loads
-        const uint64_t target = fabric::load_acquire(&queue->ready);
+        const uint64_t target = ready_of(*queue);
         if (fabric::load_acquire(&queue->rung) >= target) return;
         if (!exchange_if(&queue->ringing, 0, 1)) return;
-        const uint64_t next = fabric::load_acquire(&queue->ready);
+        const uint64_t next = ready_of(*queue);
         if (fabric::load_relaxed(&queue->rung) < next) {
             fence<Scope::kSystem>();  // requests, and the bytes they speak of, before the record
             store_record(&queue->record[kSendRecord], uint16_t(next));
@@ -138,7 +162,7 @@ EPCOMM_HD inline void ring(SendQueue* queue) {
 /// Ring if so many requests are ready that the NIC should start on them.
 EPCOMM_HD inline void ring_if_due(SendQueue* queue) {
     const uint64_t rung = fabric::load_acquire(&queue->rung);
-    if (fabric::load_acquire(&queue->ready) - rung >= queue->doorbell_interval) ring(queue);
+    if (ready_of(*queue) - rung >= queue->doorbell_interval) ring(queue);
 }
 
 }  // namespace epcomm::mlx5

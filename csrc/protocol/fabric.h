@@ -123,6 +123,19 @@ typedef struct {
     char text[512];     ///< in words; terminated
 } epcomm_fabric_error;
 
+/// A plane that is not used any more for a peer, because a queue pair of it failed there.
+typedef struct {
+    int32_t peer;         ///< node number
+    int32_t plane;        ///<
+    int32_t channel;      ///< whose queue pair it was
+    int32_t vendor;       ///< why, as in epcomm_fabric_error
+    uint32_t queue_pair;  ///< its number on this rank's side
+    uint32_t reserved;
+    uint64_t position;  ///< of the request that failed
+} epcomm_fabric_loss;
+
+enum { EPCOMM_FABRIC_MAX_LOSSES = 64 };
+
 /// A proxy thread's signs of life.
 typedef struct {
     uint64_t heartbeat;  ///< grows with every round of the thread
@@ -142,6 +155,9 @@ typedef struct {
     epcomm_fabric_error error;
     epcomm_proxy_thread threads[EPCOMM_FABRIC_MAX_RINGS];
     epcomm_ring_consumer consumers[EPCOMM_FABRIC_MAX_RINGS];
+    uint32_t num_losses;  ///< planes lost, written (release) after the entry
+    uint32_t reserved_losses[31];
+    epcomm_fabric_loss losses[EPCOMM_FABRIC_MAX_LOSSES];  ///< the first ones, in order of time
 } epcomm_fabric_state;
 
 /// Which of the two structures below producers take, and so how they send.
@@ -184,9 +200,10 @@ typedef struct {
     int32_t num_nodes;
     int32_t num_planes;
     int32_t node;         ///< this rank's
-    int32_t num_signals;  ///< of a peer
-    int32_t reserved;
-    uint64_t* raised;  ///< [num_nodes][num_signals]: what this rank raised them to; zeros at first
+    int32_t num_signals;  ///< of a peer; region 0 has a word more, for answers
+    int32_t failover;     ///< 1: other planes take over from a dead one; 0: it ends the fabric
+    uint64_t* raised;     ///< [num_nodes][num_signals]: what this rank raised them to, and a lock;
+                          ///< zeros at first
 } epcomm_ibgda;
 
 /// A place in a region: of this rank (local) or of a peer (remote).

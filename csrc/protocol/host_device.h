@@ -1,8 +1,11 @@
-/// EPCOMM_HD marks functions that host and device code share.
+/// EPCOMM_HD marks functions that host and device code share, EPCOMM_COLD those of them that are
+/// called, not inlined: what happens seldom must not cost the rest registers.
 #pragma once
 
 #ifdef __CUDACC__
 #define EPCOMM_HD __host__ __device__
+#define EPCOMM_COLD __host__ __device__ __noinline__
 #else
 #define EPCOMM_HD
+#define EPCOMM_COLD __attribute__((noinline))
 #endif

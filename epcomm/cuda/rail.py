@@ -77,7 +77,7 @@ class RailPlan:
     def region_bytes(self) -> dict[int, int]:
         """Bytes of the fabric's regions, by number."""
         return {
-            0: 8 * self.num_signals,
+            0: 8 * (self.num_signals + 1),  # and a word for answers
             constants["REGION_SEND"]: self.staging_bytes // 2,
             constants["REGION_RECEIVE"]: self.staging_bytes // 2,
             constants["REGION_OUTBOX"]: 2 * self.announcement_bytes,

@@ -33,6 +33,8 @@ _FUNCTIONS = {
     "ibgda_of": (_POINTER, [_POINTER]),
     "count": (_I32, [_POINTER, _POINTER, _I32]),
     "check": (_I32, [_POINTER, _I64]),
+    "num_losses": (ctypes.c_uint32, [_POINTER]),
+    "loss_text": (ctypes.c_char_p, [_POINTER, ctypes.c_uint32, _POINTER]),
     "peer_gone": (_I32, [_POINTER, _I32]),
     "stop": (_I32, [_POINTER, _I64]),
     "destroy": (None, [_POINTER]),

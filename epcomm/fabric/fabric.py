@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import warnings
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -134,6 +135,7 @@ class Fabric:
         self._memory = memory or RingMemory.of_host(options)
         self._finish: Any = None
         self._open_end: int | None = None
+        self._warned = 0
         addresses: list[bytes] = []
         error: Exception | None = None
         try:
@@ -278,13 +280,39 @@ class Fabric:
         """One line: what the transport chose."""
         return library.epcomm_fabric_describe(self._end).decode()
 
+    @property
+    def lost_planes(self) -> tuple[str, ...]:
+        """The planes that lanes were moved off: a line for each, with peer and reason."""
+        lines, peer = [], ctypes.c_int32()
+        for index in range(library.epcomm_fabric_num_losses(self._end)):
+            text = library.epcomm_fabric_loss_text(self._end, index, ctypes.byref(peer))
+            if text is None:
+                lines.append("more planes are dead")
+                break
+            node = peer.value
+            lines.append(f"to rank {self.topology.rail[node]}, node {node}: {text.decode()}")
+        return tuple(lines)
+
+    def _warn_of_lost_planes(self) -> None:
+        lost = library.epcomm_fabric_num_losses(self._end)
+        if lost == self._warned:
+            return
+        for line in self.lost_planes[self._warned :]:
+            warnings.warn(f"fabric: {line}; other planes take over", RuntimeWarning, stacklevel=3)
+        self._warned = lost
+
     def peer_gone(self, node: int) -> bool:
         """Whether the peer's process is known to be gone."""
         return bool(library.epcomm_fabric_peer_gone(self._end, node))
 
     def check(self, stall: float = STALL_SECONDS) -> None:
-        """Raise FabricError if the fabric has failed; notices dead proxy threads."""
-        if not library.epcomm_fabric_check(self._end, int(stall * 1e9)):
+        """Raise FabricError if the fabric has failed; notices dead proxy threads.
+
+        Warns (RuntimeWarning) once for every plane to a peer that is not used any more.
+        """
+        failed = library.epcomm_fabric_check(self._end, int(stall * 1e9))
+        self._warn_of_lost_planes()
+        if not failed:
             return
         start = self._memory.host + dtypes["state"].fields["error"][1]  # type: ignore[index]
         raw = ctypes.string_at(start, dtypes["error"].itemsize)

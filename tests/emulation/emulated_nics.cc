@@ -22,8 +22,8 @@ LineModel line_of(const emulated_nic_plan& plan) {
 }
 
 uint32_t access_of(int32_t region) {
-    const bool written = region == EPCOMM_FABRIC_SIGNALS || region == EPCOMM_REGION_RECEIVE ||
-                         region == EPCOMM_REGION_INBOX;
+    if (region == EPCOMM_FABRIC_SIGNALS) return kLocalWrite | kRemoteWrite | kRemoteRead;
+    const bool written = region == EPCOMM_REGION_RECEIVE || region == EPCOMM_REGION_INBOX;
     return written ? uint32_t(kRemoteWrite) : 0;
 }
 
@@ -89,6 +89,10 @@ void Nics::register_memory(int32_t index) {
     const emulated_member& member = members_[size_t(index)];
     Rank& rank = ranks_[size_t(index)];
     for (int32_t plane = 0; plane < plan_.num_planes; ++plane) {
+        // A region's key is another one on each plane.
+        for (int32_t k = 0; k < plane; ++k) {
+            network_.add_memory(nic(index, plane), this, sizeof *this, 0);
+        }
         for (int32_t id = 0; id < EPCOMM_FABRIC_MAX_REGIONS; ++id) {
             Key key = {};
             if (id < member.num_regions) {
@@ -144,20 +148,11 @@ void Nics::connect(int32_t index) {
                              queue_number(member.rail[n], member.node, c));
         }
     }
-    const auto num_signals = int32_t(member.sizes[EPCOMM_FABRIC_SIGNALS] / sizeof(uint64_t));
-    rank.raised.resize(size_t(member.num_nodes * num_signals));
-    rank.fabric = {rank.queues.data(),
-                   rank.local.data(),
-                   rank.remote.data(),
-                   member.state,
-                   plan_.timeout_ns,
-                   plan_.num_channels,
-                   member.num_nodes,
-                   plan_.num_planes,
-                   member.node,
-                   num_signals,
-                   0,
-                   rank.raised.data()};
+    const auto num_signals = int32_t(fabric::signals_in(member.sizes[EPCOMM_FABRIC_SIGNALS]));
+    rank.raised.resize(fabric::raised_bytes(member.num_nodes, num_signals) / sizeof(uint64_t));
+    rank.fabric = {rank.queues.data(), rank.local.data(),  rank.remote.data(), member.state,
+                   plan_.timeout_ns,   plan_.num_channels, member.num_nodes,   plan_.num_planes,
+                   member.node,        num_signals,        plan_.failover,     rank.raised.data()};
 }
 
 void Nics::kill(int32_t rank) {

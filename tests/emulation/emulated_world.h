@@ -61,6 +61,8 @@ typedef struct {
     int32_t num_rules;
     const emulated_rule* rules;
     int64_t timeout_ns;
+    int32_t failover;
+    int32_t reserved;
 } emulated_nic_plan;
 
 }  // extern "C"

@@ -9,7 +9,6 @@ import numpy as np
 
 from epcomm.fabric.abi import dtypes
 
-CHANNELS = 2
 _RING_SLOTS = 256
 _TIMEOUT_NS = 10**10
 _STATE = dtypes["state"]
@@ -65,6 +64,8 @@ class _NicPlan(ctypes.Structure):
         ("num_rules", ctypes.c_int32),
         ("rules", ctypes.c_void_p),
         ("timeout_ns", ctypes.c_int64),
+        ("failover", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
     ]
 
 
@@ -88,9 +89,11 @@ class Fabric(Protocol):
 
     Attributes:
         nics: what ``emulate`` takes for the NICs; None without.
+        channels: of a rank.
     """
 
     nics: int | None
+    channels: int
 
     def make(self, library: ctypes.CDLL, members: "ctypes.Array[Member]") -> None:
         """Connect the members, and fill in what the fabric needs of them."""
@@ -112,6 +115,7 @@ class Proxies:
 
     silent: dict[int, int] = field(default_factory=dict)
     nics: int | None = None
+    channels: int = 2
     _fabrics: list[np.ndarray] = field(default_factory=list)
     _keep: list[Any] = field(default_factory=list)
 
@@ -131,7 +135,7 @@ class Proxies:
         rings = fabric["rings"].view(np.uint8).reshape(-1)
         rings[: dtypes["ring"].itemsize] = np.frombuffer(ring.tobytes(), np.uint8)
         fabric["state"], fabric["timeout_ns"] = member.state, _TIMEOUT_NS
-        fabric["num_rings"], fabric["num_channels"] = 1, CHANNELS
+        fabric["num_rings"], fabric["num_channels"] = 1, self.channels
         fabric["num_nodes"], fabric["node"] = member.num_nodes, member.node
         self._keep += [slots, producer]
         return fabric
@@ -186,6 +190,8 @@ class Nics:
         silent: as Proxies, in requests of the queue pairs of channel 0 (an operation has two);
             nothing of other channels arrives.
         planes: NICs of a rank.
+        channels: of a rank.
+        failover: lanes move off dead planes.
         blocks: of a send queue.
         start: where the queues' counters start.
         rules: faults.
@@ -197,6 +203,8 @@ class Nics:
 
     silent: dict[int, int] = field(default_factory=dict)
     planes: int = 1
+    channels: int = 2
+    failover: bool = False
     blocks: int = 64
     start: int = 0
     rules: Sequence[Rule] = ()
@@ -211,7 +219,7 @@ class Nics:
         rules = [*self.rules]
         for rank, operations in self.silent.items():
             # For good: longer than any test lasts.
-            for channel, first in enumerate([2 * operations] + [0] * (CHANNELS - 1)):
+            for channel, first in enumerate([2 * operations] + [0] * (self.channels - 1)):
                 rules.append(Rule("delay", rank, -1, channel, first, seconds=1e5, exact=True))
         table = (_Rule * len(rules))(
             *(
@@ -223,8 +231,9 @@ class Nics:
             )
         )
         plan = _NicPlan(
-            *(CHANNELS, self.planes, self.blocks, int(self.retry * 1e9), self.start, self.seed),
-            *(int(self.shuffle), len(rules), ctypes.addressof(table), int(self.timeout * 1e9)),
+            *(self.channels, self.planes, self.blocks, int(self.retry * 1e9), self.start),
+            *(self.seed, int(self.shuffle), len(rules), ctypes.addressof(table)),
+            *(int(self.timeout * 1e9), int(self.failover)),
         )
         self._library = library
         self.nics = library.emulated_nics_make(

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from fabrics import CHANNELS, Fabric, Member, Proxies, aligned, declare
+from fabrics import Fabric, Member, Proxies, aligned, declare
 
 from epcomm import native
 from epcomm.backend import Config
 from epcomm.cpu.window import combine_parts
 from epcomm.cuda import rail
+from epcomm.fabric.abi import constants as fabric_constants
 from epcomm.fabric.abi import dtypes as fabric_dtypes
 from epcomm.formats.wire import WireFormat
 from epcomm.native import combine_record, constants, dispatch_record
@@ -103,6 +104,7 @@ class EmulatedWorld:
         }
         self.constants = native.read_constants("epcomm_cuda_constants", library)
         self.config, self.blocks = config, blocks
+        self.fabric: Fabric = Proxies() if fabric is None else fabric
         self.ranks = [
             EmulatedRank(self, make_topology(r, [0] * num_ranks, ranks_per_node), chunk_records)
             for r in range(num_ranks)
@@ -110,7 +112,6 @@ class EmulatedWorld:
         self.members = (Member * num_ranks)()
         for rank, member in zip(self.ranks, self.members, strict=True):
             rank.fill_member(member)
-        self.fabric: Fabric = Proxies() if fabric is None else fabric
         self.fabric.make(library, self.members)
         for rank in self.ranks:
             rank.windows = [aligned(window_bytes) for _ in range(2)]
@@ -149,7 +150,7 @@ class EmulatedRank:
         self.number = 0
         config, d = world.config, world.dtypes
         self.plan = rail.plan_rail(
-            topology, config, chunk_records=chunk_records, num_channels=CHANNELS
+            topology, config, chunk_records=chunk_records, num_channels=world.fabric.channels
         )
         R, E = topology.num_ranks, config.num_experts
         self.control = aligned(world.library.epcomm_cuda_control_bytes(topology.num_nodes, R, E))
@@ -220,6 +221,14 @@ class EmulatedRank:
         """What the fabric says of its failure; status 0: it works."""
         start, size = fabric_dtypes["state"].fields["error"][1], fabric_dtypes["error"].itemsize  # type: ignore[index]
         return self.state[start : start + size].view(fabric_dtypes["error"])[0]
+
+    @property
+    def losses(self) -> np.ndarray:
+        """The planes that this rank has lost to peers, in order of time."""
+        start, dtype = fabric_dtypes["state"].fields["losses"][1], fabric_dtypes["loss"]  # type: ignore[index]
+        at = fabric_dtypes["state"].fields["num_losses"][1]  # type: ignore[index]
+        count = min(int(self.state[at : at + 4].view(np.uint32)[0]), fabric_constants["MAX_LOSSES"])
+        return self.state[start : start + count * dtype.itemsize].view(dtype)
 
     # Calls --------------------------------------------------------------------------------
 

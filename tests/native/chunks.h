@@ -208,7 +208,7 @@ class Chunks {
                 return;
             case Phase::kHasRoom:
                 if (options.mistake == Mistake::kPublishBeforeStore) {
-                    if (!mlx5::has_turn(*queue, actor->first)) return;
+                    if (!mlx5::try_turn(queue, actor->first)) return;
                     mlx5::end_turn(queue, end_of(*actor));
                 } else if (options.mistake != Mistake::kStoreBeforeRoom) {
                     store(*actor);
@@ -220,7 +220,7 @@ class Chunks {
                     store(*actor);
                 } else if (options.mistake == Mistake::kPublishOutOfOrder) {
                     mlx5::raise_to(&queue->ready, end_of(*actor));
-                } else if (mlx5::has_turn(*queue, actor->first)) {
+                } else if (mlx5::try_turn(queue, actor->first)) {
                     mlx5::end_turn(queue, end_of(*actor));
                 } else {
                     return;

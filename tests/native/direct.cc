@@ -74,7 +74,7 @@ class Direct : public Transport {
     epcomm::mlx5::Be32 record_[epcomm::mlx5::kRecordWords] = {};
     uint64_t doorbell_ = 0;
     epcomm::mlx5::SendQueue queue_ = {};
-    uint64_t raised_[2] = {};
+    uint64_t raised_[3] = {};
     epcomm_region_key keys_[2 * EPCOMM_FABRIC_MAX_REGIONS] = {};
     epcomm_ibgda fabric_ = {};
     bool connected_ = false;
@@ -133,6 +133,24 @@ TEST(stop_ends_a_producers_wait) {
     CHECK_EQUAL(script.closed, 1);
     CHECK_EQUAL(epcomm_fabric_check(end.end, 1), EPCOMM_FABRIC_STOPPED);
     CHECK_EQUAL(script.looked_after, 0);
+}
+
+TEST(a_lost_plane_gets_the_transports_words) {
+    script = {};
+    TestEnd end("direct", options_of(1'000'000'000));
+    int32_t peer = -1;
+    CHECK_EQUAL(epcomm_fabric_num_losses(end.end), 0);
+    CHECK(epcomm_fabric_loss_text(end.end, 0, &peer) == nullptr);
+    epcomm_fabric_state* state = epcomm_fabric_ibgda_of(end.end)->state;
+    state->losses[0] = {0, 1, 3, 0x1581, 77, 0, 12};
+    store_release(&state->num_losses, 1u);
+    CHECK_EQUAL(epcomm_fabric_num_losses(end.end), 1);
+    CHECK(epcomm_fabric_loss_text(end.end, 0, &peer) ==
+          std::string("plane 1 is dead: code 5505 of queue pair 77 (channel 3, queue pair 77, "
+                      "request 12, vendor code 5505)"));
+    CHECK_EQUAL(peer, 0);
+    store_release(&state->num_losses, EPCOMM_FABRIC_MAX_LOSSES + 1u);
+    CHECK(epcomm_fabric_loss_text(end.end, EPCOMM_FABRIC_MAX_LOSSES, &peer) == nullptr);
 }
 
 TEST(an_error_gets_the_transports_words) {

@@ -2,7 +2,7 @@
 // producers take: csrc/fabric/ibgda.h over emulated NICs of one process.
 #pragma once
 
-#include "../../csrc/fabric/ibgda.h"
+#include "../../csrc/fabric/planes.h"
 #include "rig.h"
 
 namespace rig {
@@ -26,6 +26,20 @@ struct Node {
 
     uint64_t signal(int32_t index) const { return fabric::load_acquire(&regions[0][index]); }
 };
+
+/// Call `use` with the fabric as producers take it: one whose lanes move off dead planes, or not.
+template <class Use>
+auto with_fabric(const Ibgda& fabric, const Use& use) {
+    return fabric.failover != 0 ? use(fabric::Planes(fabric)) : use(fabric);
+}
+
+/// As kernels that wait for another node do: look at a queue, another one each `turn`.
+inline void look_around(const Ibgda& ibgda, uint32_t turn) {
+    const auto index = int32_t(turn % uint32_t(ibgda.num_nodes * ibgda.num_channels));
+    const Lane lane = {index / ibgda.num_channels, index % ibgda.num_channels};
+    if (lane.peer == ibgda.node) return;
+    with_fabric(ibgda, [&](const auto& fabric) { fabric::look(fabric, lane); });
+}
 
 struct World {
     int32_t num_nodes, num_channels, num_planes;
@@ -54,9 +68,13 @@ struct World {
 
     void register_memory(int32_t i) {
         Node& node = nodes[size_t(i)];
-        node.regions = {std::vector<uint64_t>(kSignals), std::vector<uint64_t>(8192),
+        node.regions = {std::vector<uint64_t>(kSignals + 1), std::vector<uint64_t>(8192),
                         std::vector<uint64_t>(8192)};
         for (int32_t plane = 0; plane < num_planes; ++plane) {
+            // A region's key is another one on each plane.
+            for (int32_t k = 0; k < plane; ++k) {
+                rig.network.add_memory(nic(i, plane), &rig, sizeof rig, 0);
+            }
             for (int32_t id = 0; id < EPCOMM_FABRIC_MAX_REGIONS; ++id) {
                 if (id >= 3) {
                     node.local.push_back({});
@@ -65,7 +83,9 @@ struct World {
                 auto& region = node.regions[size_t(id)];
                 const uint32_t key =
                     rig.network.add_memory(nic(i, plane), region.data(), region.size() * 8,
-                                           id == 1 ? 0 : uint32_t(kRemoteWrite));
+                                           id == 0   ? kLocalWrite | kRemoteWrite | kRemoteRead
+                                           : id == 2 ? uint32_t(kRemoteWrite)
+                                                     : 0);
                 node.local.push_back({uint64_t(region.data()), region.size() * 8, key});
             }
         }
@@ -77,7 +97,7 @@ struct World {
             node.remote.insert(node.remote.end(), other.local.begin(), other.local.end());
         }
         node.queues.resize(size_t(num_nodes * num_channels));
-        node.raised.resize(size_t(num_nodes * kSignals));
+        node.raised.resize(fabric::raised_bytes(num_nodes, kSignals) / sizeof(uint64_t));
         Ibgda& fabric = node.fabric;
         fabric.queues = node.queues.data();
         fabric.local = node.local.data();

@@ -258,7 +258,8 @@ class World {
         fabric.num_planes = options.num_planes;
         fabric.node = n;
         fabric.num_signals = kMaxSignals;
-        fabric.raised = device_.zeros<uint64_t>(uint64_t(options.num_nodes * kMaxSignals));
+        fabric.raised = device_.zeros<uint64_t>(
+            fabric::raised_bytes(options.num_nodes, kMaxSignals) / sizeof(uint64_t));
     }
 
     uint32_t number(int32_t n, int32_t peer, int32_t channel) const {

@@ -1,7 +1,7 @@
 // Compiled, not run, by launch/compile_cuda.sh: the writers' headers are device code. The NIC's are
 // compiled with csrc/emulated/resident.cu.
 
-#include "../../csrc/fabric/ibgda.h"
+#include "../../csrc/fabric/planes.h"
 
 namespace {
 
@@ -17,15 +17,17 @@ struct Chunk {
 };
 
 /// A block fills a chunk with bulk stores or plain ones; then one thread puts it.
-__global__ void put_chunk(Ibgda fabric, Chunk chunk, int* ok) {
+template <class Fabric>
+__global__ void put_chunk(const __grid_constant__ Ibgda ibgda, Chunk chunk, int* ok) {
     if (threadIdx.x == 0) mlx5::finish_bulk_stores();
     __syncthreads();
     if (threadIdx.x != 0) return;
+    const Fabric fabric(ibgda);
     const fabric::Ticket ticket = fabric::put_signal(fabric, chunk.lane, chunk.remote, chunk.local,
                                                      chunk.bytes, chunk.signal);
     fabric::signal_add(fabric, chunk.lane, chunk.signal, 2);
     *ok = ticket != 0 && (fabric::done(fabric, chunk.lane.channel, ticket) ||
-                          fabric::flush(fabric, chunk.lane.channel, fabric.timeout_ns));
+                          fabric::flush(fabric, chunk.lane.channel, ibgda.timeout_ns));
 }
 
 /// The lanes of a warp write a request each, with one reservation and one doorbell for all.
@@ -49,6 +51,7 @@ __global__ void put_rows(Ibgda fabric, fabric::Lane lane, uint32_t count, uint32
 }  // namespace
 
 void launch_all(Ibgda fabric, Chunk chunk) {
-    put_chunk<<<1, 128>>>(fabric, chunk, nullptr);
+    put_chunk<Ibgda><<<1, 128>>>(fabric, chunk, nullptr);
+    put_chunk<fabric::Planes><<<1, 128>>>(fabric, chunk, nullptr);
     put_rows<<<1, 32>>>(fabric, chunk.lane, 8, 16, nullptr);
 }

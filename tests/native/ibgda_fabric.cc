@@ -19,63 +19,74 @@ Options quick(uint64_t start) {
     return options;
 }
 
-/// Every node sends chunks to every other on every channel; receivers check what a signal promises.
-void exchange(World& world, int chunks) {
+constexpr uint64_t kChunk = 512;  // bytes
+
+/// One node's part of an exchange; receivers check what a signal promises.
+template <class Fabric>
+bool exchange_as(const World& world, Node& node, int32_t me, int chunks, const Fabric& fabric) {
     const int32_t nodes = world.num_nodes, channels = world.num_channels;
+    const int64_t until = fabric::now_ns() + 80 * kSeconds;
+    bool ok = true;
+    uint32_t turn = 0;
+    // A place of its own for each (peer, channel) at the receiver and here.
+    const auto place = [&](int32_t node_number, int32_t channel) {
+        return uint64_t(node_number * channels + channel) * kChunk;
+    };
+    // As kernels wait: look at the queues, too.
+    const auto wait_for = [&](int32_t signal, int value) {
+        while (ok && node.signal(signal) < uint64_t(value)) {
+            fabric::relax();
+            look_around(node.fabric, turn++);
+            ok = fabric::now_ns() < until && !fabric::failed(fabric);
+        }
+    };
+    for (int i = 1; i <= chunks && ok; ++i) {
+        for (int32_t peer = 0; peer < nodes; ++peer) {
+            for (int32_t channel = 0; peer != me && channel < channels; ++channel) {
+                const uint64_t at = place(peer, channel);
+                for (uint64_t k = 0; k < kChunk / 8; ++k) {
+                    node.regions[1][at / 8 + k] = uint64_t(i) << 32 | uint64_t(me) << 16 | k;
+                }
+                const Ticket ticket =
+                    fabric::put_signal(fabric, {peer, channel}, {2, 0, place(me, channel)},
+                                       {1, 0, at}, kChunk, me * channels + channel);
+                ok = ok && ticket != 0;
+            }
+        }
+        for (int32_t peer = 0; peer < nodes; ++peer) {
+            for (int32_t channel = 0; peer != me && channel < channels; ++channel) {
+                wait_for(peer * channels + channel, i);  // the chunk of this round from `peer`
+                const uint64_t* bytes = &node.regions[2][place(peer, channel) / 8];
+                for (uint64_t k = 0; k < kChunk / 8; ++k) {
+                    ok = ok && bytes[k] == (uint64_t(i) << 32 | uint64_t(peer) << 16 | k);
+                }
+                // Its sender may go on: signals 32.. say so.
+                ok = ok && fabric::signal_add(fabric, {peer, channel}, 32 + me * channels + channel,
+                                              1) != 0;
+            }
+        }
+        for (int32_t peer = 0; peer < nodes; ++peer) {
+            for (int32_t channel = 0; peer != me && channel < channels; ++channel) {
+                wait_for(32 + peer * channels + channel, i);
+            }
+        }
+    }
+    for (int32_t channel = 0; channel < channels; ++channel) {
+        ok = ok && fabric::flush(fabric, channel, 80 * kSeconds);
+    }
+    return ok;
+}
+
+/// Every node sends chunks to every other on every channel.
+void exchange(World& world, int chunks) {
     std::vector<std::thread> threads;
-    std::vector<char> good(size_t(nodes), 1);
-    constexpr uint64_t kChunk = 512;  // bytes
-    for (int32_t me = 0; me < nodes; ++me) {
+    std::vector<char> good(world.nodes.size());
+    for (int32_t me = 0; me < world.num_nodes; ++me) {
         threads.emplace_back([&, me] {
             Node& node = world.nodes[size_t(me)];
-            char& ok = good[size_t(me)];
-            const int64_t until = fabric::now_ns() + 80 * kSeconds;
-            // A place of its own for each (peer, channel) at the receiver and here.
-            const auto place = [&](int32_t node_number, int32_t channel) {
-                return uint64_t(node_number * channels + channel) * kChunk;
-            };
-            for (int i = 1; i <= chunks && ok != 0; ++i) {
-                for (int32_t peer = 0; peer < nodes; ++peer) {
-                    for (int32_t channel = 0; peer != me && channel < channels; ++channel) {
-                        const uint64_t at = place(peer, channel);
-                        for (uint64_t k = 0; k < kChunk / 8; ++k) {
-                            node.regions[1][at / 8 + k] =
-                                uint64_t(i) << 32 | uint64_t(me) << 16 | k;
-                        }
-                        const Ticket ticket = fabric::put_signal(
-                            node.fabric, {peer, channel}, {2, 0, place(me, channel)}, {1, 0, at},
-                            kChunk, me * channels + channel);
-                        ok = ok && ticket != 0;
-                    }
-                }
-                for (int32_t peer = 0; peer < nodes; ++peer) {
-                    for (int32_t channel = 0; peer != me && channel < channels; ++channel) {
-                        // The chunk of this round from `peer`.
-                        while (ok && node.signal(peer * channels + channel) < uint64_t(i)) {
-                            fabric::relax();
-                            ok = fabric::now_ns() < until && !fabric::failed(node.fabric);
-                        }
-                        const uint64_t* bytes = &node.regions[2][place(peer, channel) / 8];
-                        for (uint64_t k = 0; k < kChunk / 8; ++k) {
-                            ok = ok && bytes[k] == (uint64_t(i) << 32 | uint64_t(peer) << 16 | k);
-                        }
-                        // Its sender may go on: signals 32.. say so.
-                        ok = ok && fabric::signal_add(node.fabric, {peer, channel},
-                                                      32 + me * channels + channel, 1) != 0;
-                    }
-                }
-                for (int32_t peer = 0; peer < nodes; ++peer) {
-                    for (int32_t channel = 0; peer != me && channel < channels; ++channel) {
-                        while (ok && node.signal(32 + peer * channels + channel) < uint64_t(i)) {
-                            fabric::relax();
-                            ok = fabric::now_ns() < until && !fabric::failed(node.fabric);
-                        }
-                    }
-                }
-            }
-            for (int32_t channel = 0; channel < channels; ++channel) {
-                ok = ok && fabric::flush(node.fabric, channel, 80 * kSeconds);
-            }
+            good[size_t(me)] = with_fabric(node.fabric, [&](const auto& fabric) {
+                return exchange_as(world, node, me, chunks, fabric);
+            });
         });
     }
     for (auto& thread : threads) thread.join();
@@ -98,6 +109,24 @@ TEST(planes_need_no_order_among_themselves) {
         // One plane is slow.
         world.rig.network.wire()->nic(world.nic(0, 1)).line.latency_ns = 50'000;
         exchange(world, 50);
+    }
+}
+
+TEST(a_plane_dies_while_nodes_exchange_chunks) {
+    for (const Fault fault : {kRetryExceeded, kKillQueue}) {
+        Options options = quick(65500);
+        options.engine.rules = {everywhere(kLateCompletion, 20'000 * kNanosecond, 16384)};
+        for (int32_t node = 0; node < 3; ++node) {
+            options.engine.rules.push_back(
+                {fault, 2 * node + 1, kAny, 65500 + 60, ~uint64_t(0), kAlways, 1, 0});
+        }
+        World world(3, 4, 2, options);
+        for (Node& node : world.nodes) node.fabric.failover = 1;
+        exchange(world, 50);
+        for (const Node& node : world.nodes) {
+            CHECK_EQUAL(node.state.num_losses, 2);
+            for (int i = 0; i < 2; ++i) CHECK_EQUAL(node.state.losses[i].plane, 1);
+        }
     }
 }
 

@@ -277,6 +277,18 @@ TEST(an_event_of_a_queue_pair_fails_the_fabric) {
                              "state error", "kernel's log"});
 }
 
+TEST(with_failover_producers_deal_with_a_queue_pair_in_error) {
+    World world(std::vector<CardOptions>(2));
+    Rank one(0, 2, 3, "nic=mlx5_0 failover=1", false), other(1, 2, 3, "nic=mlx5_1", false);
+    CHECK(connect_all({&one, &other}).empty());
+    CHECK_EQUAL(one.ibgda().failover, 1);
+    CHECK_EQUAL(other.ibgda().failover, 0);
+    world.tell(0x102, 0x05);
+    CHECK_EQUAL(epcomm_fabric_check(one.end(), 0), 0);
+    world.tell(0x102, 0x11);  // a peer's request that it refuses is another matter
+    CHECK_EQUAL(epcomm_fabric_check(one.end(), 0), EPCOMM_FABRIC_TRANSPORT);
+}
+
 TEST(a_card_that_hangs_does_not_keep_the_end) {
     World world(std::vector<CardOptions>(2));
     Rank one(0, 2, 1, "nic=mlx5_0", false), other(1, 2, 1, "nic=mlx5_1", false);

@@ -4,7 +4,7 @@
 
 #include <thread>
 
-#include "../../csrc/fabric/ibgda.h"
+#include "../../csrc/fabric/planes.h"
 #include "check.h"
 #include "fake_mlx5.h"
 
@@ -158,6 +158,35 @@ TEST(queues_of_a_gpu_in_host_memory) {
     Nodes nodes(2, 2, 1, "depth=16 queues=host", true);
     CHECK(nodes.ranks[0]->describe().find("in host, ") != std::string::npos);
     exchange(nodes, 2, 100);
+}
+
+TEST(lanes_leave_a_card_that_does_not_answer) {
+    for (const bool on_gpu : {false, true}) {
+        Nodes nodes(2, 4, 2, "depth=16 failover=1", on_gpu);
+        nodes.world.network().wire()->nic(1).line.retry_ns = 1'000'000;
+        nodes.world.network().kill_nic(3);  // node 1's second one
+        Rank& rank = *nodes.ranks[0];
+        const fabric::Planes planes(rank.ibgda());
+        for (uint64_t i = 0; i < 80; ++i) {
+            const auto channel = int32_t(i % 4);
+            rank.region(1)[8 * i] = 1000 + i;
+            CHECK(fabric::put_signal(planes, {1, channel}, {2, 0, 64 * i}, {1, 0, 64 * i}, 64,
+                                     channel) != 0);
+        }
+        for (int32_t channel = 0; channel < 4; ++channel) {
+            CHECK(fabric::flush(planes, channel, 80 * kSeconds));
+            CHECK_EQUAL(nodes.signal(1, channel), 20);
+        }
+        for (uint64_t i = 0; i < 80; ++i) {
+            CHECK_EQUAL(nodes.ranks[1]->region(2)[8 * i], 1000 + i);
+        }
+        CHECK_EQUAL(epcomm_fabric_check(rank.end(), 0), 0);
+        CHECK_EQUAL(epcomm_fabric_num_losses(rank.end()), 1);
+        int32_t peer = -1;
+        const std::string text = epcomm_fabric_loss_text(rank.end(), 0, &peer);
+        CHECK_EQUAL(peer, 1);
+        CHECK(text.find("plane 1 is dead: mlx5: transport retries exceeded") == 0);
+    }
 }
 
 TEST(a_wrong_place_at_the_peer_is_reported_in_words) {

@@ -23,6 +23,7 @@ PROGRAMS = {
     "emulated_threads": EMULATED,
     "ibgda_fabric": EMULATED,
     "ibgda_schedules": [*EMULATED, *FIBERS],
+    "planes": [*EMULATED, *FIBERS],
 }
 
 

@@ -13,7 +13,6 @@ namespace {
 /// Types of events, as the card numbers them.
 enum EventType : uint8_t {
     kCompletionQueueError = 0x04,
-    kQueuePairFatal = 0x05,
     kInvalidRequest = 0x10,
     kAccessError = 0x11,
 };

@@ -33,6 +33,9 @@ class Events {
     std::string problem_;
 };
 
+/// The type of the event of a queue pair that has gone to the error state.
+constexpr uint8_t kQueuePairFatal = 0x05;
+
 /// English for the type of an event.
 const char* describe_event(uint8_t type);
 

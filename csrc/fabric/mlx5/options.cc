@@ -52,6 +52,8 @@ bool take(Options* options, const std::string& name, const std::string& value) {
         options->queues = choice<QueuesIn>(
             name, value,
             {{"auto", QueuesIn::kAuto}, {"gpu", QueuesIn::kGpu}, {"host", QueuesIn::kHost}});
+    } else if (name == "failover") {
+        options->failover = integer(name, value, 0, 1);
     } else if (name == "signal" || name == "inline") {
         refuse(name, "no such option where kernels send", value);
     } else {

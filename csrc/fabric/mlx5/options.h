@@ -12,6 +12,7 @@ struct Options {
     int32_t registers = 8;  ///< doorbell registers of a card that its queue pairs share
     DoorbellBy doorbell = DoorbellBy::kAuto;
     QueuesIn queues = QueuesIn::kAuto;
+    int32_t failover = 0;  ///< 1: the lanes of a card that fails move to the rank's others
 };
 
 /// Throws std::runtime_error naming the option, what came, and what was expected.

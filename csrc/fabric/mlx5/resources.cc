@@ -4,6 +4,8 @@
 
 #include <stdexcept>
 
+#include "../queues.h"
+
 namespace epcomm::fabric::devx {
 
 namespace {
@@ -39,7 +41,7 @@ epcomm_region_key Resources::key(size_t plane, int32_t id, Side side) const {
 }
 
 int32_t Resources::num_signals() const {
-    return int32_t(regions[EPCOMM_FABRIC_SIGNALS].region.bytes / sizeof(uint64_t));
+    return int32_t(signals_in(regions[EPCOMM_FABRIC_SIGNALS].region.bytes));
 }
 
 std::string Resources::describe() const {

@@ -31,7 +31,7 @@ struct Resources {
 
     /// A region as the card of a plane knows it; zeros if there is none.
     epcomm_region_key key(size_t plane, int32_t id, Side side) const;
-    /// Signals of a rank: words of region 0.
+    /// Signals of a rank: words of region 0 but the last.
     int32_t num_signals() const;
     std::string describe() const;
 };

@@ -84,6 +84,7 @@ epcomm_ibgda fill_tables(Resources* all, const std::vector<RegionKey>& remote) {
     fabric.num_nodes = all->world.num_nodes;
     fabric.num_planes = int32_t(planes);
     fabric.node = all->world.node;
+    fabric.failover = all->options.failover;
     return fabric;
 }
 
