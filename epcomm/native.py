@@ -1,4 +1,4 @@
-"""libepcomm through ctypes: the protocol's integers and structures, and the counters.
+"""libepcomm through ctypes: the protocol's integers, numbers and structures, and the counters.
 
 Nothing the C headers define is written again here: names, values, offsets and sizes are read
 from the library when this module is imported.
@@ -19,6 +19,12 @@ class Constant(ctypes.Structure):
     """``epcomm_constant``."""
 
     _fields_ = [("name", ctypes.c_char_p), ("value", ctypes.c_int64)]
+
+
+class _Number(ctypes.Structure):
+    """``epcomm_number``."""
+
+    _fields_ = [("name", ctypes.c_char_p), ("value", ctypes.c_float)]
 
 
 class Field(ctypes.Structure):
@@ -91,6 +97,13 @@ def read_constants(function: str, source: ctypes.CDLL = library) -> dict[str, in
     getattr(source, function).restype = ctypes.POINTER(Constant)
     table = getattr(source, function)(ctypes.byref(count))
     return {table[i].name.decode(): table[i].value for i in range(count.value)}
+
+
+def _read_numbers() -> dict[str, np.float32]:
+    count = ctypes.c_uint32()
+    library.epcomm_numbers.restype = ctypes.POINTER(_Number)
+    table = library.epcomm_numbers(ctypes.byref(count))
+    return {table[i].name.decode(): np.float32(table[i].value) for i in range(count.value)}
 
 
 def read_fields(function: str, source: ctypes.CDLL = library) -> dict[str, list[Field]]:
@@ -167,6 +180,8 @@ _SCALARS: dict[tuple[str, int], Any] = {
 
 #: Limits (``limit_*``), enumerators and sizes by name.
 constants: dict[str, int] = read_constants("epcomm_constants")
+#: The float32 numbers that define the formats, by name: csrc/protocol/formats.h.
+numbers: dict[str, np.float32] = _read_numbers()
 #: Fields of the protocol's structures.
 fields: dict[str, list[Field]] = read_fields("epcomm_fields")
 #: NumPy structured dtypes of the protocol's structures, by name without the ``epcomm_`` prefix.

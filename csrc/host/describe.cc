@@ -1,4 +1,5 @@
-// Tells Python the protocol's integers and structure layouts, so that it repeats none of them.
+// Tells Python the protocol's integers, numbers and structure layouts, so that it repeats none of
+// them.
 
 #include <stddef.h>
 
@@ -58,6 +59,12 @@ constexpr epcomm_constant kConstants[] = {
     {"sizeof_control", sizeof(epcomm_control)},
     {"sizeof_announcement", sizeof(epcomm_announcement)},
     {"sizeof_chunking", sizeof(epcomm_chunking)},
+};
+
+constexpr epcomm_number kNumbers[] = {
+#define NUMBER(name, value) {#name, value},
+    EPCOMM_NUMBERS(NUMBER)
+#undef NUMBER
 };
 
 #define FIELD_OF(structure, field, type, count) \
@@ -168,6 +175,11 @@ extern "C" {
 const epcomm_constant* epcomm_constants(uint32_t* count) {
     *count = length(kConstants);
     return kConstants;
+}
+
+const epcomm_number* epcomm_numbers(uint32_t* count) {
+    *count = length(kNumbers);
+    return kNumbers;
 }
 
 const epcomm_field* epcomm_fields(uint32_t* count) {

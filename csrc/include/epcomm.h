@@ -2,7 +2,8 @@
 ///
 /// The library is free of Python, torch, MPI and CUDA headers. Everything that travels between
 /// ranks or sits in shared memory is defined in `protocol/`; host code, device code and Python
-/// (through `epcomm_fields` and `epcomm_constants`) read those definitions and repeat none.
+/// (through `epcomm_fields`, `epcomm_constants` and `epcomm_numbers`) read those definitions and
+/// repeat none.
 #pragma once
 
 #include <stdint.h>
@@ -10,6 +11,7 @@
 #include "../protocol/announce.h"
 #include "../protocol/chunk.h"
 #include "../protocol/control.h"
+#include "../protocol/formats.h"
 #include "../protocol/limits.h"
 #include "../protocol/record.h"
 
@@ -25,6 +27,12 @@ typedef struct {
     int64_t value;
 } epcomm_constant;
 
+/// A named float32 of `protocol/formats.h`.
+typedef struct {
+    const char* name;
+    float value;
+} epcomm_number;
+
 /// One field of a structure of `protocol/`. `kind` is a NumPy type character: i, u, f or S.
 typedef struct {
     const char* structure;
@@ -37,6 +45,9 @@ typedef struct {
 
 /// The integers of the protocol; `*count` receives their number.
 EPCOMM_API const epcomm_constant* epcomm_constants(uint32_t* count);
+
+/// The float32 numbers that define the formats; `*count` receives their number.
+EPCOMM_API const epcomm_number* epcomm_numbers(uint32_t* count);
 
 /// The fields of every structure of the protocol; `*count` receives their number.
 EPCOMM_API const epcomm_field* epcomm_fields(uint32_t* count);

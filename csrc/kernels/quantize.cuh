@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "memory.cuh"
+#include "numbers.cuh"
 
 namespace epcomm {
 
@@ -124,8 +125,8 @@ __device__ __forceinline__ Packed16 pack16(const Raw8<f32>& first, const Raw8<f3
     if (special) {
         bits = largest_of_tile(max(largest_finite_bits(first), largest_finite_bits(second)));
     }
-    const float amax = fmaxf(__uint_as_float(bits), 1e-4f);
-    const float scale = __fdiv_rn(amax, 448.0f);
+    const float amax = fmaxf(__uint_as_float(bits), numbers::fp8_amax_floor);
+    const float scale = __fdiv_rn(amax, numbers::fp8_max);
     float factor;
     Packed16 packed;
     if (power_of_two) {
@@ -133,7 +134,7 @@ __device__ __forceinline__ Packed16 pack16(const Raw8<f32>& first, const Raw8<f3
         factor = __uint_as_float((254u - exponent) << 23);
         packed.scale = exponent;
     } else {
-        factor = __fdiv_rn(448.0f, amax);
+        factor = __fdiv_rn(numbers::fp8_max, amax);
         packed.scale = __float_as_uint(scale);
     }
     float x[8], y[8];

@@ -16,12 +16,15 @@ from numba import njit, types
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
+from ..native import constants, numbers
+
 i32 = np.int32
 uint = np.uintp
 
 
 def _hash_sources() -> str:
-    digest = hashlib.sha256()
+    """Of the kernels, and of what they take from the library when they are compiled."""
+    digest = hashlib.sha256(repr((constants, numbers)).encode())
     package = Path(__file__).parents[1]
     for folder in ("formats", "cpu"):
         for path in sorted((package / folder).glob("*.py")):
