@@ -68,6 +68,20 @@ __device__ __forceinline__ uint32_t two_bf16(float low, float high) {
     return pair;
 }
 
+/// 1 / x but for the last place; x and the result are normal numbers.
+__device__ __forceinline__ float reciprocal_about(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+/// The same value. What follows from it is computed behind this place, not kept in registers over
+/// the loops around it.
+__device__ __forceinline__ int opaque(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 }  // namespace epcomm
 
 #endif

@@ -60,7 +60,10 @@ __device__ __forceinline__ int column_at(int first, int u) {
 }
 
 /// Sum the node's rows into cleared `sums`. The whole warp.
-template <bool f32, bool weighted>
+///
+/// A load that a lane may skip leaves its registers as they were, which keeps them alive in the
+/// loops around this one. `frugal` clears them first, where others need these 32 registers.
+template <bool f32, bool weighted, bool frugal>
 __device__ __forceinline__ void sum_near(const NearRows& rows, int first, int row_bytes,
                                          Sums<f32>* sums) {
     unsigned left = rows.lanes;
@@ -73,6 +76,10 @@ __device__ __forceinline__ void sum_near(const NearRows& rows, int first, int ro
             const int from = left == 0 ? 0 : __ffs(int(left)) - 1;
             const uint8_t* row = shuffle_pointer(rows.row, from);
             by[i] = __shfl_sync(kWarp, rows.weight, from);
+            if constexpr (frugal) {
+#pragma unroll
+                for (int u = 0; u < kSumColumns; ++u) v[i][u] = {};
+            }
             if (left == 0) continue;
             left &= left - 1;
             ++count;
@@ -90,76 +97,6 @@ __device__ __forceinline__ void sum_near(const NearRows& rows, int first, int ro
                 if (column_at(first, u) < row_bytes) {
                     accumulate<f32, weighted>(v[i][u], by[i], sums->column[u]);
                 }
-            }
-        }
-    }
-}
-
-/// A record holds a row's elements in the rows' format or in the other of BF16 and float32: bytes
-/// of it that correspond to 16 of the row.
-template <bool f32, bool wire_f32>
-constexpr int kWireColumn = f32 == wire_f32 ? 16
-                            : wire_f32      ? 32
-                                            : 8;
-
-/// Round the sums to the wire's format and store them.
-template <bool f32, bool wire_f32>
-__device__ __forceinline__ void store_wire(const Sums<f32>& sums, int first, int row_bytes,
-                                           uint8_t* record) {
-#pragma unroll
-    for (int u = 0; u < kSumColumns; ++u) {
-        const int at = column_at(first, u);
-        if (at >= row_bytes) continue;
-        uint8_t* to = record + int64_t(at) / 16 * kWireColumn<f32, wire_f32>;
-        if constexpr (f32 == wire_f32) {
-            store_once(to, narrow<f32>(sums.column[u]));
-        } else if constexpr (wire_f32) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float part[4];
-#pragma unroll
-                for (int e = 0; e < 4; ++e) part[e] = sums.column[u][4 * half + e];
-                store_once(to + 16 * half, narrow<true>(part));
-            }
-        } else {
-            float padded[8] = {};
-#pragma unroll
-            for (int e = 0; e < 4; ++e) padded[e] = sums.column[u][e];
-            const uint4 pairs = narrow<false>(padded);
-            *reinterpret_cast<uint2*>(to) = make_uint2(pairs.x, pairs.y);
-        }
-    }
-}
-
-/// Add what a record holds.
-template <bool f32, bool wire_f32>
-__device__ __forceinline__ void add_wire(const uint8_t* record, int first, int row_bytes,
-                                         Sums<f32>* sums) {
-#pragma unroll
-    for (int u = 0; u < kSumColumns; ++u) {
-        const int at = column_at(first, u);
-        if (at >= row_bytes) continue;
-        const uint8_t* from = record + int64_t(at) / 16 * kWireColumn<f32, wire_f32>;
-        if constexpr (f32 == wire_f32) {
-            accumulate<f32, false>(load_once(from), 1.0f, sums->column[u]);
-        } else if constexpr (wire_f32) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float x[4];
-                widen<true>(load_once(from + 16 * half), x);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    float& sum = sums->column[u][4 * half + e];
-                    sum = __fadd_rn(sum, x[e]);
-                }
-            }
-        } else {
-            const uint2 pairs = *reinterpret_cast<const uint2*>(from);
-            float x[8];
-            widen<false>(make_uint4(pairs.x, pairs.y, 0, 0), x);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                sums->column[u][e] = __fadd_rn(sums->column[u][e], x[e]);
             }
         }
     }

@@ -5,11 +5,12 @@
 namespace epcomm {
 
 template <class Kind>
-auto two_hop_combine_of(bool f32, bool wire_f32) {
-    return f32 ? (wire_f32 ? two_hop_combine_kernel<Kind, true, true>
-                           : two_hop_combine_kernel<Kind, true, false>)
-               : (wire_f32 ? two_hop_combine_kernel<Kind, false, true>
-                           : two_hop_combine_kernel<Kind, false, false>);
+auto two_hop_combine_of(bool f32, int wire) {
+    return with_wire(wire, [&](auto format) {
+        constexpr int kWire = decltype(format)::value;
+        return f32 ? two_hop_combine_kernel<Kind, true, kWire>
+                   : two_hop_combine_kernel<Kind, false, kWire>;
+    });
 }
 
 int launch_two_hop_combine(const epcomm_cuda_two_hop_combine& all, cudaStream_t stream) {
@@ -17,11 +18,10 @@ int launch_two_hop_combine(const epcomm_cuda_two_hop_combine& all, cudaStream_t 
     const int wire = call.announcement.wire;
     if (call.num_blocks < 1 || call.num_threads < 32 || call.num_threads % 32 != 0 ||
         call.routes.max_dests != call.world.num_topk || call.row_bytes % 16 != 0 ||
-        (wire != EPCOMM_FORMAT_F32 && wire != EPCOMM_FORMAT_BF16)) {
+        two_hop_combine_of<ByProxy>(true, wire) == nullptr) {
         return cudaErrorInvalidValue;
     }
     const bool f32 = call.announcement.format == EPCOMM_FORMAT_F32;
-    const bool wire_f32 = wire == EPCOMM_FORMAT_F32;
     // One warp that sends and one that finishes tokens; a refused call has no routes, and needs
     // none.
     if (epcomm_is_bounded(&all.rail.chunking) && all.hops.sent != nullptr &&
@@ -32,7 +32,7 @@ int launch_two_hop_combine(const epcomm_cuda_two_hop_combine& all, cudaStream_t 
         using Kind = decltype(kind);
         const int most = kTwoHopSumThreads<Kind>;
         const int threads = call.num_threads < most ? call.num_threads : most;
-        return launch(two_hop_combine_of<Kind>(f32, wire_f32), all, call.num_blocks, threads,
+        return launch(two_hop_combine_of<Kind>(f32, wire), all, call.num_blocks, threads,
                       two_hop_combine_shared<Kind>(all, threads), stream);
     });
 }
@@ -40,8 +40,11 @@ int launch_two_hop_combine(const epcomm_cuda_two_hop_combine& all, cudaStream_t 
 template <class Kind>
 int load_two_hop_combine_kind() {
     int error = 0;
-    for (int i = 0; i < 4 && error == 0; ++i) {
-        error = load(two_hop_combine_of<Kind>(i % 2 != 0, i / 2 != 0));
+    for (const int wire :
+         {EPCOMM_FORMAT_F32, EPCOMM_FORMAT_BF16, EPCOMM_FORMAT_LOGFMT8, EPCOMM_FORMAT_LOGFMT10}) {
+        for (const bool f32 : {false, true}) {
+            if (error == 0) error = load(two_hop_combine_of<Kind>(f32, wire));
+        }
     }
     return error;
 }

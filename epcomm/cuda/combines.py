@@ -27,12 +27,6 @@ class Combines:
         """As the back end's."""
         core, config = self._core, self._core.config
         stream = core.begin(call.async_op)
-        if core.scale_out is not None:
-            try:
-                core.scale_out.check_wire(call.wire)
-            except ValueError as error:
-                core.refuse("OP_COMBINE", error, stream)
-                raise
         state: CudaRoutes = call.handle._state
         routes, x, out = state.routes, call.x, call.out
         if out is None:

@@ -19,7 +19,6 @@ from ..bootstrap import Bootstrap, raise_together
 from ..errors import FabricError
 from ..fabric.fabric import Fabric, FabricOptions, RegionMemory, RingMemory
 from ..fabric.ladder import resolve
-from ..formats.wire import WireFormat
 from ..native import combine_record, constants, dispatch_record
 from ..topology import Topology
 from ..traffic import LinkTraffic, Traffic
@@ -164,15 +163,6 @@ class ScaleOut:
             by_expert=by_expert,
         )
         return Hops(arrays, block)
-
-    @staticmethod
-    def check_wire(wire: WireFormat) -> None:
-        """Raise ValueError for a wire format that the kernels cannot write."""
-        if wire not in (WireFormat.BF16, WireFormat.F32):
-            raise ValueError(
-                f"wire: {wire.name.lower()!r} between nodes is not done by backend 'cuda'; "
-                "expected 'bf16' or 'f32'"
-            )
 
     # Accounting ---------------------------------------------------------------------------
 

@@ -264,8 +264,17 @@ T max(T a, T b) {
 inline float __uint_as_float(uint32_t v) { return emulation::from_bits<float>(v); }
 inline uint32_t __float_as_uint(float v) { return uint32_t(emulation::to_bits(v)); }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+/// Rounded down; right where a double holds the sum.
+inline float __fadd_rd(float a, float b) {
+    const double sum = double(a) + double(b);
+    const float near = float(sum);
+    return double(near) > sum ? nextafterf(near, -INFINITY) : near;
+}
+inline float __uint2float_rn(uint32_t v) { return float(v); }
 inline uint32_t __vmaxu2(uint32_t a, uint32_t b) {
     return max(a & 0xffffu, b & 0xffffu) | max(a & 0xffff0000u, b & 0xffff0000u);
 }

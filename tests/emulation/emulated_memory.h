@@ -30,6 +30,13 @@ inline uint64_t now_ns() {
     return uint64_t(t.tv_sec) * 1000000000 + uint64_t(t.tv_nsec);
 }
 
+/// 1 / x, now and then off by one in the last place.
+inline float reciprocal_about(float x) {
+    return __uint_as_float(__float_as_uint(1.0f / x) + __float_as_uint(x) % 3 - 1);
+}
+
+inline int opaque(int value) { return value; }
+
 /// Two values to BF16, nearest even; NaNs become 0x7FFF, as the hardware has it.
 inline uint32_t two_bf16(float low, float high) {
     const auto one = [](float x) {

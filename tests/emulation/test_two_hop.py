@@ -21,8 +21,7 @@ assert _SPEC is not None
 assert _SPEC.loader is not None
 _MODULE = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(_MODULE)
-#: The CUDA path has no LogFMT on the wire.
-CASES = {n: c for n, c in _MODULE.CASES.items() if "logfmt" not in (c.wire or "")}
+CASES = _MODULE.CASES
 over_both = pytest.mark.parametrize("fabric", [Proxies, Nics])
 
 
@@ -50,7 +49,7 @@ def test_every_shape_of_world(emulated, ranks_per_node, num_ranks, layout, fabri
 
 @pytest.mark.timeout(120)
 @over_both
-@pytest.mark.parametrize("wire", ["f32", "bf16"])
+@pytest.mark.parametrize("wire", ["f32", "bf16", "logfmt8", "logfmt10"])
 def test_nodes_are_added_in_their_order(emulated, wire, fabric):
     # In float32 and over four nodes another order of additions shows.
     case = replace(

@@ -50,13 +50,11 @@ void (*kernel_of(const emulated_launch& launch))(const void*) {
     using Call = epcomm_cuda_two_hop_combine;
     const auto* call = static_cast<const Call*>(launch.call);
     const bool f32 = call->call.announcement.format == EPCOMM_FORMAT_F32;
-    const bool wire = call->call.announcement.wire == EPCOMM_FORMAT_F32;
-    if (f32) {
-        return wire ? run_kernel<Call, epcomm::two_hop_combine_kernel<Kind, true, true>>
-                    : run_kernel<Call, epcomm::two_hop_combine_kernel<Kind, true, false>>;
-    }
-    return wire ? run_kernel<Call, epcomm::two_hop_combine_kernel<Kind, false, true>>
-                : run_kernel<Call, epcomm::two_hop_combine_kernel<Kind, false, false>>;
+    return epcomm::with_wire(call->call.announcement.wire, [&](auto format) {
+        constexpr int kWire = decltype(format)::value;
+        return f32 ? run_kernel<Call, epcomm::two_hop_combine_kernel<Kind, true, kWire>>
+                   : run_kernel<Call, epcomm::two_hop_combine_kernel<Kind, false, kWire>>;
+    });
 }
 
 const epcomm_cuda_rail& rail_of(const emulated_launch& launch) {

@@ -45,6 +45,7 @@ def build(folder: str) -> ctypes.CDLL:
             "-x",
             "c++",
             str(ROOT / "tests/emulation/two_hop.cc"),
+            str(ROOT / "tests/emulation/logfmt.cc"),
             str(ROOT / "tests/emulation/cuda_emulation.cc"),
             str(ROOT / "tests/emulation/emulated_nics.cc"),
             str(ROOT / "csrc/emulated/engine.cc"),
@@ -59,6 +60,8 @@ def build(folder: str) -> ctypes.CDLL:
     pointer = ctypes.c_void_p
     library.emulate.argtypes = [pointer, pointer, ctypes.c_int32, pointer, ctypes.c_uint64]
     library.emulate.restype = None
+    library.emulate_codec.argtypes = [pointer]
+    library.emulate_codec.restype = None
     declare(library)
     return library
 

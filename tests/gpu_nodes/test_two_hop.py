@@ -23,15 +23,14 @@ shapes = pytest.mark.parametrize(("ranks_per_node", "num_ranks"), SHAPES)
 #: Triggers and copies by another process; mlx5 requests of the kernels to emulated network cards.
 FABRICS = os.environ.get("EPCOMM_TEST_FABRICS", "proxy/local,emulated").split(",")
 fabrics = pytest.mark.parametrize("fabric", FABRICS)
-FAR = {name: case for name, case in CASES.items() if "logfmt" not in (case.wire or "")}
 
 
 @fabrics
 @shapes
-@pytest.mark.parametrize("name", FAR)
+@pytest.mark.parametrize("name", CASES)
 def test_equals_oracle(world, name, ranks_per_node, num_ranks, fabric):
     comm = world(num_ranks)
-    case = replace(FAR[name], ranks_per_node=ranks_per_node)
+    case = replace(CASES[name], ranks_per_node=ranks_per_node)
     with make_buffer(comm, case, fabric=fabric) as buffer:
         check(comm, case, buffer)
 
@@ -63,6 +62,8 @@ def test_changing_sizes_and_routings(world, ranks_per_node, num_ranks, fabric):
                 one = replace(one, dtype=torch.float32, num_bias=1)
             if seed % 5 == 2:
                 one = replace(one, layout="expert", alignment=4)
+            if seed % 4 == 3:
+                one = replace(one, wire="logfmt8" if seed % 8 == 3 else "logfmt10")
             check(comm, one, buffer)
 
 
@@ -124,16 +125,42 @@ def test_any_number_of_sms(world, num_sms, fabric):
         check(comm, case, buffer)
 
 
+@fabrics
+@pytest.mark.parametrize(("ranks_per_node", "num_ranks"), [(2, 4), (1, 8)])
+@pytest.mark.parametrize("hidden", [7168, 2056])
 @pytest.mark.parametrize("wire", ["logfmt8", "logfmt10"])
-def test_wire_that_kernels_cannot_write_is_refused(world, wire):
+def test_logfmt_of_any_magnitude(world, wire, hidden, ranks_per_node, num_ranks, fabric):
+    # Whole tiles, and a row that ends within one; subnormals, which no operation may flush.
+    comm = world(num_ranks)
+    case = Case(
+        *(ranks_per_node, hidden),
+        experts_per_rank=8,
+        num_topk=8,
+        tokens=(60, 0, 21),
+        wire=wire,
+        values="any magnitude",
+    )
+    with make_buffer(comm, case, fabric=fabric) as buffer:
+        check(comm, case, buffer, in_place=True)
+        check(comm, replace(case, dtype=torch.float32, row_weights=True, seed=1), buffer)
+
+
+@fabrics
+@pytest.mark.parametrize("wire", ["logfmt8", "logfmt10"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_spoil_their_tile_only(world, wire, value, fabric):
     comm = world(2)
-    case = replace(CASES["bf16"], ranks_per_node=1)
-    with make_buffer(comm, case, fabric="proxy/local") as buffer:
-        x = torch.randn(8, case.hidden, device="cuda", dtype=torch.bfloat16)
-        topk_idx = torch.rand(8, 8, device="cuda").topk(case.num_topk).indices
-        got = buffer.dispatch(x, topk_idx)
-        with pytest.raises(ValueError, match="wire"):
-            buffer.combine(got.x, got.handle, wire=wire)
+    case = Case(1, hidden=144, experts_per_rank=1, num_topk=1, tokens=(2,))
+    with make_buffer(comm, case, fabric=fabric) as buffer:
+        x = torch.ones(2, case.hidden, device="cuda", dtype=torch.bfloat16)
+        far = torch.full((2, 1), (comm.rank + 1) % 2, device="cuda")
+        got = buffer.dispatch(x, far)
+        y = torch.ones_like(got.x)
+        y[got.source[:, 1] == 1, 3] = value
+        back = buffer.combine(y, got.handle, wire=wire).x.float()
+        assert (back[0] == 1).all()
+        assert torch.isnan(back[1, :128]).all()
+        assert (back[1, 128:] == 1).all()
         check(comm, case, buffer)
 
 

@@ -13,6 +13,7 @@ import torch
 import epcomm
 from epcomm import oracle
 from epcomm.formats import quantize_fp8
+from epcomm.formats.constants import TILE
 from epcomm.formats.wire import WireFormat
 
 
@@ -24,6 +25,8 @@ class Case:
         routing: "uniform", "skewed" (low experts are hot), "one rank" (all tokens to rank 0's
             experts), "sparse" (most choices dropped) or "dropped" (all of them).
         tokens: per rank, repeated as needed.
+        values: of rows: "normal", or "any magnitude": tiles of zeros, and around any power of two,
+            subnormals included, that leaves room for sums.
         packed: pass a (FP8, scales) pair with these scales: "f32" or "ue8m0".
     """
 
@@ -43,6 +46,7 @@ class Case:
     row_weights: bool = False
     num_bias: int = 0
     wire: str | None = None
+    values: str = "normal"
     seed: int = 0
 
     def num_experts(self, num_ranks: int) -> int:
@@ -68,6 +72,13 @@ def draw_topk(case: Case, num_ranks: int, rank: int, rng: np.random.Generator) -
 
 def draw_rows(rows: int, case: Case, rng: np.random.Generator) -> torch.Tensor:
     values = rng.standard_normal((rows, case.hidden), np.float32) * np.float32(3.0)
+    if case.values == "any magnitude":
+        shape = (rows, -(-case.hidden // TILE), 1)
+        exponent = rng.uniform(-148, 110, shape) - rng.exponential(1, (*shape[:2], TILE)) * (
+            rng.integers(0, 12, shape)
+        )
+        scale = 2.0**exponent * (rng.random(shape) > 0.1)
+        values = (values * scale.reshape(rows, -1)[:, : case.hidden]).astype(np.float32)
     return torch.from_numpy(values).to(case.dtype)
 
 

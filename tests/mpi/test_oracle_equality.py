@@ -27,6 +27,13 @@ CASES = {
     "two biases": Case(1, num_bias=2, dtype=torch.float32),
     "logfmt8": Case(1, hidden=200, wire="logfmt8"),
     "logfmt10": Case(1, hidden=136, wire="logfmt10"),
+    "logfmt8 of any magnitude": Case(1, hidden=392, wire="logfmt8", values="any magnitude"),
+    "logfmt10 of any magnitude": Case(1, hidden=648, wire="logfmt10", values="any magnitude"),
+    "logfmt8 for f32 rows": Case(1, hidden=648, wire="logfmt8", dtype=torch.float32),
+    # Metadata lie across words.
+    "logfmt10 for f32 rows of any magnitude": Case(
+        1, hidden=264, wire="logfmt10", dtype=torch.float32, values="any magnitude", num_bias=1
+    ),
     "f32 wire for bf16 rows": Case(1, wire="f32"),
     "no token anywhere": Case(1, tokens=(0,)),
     "no token on some ranks": Case(1, tokens=(0, 9, 0, 1)),

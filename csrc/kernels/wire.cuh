@@ -1,0 +1,171 @@
+// Sums to records and back, in every format of the wire.
+#pragma once
+
+#include <type_traits>
+
+#include "logfmt_record.cuh"
+#include "sum_nodes.cuh"
+
+namespace epcomm {
+
+/// A record holds a row's elements in the rows' format or in the other of BF16 and float32: bytes
+/// of it that correspond to 16 of the row.
+template <bool f32, bool wire_f32>
+constexpr int kWireColumn = f32 == wire_f32 ? 16
+                            : wire_f32      ? 32
+                                            : 8;
+
+/// Store the sums as BF16 or float32.
+template <bool f32, bool wire_f32>
+__device__ __forceinline__ void store_plain(const Sums<f32>& sums, int first, int row_bytes,
+                                            uint8_t* record) {
+#pragma unroll
+    for (int u = 0; u < kSumColumns; ++u) {
+        const int at = column_at(first, u);
+        if (at >= row_bytes) continue;
+        uint8_t* to = record + int64_t(at) / 16 * kWireColumn<f32, wire_f32>;
+        if constexpr (f32 == wire_f32) {
+            store_once(to, narrow<f32>(sums.column[u]));
+        } else if constexpr (wire_f32) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float part[4];
+#pragma unroll
+                for (int e = 0; e < 4; ++e) part[e] = sums.column[u][4 * half + e];
+                store_once(to + 16 * half, narrow<true>(part));
+            }
+        } else {
+            float padded[8] = {};
+#pragma unroll
+            for (int e = 0; e < 4; ++e) padded[e] = sums.column[u][e];
+            const uint4 pairs = narrow<false>(padded);
+            *reinterpret_cast<uint2*>(to) = make_uint2(pairs.x, pairs.y);
+        }
+    }
+}
+
+/// Add what such a record holds.
+template <bool f32, bool wire_f32>
+__device__ __forceinline__ void add_plain(const uint8_t* record, int first, int row_bytes,
+                                          Sums<f32>* sums) {
+#pragma unroll
+    for (int u = 0; u < kSumColumns; ++u) {
+        const int at = column_at(first, u);
+        if (at >= row_bytes) continue;
+        const uint8_t* from = record + int64_t(at) / 16 * kWireColumn<f32, wire_f32>;
+        if constexpr (f32 == wire_f32) {
+            accumulate<f32, false>(load_once(from), 1.0f, sums->column[u]);
+        } else if constexpr (wire_f32) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float x[4];
+                widen<true>(load_once(from + 16 * half), x);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    float& sum = sums->column[u][4 * half + e];
+                    sum = __fadd_rn(sum, x[e]);
+                }
+            }
+        } else {
+            const uint2 pairs = *reinterpret_cast<const uint2*>(from);
+            float x[8];
+            widen<false>(make_uint4(pairs.x, pairs.y, 0, 0), x);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                sums->column[u][e] = __fadd_rn(sums->column[u][e], x[e]);
+            }
+        }
+    }
+}
+
+/// Bits of an element on a LogFMT wire; 0: the wire is BF16 or float32.
+template <int wire>
+constexpr int kLogfmtBits = wire == EPCOMM_FORMAT_LOGFMT8    ? 8
+                            : wire == EPCOMM_FORMAT_LOGFMT10 ? 10
+                                                             : 0;
+
+/// A warp's BF16 columns are a LogFMT step each, its two float32 columns together are one.
+template <bool f32>
+constexpr int kLogfmtSteps = f32 ? 1 : kSumColumns;
+static_assert(kSumColumns == 2, "two columns of float32 are two tiles");
+
+template <bool f32, int bits>
+__device__ __forceinline__ void store_logfmt(const Sums<f32>& sums, int first,
+                                             const logfmt::Row& row) {
+#pragma unroll
+    for (int u = 0; u < kLogfmtSteps<f32>; ++u) {
+        const int element = first / (f32 ? 4 : 2) + u * logfmt::kStep;
+        if (element >= row.hidden) continue;
+        if constexpr (f32) {
+            float x[logfmt::kHeld];
+            logfmt::columns_to_step(sums.column, x);
+            logfmt::store_step<bits>(x, element, row);
+        } else {
+            logfmt::store_step<bits>(sums.column[u], element, row);
+        }
+    }
+}
+
+template <bool f32, int bits>
+__device__ __forceinline__ void add_logfmt(const logfmt::Row& row, int first, Sums<f32>* sums) {
+    logfmt::Loaded<bits> loaded[kLogfmtSteps<f32>];
+#pragma unroll
+    for (int u = 0; u < kLogfmtSteps<f32>; ++u) {
+        loaded[u] = logfmt::load_step<bits>(first / (f32 ? 4 : 2) + u * logfmt::kStep, row);
+    }
+    Sums<f32> found;
+#pragma unroll
+    for (int u = 0; u < kLogfmtSteps<f32>; ++u) {
+        if constexpr (f32) {
+            float x[logfmt::kHeld];
+            logfmt::decode(loaded[u].codes, loaded[u].metadata, x);
+            logfmt::step_to_columns(x, found.column);
+        } else {
+            logfmt::decode(loaded[u].codes, loaded[u].metadata, found.column[u]);
+        }
+    }
+    sums->add(found);
+}
+
+/// Round the sums to the wire's format and store them in a record, which has its scales at
+/// `scales`. The whole warp.
+template <bool f32, int wire>
+__device__ __forceinline__ void store_wire(const Sums<f32>& sums, int first, int row_bytes,
+                                           uint8_t* record, int scales) {
+    if constexpr (kLogfmtBits<wire> != 0) {
+        const logfmt::Row row = {record, row_bytes / (f32 ? 4 : 2), scales};
+        store_logfmt<f32, kLogfmtBits<wire>>(sums, first, row);
+    } else {
+        store_plain<f32, wire == EPCOMM_FORMAT_F32>(sums, first, row_bytes, record);
+    }
+}
+
+/// Add what a record holds. The whole warp.
+template <bool f32, int wire>
+__device__ __forceinline__ void add_wire(uint8_t* record, int scales, int first, int row_bytes,
+                                         Sums<f32>* sums) {
+    if constexpr (kLogfmtBits<wire> != 0) {
+        const logfmt::Row row = {record, row_bytes / (f32 ? 4 : 2), scales};
+        add_logfmt<f32, kLogfmtBits<wire>>(row, first, sums);
+    } else {
+        add_plain<f32, wire == EPCOMM_FORMAT_F32>(record, first, row_bytes, sums);
+    }
+}
+
+template <int format>
+using Wire = std::integral_constant<int, format>;
+
+/// What `with` returns for the wire's format, which comes as a `Wire`; null for a format that
+/// combines do not send.
+template <class With>
+auto with_wire(int wire, const With& with) {
+    switch (wire) {
+        case EPCOMM_FORMAT_F32: return with(Wire<EPCOMM_FORMAT_F32>());
+        case EPCOMM_FORMAT_BF16: return with(Wire<EPCOMM_FORMAT_BF16>());
+        case EPCOMM_FORMAT_LOGFMT8: return with(Wire<EPCOMM_FORMAT_LOGFMT8>());
+        case EPCOMM_FORMAT_LOGFMT10: return with(Wire<EPCOMM_FORMAT_LOGFMT10>());
+        default: return decltype(with(Wire<EPCOMM_FORMAT_F32>()))(nullptr);
+    }
+}
+
+}  // namespace epcomm
