@@ -19,6 +19,7 @@ struct Put {
 
 struct ByProxy {
     static constexpr bool kBounded = false;
+    static constexpr bool kFewKernels = false;
     static __device__ const epcomm_fabric& fabric(const epcomm_cuda_rail& rail) {
         return rail.fabric;
     }
@@ -46,6 +47,7 @@ struct ByProxy {
 
 struct ByNic {
     static constexpr bool kBounded = false;
+    static constexpr bool kFewKernels = false;
     static __device__ const epcomm_ibgda& fabric(const epcomm_cuda_rail& rail) {
         return rail.ibgda;
     }
@@ -79,6 +81,7 @@ struct ByNic {
 /// need more registers.
 struct ByPlanes {
     static constexpr bool kBounded = false;
+    static constexpr bool kFewKernels = true;
     static __device__ fabric::Planes fabric(const epcomm_cuda_rail& rail) {
         return fabric::Planes(rail.ibgda);
     }

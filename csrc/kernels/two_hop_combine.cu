@@ -6,11 +6,8 @@ namespace epcomm {
 
 template <class Kind>
 auto two_hop_combine_of(bool f32, int wire) {
-    return with_wire(wire, [&](auto format) {
-        constexpr int kWire = decltype(format)::value;
-        return f32 ? two_hop_combine_kernel<Kind, true, kWire>
-                   : two_hop_combine_kernel<Kind, false, kWire>;
-    });
+    return with_formats<Kind::kFewKernels>(
+        f32, wire, [](auto formats) { return two_hop_combine_kernel<Kind, decltype(formats)>; });
 }
 
 int launch_two_hop_combine(const epcomm_cuda_two_hop_combine& all, cudaStream_t stream) {

@@ -20,17 +20,22 @@ struct TwoHopSum {
     Waiting what;
 };
 
+__device__ __forceinline__ WireRecord wire_record(const TwoHopSum& sum, uint8_t* record) {
+    return {record, sum.all.record.scales, sum.all.call.announcement.wire};
+}
+
 /// Sum the node's rows of one received record into one to send.
-template <bool f32, int wire, bool weighted>
+template <class Formats, bool weighted>
 __device__ __forceinline__ void reduce_record(const TwoHopSum& sum, const CopyList& copies,
                                               uint8_t* record) {
+    constexpr bool f32 = Formats::f32;
     const epcomm_cuda_combine& call = sum.all.call;
     const NearRows rows = near_rows<weighted>(copies, sum.offers, call.row_bytes);
     for (int first = 0; first < call.row_bytes; first += kSumColumns * 32 * 16) {
         Sums<f32> sums;
         sums.clear();
-        sum_near<f32, weighted, kLogfmtBits<wire> != 0>(rows, first, call.row_bytes, &sums);
-        store_wire<f32, wire>(sums, first, call.row_bytes, record, sum.all.record.scales);
+        sum_near<f32, weighted, kFrugal<Formats::wire>>(rows, first, call.row_bytes, &sums);
+        store_wire<f32, Formats::wire>(sums, first, call.row_bytes, wire_record(sum, record));
     }
     const int K = call.world.num_topk;
     if (!call.announcement.with_weights) return;
@@ -42,7 +47,7 @@ __device__ __forceinline__ void reduce_record(const TwoHopSum& sum, const CopyLi
 }
 
 /// Reduce one record for a rail peer; the warp that completes a chunk sends it.
-template <class Kind, bool f32, int wire, bool weighted>
+template <class Kind, class Formats, bool weighted>
 __device__ __forceinline__ bool return_record(const TwoHopSum& sum, int node, int slot) {
     const epcomm_cuda_combine& call = sum.all.call;
     const epcomm_cuda_rail& rail = sum.all.rail;
@@ -53,7 +58,7 @@ __device__ __forceinline__ bool return_record(const TwoHopSum& sum, int node, in
     delay_row(call.world, slot);
     const CopyList copies = load_list(sum.all.hops.forwarded + at * K, K, call.layout);
     uint8_t* record = rail.send + staging_offset<Kind>(chunking, node, slot, record_bytes);
-    reduce_record<f32, wire, weighted>(sum, copies, record);
+    reduce_record<Formats, weighted>(sum, copies, record);
     return written<Kind>(call.world, rail, node, slot, sum.all.hops.received[peer], record_bytes,
                          sum.what);
 }
@@ -62,10 +67,10 @@ __device__ __forceinline__ bool return_record(const TwoHopSum& sum, int node, in
 __host__ __device__ inline int combine_senders(int warps) { return warps < 4 ? 1 : warps / 2; }
 
 /// Role: reduce for the rail peers.
-template <class Kind, bool f32, int wire, bool weighted>
+template <class Kind, class Formats, bool weighted>
 __device__ inline bool return_records(const TwoHopSum& sum) {
     const auto send = [&](int node, int slot) {
-        return return_record<Kind, f32, wire, weighted>(sum, node, slot);
+        return return_record<Kind, Formats, weighted>(sum, node, slot);
     };
     const epcomm_cuda_rail& rail = sum.all.rail;
     const int32_t* received = sum.all.hops.received;
@@ -109,9 +114,10 @@ __device__ __forceinline__ bool far_records(const TwoHopSum& sum, int token, Arr
 }
 
 /// Sum one token over the nodes in their order, add the biases and store the result.
-template <bool f32, int wire, bool weighted>
+template <class Formats, bool weighted>
 __device__ __forceinline__ void finish_token(const TwoHopSum& sum, int token,
                                              const CopyList& copies, const FarRecords& far) {
+    constexpr bool f32 = Formats::f32;
     const epcomm_cuda_combine& call = sum.all.call;
     const int own = sum.all.rail.chunking.node;
     const NearRows rows = near_rows<weighted>(copies, sum.offers, call.row_bytes);
@@ -124,12 +130,12 @@ __device__ __forceinline__ void finish_token(const TwoHopSum& sum, int token,
             if (i == before && rows.lanes != 0) {
                 Sums<f32> part;
                 part.clear();
-                sum_near<f32, weighted, kLogfmtBits<wire> != 0>(rows, first, call.row_bytes, &part);
+                sum_near<f32, weighted, kFrugal<Formats::wire>>(rows, first, call.row_bytes, &part);
                 total.add(part);
             }
             if (i == far.count) break;
             uint8_t* record = shuffle_pointer(const_cast<uint8_t*>(far.record), i);
-            add_wire<f32, wire>(record, sum.all.record.scales, first, call.row_bytes, &total);
+            add_wire<f32, Formats::wire>(wire_record(sum, record), first, call.row_bytes, &total);
         }
 #pragma unroll
         for (int u = 0; u < kSumColumns; ++u) {
@@ -175,7 +181,7 @@ __device__ __forceinline__ bool read_records(const TwoHopSum& sum, int token) {
 }
 
 /// Role: finish this rank's own tokens.
-template <class Kind, bool f32, int wire, bool weighted>
+template <class Kind, class Formats, bool weighted>
 __device__ inline bool finish_tokens(const TwoHopSum& sum) {
     const epcomm_cuda_combine& call = sum.all.call;
     const int K = call.world.num_topk;
@@ -190,7 +196,7 @@ __device__ inline bool finish_tokens(const TwoHopSum& sum) {
         delay_row(call.world, token);
         FarRecords far;
         if (!far_records<Kind>(sum, token, &arrivals, &far)) return false;
-        finish_token<f32, wire, weighted>(sum, token, copies, far);
+        finish_token<Formats, weighted>(sum, token, copies, far);
         if (call.topk_weights != nullptr) finish_weights(sum, token, copies, far);
         if constexpr (Kind::kBounded) {
             if (!read_records<Kind>(sum, token)) return false;
@@ -198,11 +204,11 @@ __device__ inline bool finish_tokens(const TwoHopSum& sum) {
     }
 }
 
-template <class Kind, bool f32, int wire, bool weighted>
+template <class Kind, class Formats, bool weighted>
 __device__ __forceinline__ bool combine_two_hop(const TwoHopSum& sum) {
     const bool sends = !Kind::kBounded || warp_id() < combine_senders(int(blockDim.x >> 5));
-    return (!sends || return_records<Kind, f32, wire, weighted>(sum)) &&
-           finish_tokens<Kind, f32, wire, weighted>(sum);
+    return (!sends || return_records<Kind, Formats, weighted>(sum)) &&
+           finish_tokens<Kind, Formats, weighted>(sum);
 }
 
 /// Credits take registers, of which fewer threads have more each.
@@ -219,7 +225,7 @@ __host__ inline int64_t two_hop_combine_shared(const epcomm_cuda_two_hop_combine
            SendShare::bytes(all.rail.chunking.num_nodes - 1, all.call.num_blocks * senders);
 }
 
-template <class Kind, bool f32, int wire>
+template <class Kind, class Formats>
 __global__ void __launch_bounds__(kTwoHopSumThreads<Kind>, 1)
     two_hop_combine_kernel(const __grid_constant__ epcomm_cuda_two_hop_combine all) {
     __shared__ Offer offers[EPCOMM_CUDA_MAX_LOCAL];
@@ -253,8 +259,10 @@ __global__ void __launch_bounds__(kTwoHopSumThreads<Kind>, 1)
             share = deal_share(all.rail, shared_bytes, combine_senders(int(blockDim.x >> 5)));
         }
         const TwoHopSum sum = {all, offers, share, what};
-        const bool ok = weighted ? combine_two_hop<Kind, f32, wire, true>(sum)
-                                 : combine_two_hop<Kind, f32, wire, false>(sum);
+        // Weights of one change no bit.
+        constexpr bool kAlways = Formats::wire == kAnyWire;
+        const bool ok = kAlways || weighted ? combine_two_hop<Kind, Formats, true>(sum)
+                                            : combine_two_hop<Kind, Formats, kAlways>(sum);
         if (!__syncthreads_and(ok)) return;
     }
     delay(world, kDelayMoved);

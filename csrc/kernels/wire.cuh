@@ -1,8 +1,6 @@
 // Sums to records and back, in every format of the wire.
 #pragma once
 
-#include <type_traits>
-
 #include "logfmt_record.cuh"
 #include "sum_nodes.cuh"
 
@@ -127,45 +125,84 @@ __device__ __forceinline__ void add_logfmt(const logfmt::Row& row, int first, Su
     sums->add(found);
 }
 
-/// Round the sums to the wire's format and store them in a record, which has its scales at
-/// `scales`. The whole warp.
+/// Any format, looked at for each part of a record: for what is not worth a kernel of its own.
+constexpr int kAnyWire = -1;
+
+/// Whether a kernel with this wire has registers to spare for loads that lanes skip.
+template <int wire>
+constexpr bool kFrugal = wire == kAnyWire || kLogfmtBits<wire> != 0;
+
+/// A record and what is known of it.
+struct WireRecord {
+    uint8_t* bytes;
+    int scales;  ///< offset of the scales, or of LogFMT's metadata
+    int format;
+};
+
+/// Round the sums to the wire's format and store them in a record. The whole warp.
 template <bool f32, int wire>
 __device__ __forceinline__ void store_wire(const Sums<f32>& sums, int first, int row_bytes,
-                                           uint8_t* record, int scales) {
-    if constexpr (kLogfmtBits<wire> != 0) {
-        const logfmt::Row row = {record, row_bytes / (f32 ? 4 : 2), scales};
+                                           const WireRecord& record) {
+    if constexpr (wire == kAnyWire) {
+        if (record.format == EPCOMM_FORMAT_F32) {
+            store_wire<f32, EPCOMM_FORMAT_F32>(sums, first, row_bytes, record);
+        } else if (record.format == EPCOMM_FORMAT_BF16) {
+            store_wire<f32, EPCOMM_FORMAT_BF16>(sums, first, row_bytes, record);
+        } else if (record.format == EPCOMM_FORMAT_LOGFMT8) {
+            store_wire<f32, EPCOMM_FORMAT_LOGFMT8>(sums, first, row_bytes, record);
+        } else {
+            store_wire<f32, EPCOMM_FORMAT_LOGFMT10>(sums, first, row_bytes, record);
+        }
+    } else if constexpr (kLogfmtBits<wire> != 0) {
+        const logfmt::Row row = {record.bytes, row_bytes / (f32 ? 4 : 2), record.scales};
         store_logfmt<f32, kLogfmtBits<wire>>(sums, first, row);
     } else {
-        store_plain<f32, wire == EPCOMM_FORMAT_F32>(sums, first, row_bytes, record);
+        store_plain<f32, wire == EPCOMM_FORMAT_F32>(sums, first, row_bytes, record.bytes);
     }
 }
 
 /// Add what a record holds. The whole warp.
 template <bool f32, int wire>
-__device__ __forceinline__ void add_wire(uint8_t* record, int scales, int first, int row_bytes,
+__device__ __forceinline__ void add_wire(const WireRecord& record, int first, int row_bytes,
                                          Sums<f32>* sums) {
-    if constexpr (kLogfmtBits<wire> != 0) {
-        const logfmt::Row row = {record, row_bytes / (f32 ? 4 : 2), scales};
+    if constexpr (wire == kAnyWire) {
+        if (record.format == EPCOMM_FORMAT_F32) {
+            add_wire<f32, EPCOMM_FORMAT_F32>(record, first, row_bytes, sums);
+        } else if (record.format == EPCOMM_FORMAT_BF16) {
+            add_wire<f32, EPCOMM_FORMAT_BF16>(record, first, row_bytes, sums);
+        } else if (record.format == EPCOMM_FORMAT_LOGFMT8) {
+            add_wire<f32, EPCOMM_FORMAT_LOGFMT8>(record, first, row_bytes, sums);
+        } else {
+            add_wire<f32, EPCOMM_FORMAT_LOGFMT10>(record, first, row_bytes, sums);
+        }
+    } else if constexpr (kLogfmtBits<wire> != 0) {
+        const logfmt::Row row = {record.bytes, row_bytes / (f32 ? 4 : 2), record.scales};
         add_logfmt<f32, kLogfmtBits<wire>>(row, first, sums);
     } else {
-        add_plain<f32, wire == EPCOMM_FORMAT_F32>(record, first, row_bytes, sums);
+        add_plain<f32, wire == EPCOMM_FORMAT_F32>(record.bytes, first, row_bytes, sums);
     }
 }
 
-template <int format>
-using Wire = std::integral_constant<int, format>;
+/// The formats of rows and wire that a kernel is compiled for.
+template <bool f32_rows, int wire_format>
+struct Formats {
+    static constexpr bool f32 = f32_rows;
+    static constexpr int wire = wire_format;
+};
 
-/// What `with` returns for the wire's format, which comes as a `Wire`; null for a format that
-/// combines do not send.
-template <class With>
-auto with_wire(int wire, const With& with) {
-    switch (wire) {
-        case EPCOMM_FORMAT_F32: return with(Wire<EPCOMM_FORMAT_F32>());
-        case EPCOMM_FORMAT_BF16: return with(Wire<EPCOMM_FORMAT_BF16>());
-        case EPCOMM_FORMAT_LOGFMT8: return with(Wire<EPCOMM_FORMAT_LOGFMT8>());
-        case EPCOMM_FORMAT_LOGFMT10: return with(Wire<EPCOMM_FORMAT_LOGFMT10>());
-        default: return decltype(with(Wire<EPCOMM_FORMAT_F32>()))(nullptr);
+/// Call `with` with the `Formats` of the kernel for such rows and such a wire. `few`: without the
+/// kernels for the usual wires, which are as fast as can be and take a minute to compile. Null for
+/// a format that combines do not send.
+template <bool few, class With>
+auto with_formats(bool f32, int wire, const With& with) {
+    const bool known = wire == EPCOMM_FORMAT_F32 || wire == EPCOMM_FORMAT_BF16 ||
+                       wire == EPCOMM_FORMAT_LOGFMT8 || wire == EPCOMM_FORMAT_LOGFMT10;
+    if (!known) return decltype(with(Formats<true, kAnyWire>()))(nullptr);
+    if constexpr (!few) {
+        if (f32 && wire == EPCOMM_FORMAT_F32) return with(Formats<true, EPCOMM_FORMAT_F32>());
+        if (!f32 && wire == EPCOMM_FORMAT_BF16) return with(Formats<false, EPCOMM_FORMAT_BF16>());
     }
+    return f32 ? with(Formats<true, kAnyWire>()) : with(Formats<false, kAnyWire>());
 }
 
 }  // namespace epcomm

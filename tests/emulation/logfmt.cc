@@ -34,20 +34,21 @@ void move_columns(float* row, int hidden, int first, epcomm::Sums<f32>* sums, bo
     }
 }
 
-template <bool f32, int wire>
+template <bool f32>
 void codec_kernel(const void* argument) {
     using namespace epcomm;
     const auto& call = *static_cast<const emulated_codec*>(argument);
     const int row_bytes = call.hidden * (f32 ? 4 : 2);
     for (int t = warp_id(); t < call.tokens; t += int(blockDim.x) / 32) {
-        uint8_t* record = call.records + int64_t(t) * call.record_bytes;
+        uint8_t* bytes = call.records + int64_t(t) * call.record_bytes;
+        const WireRecord record = {bytes, call.scales, call.wire};
         float* x = const_cast<float*>(call.x) + int64_t(t) * call.hidden;
         float* y = call.decoded + int64_t(t) * call.hidden;
         for (int first = 0; first < row_bytes; first += kSumColumns * 32 * 16) {
             Sums<f32> sums;
             sums.clear();
             move_columns(x, call.hidden, first, &sums, true);
-            store_wire<f32, wire>(sums, first, row_bytes, record, call.scales);
+            store_wire<f32, kAnyWire>(sums, first, row_bytes, record);
         }
         __syncwarp();
         for (int first = 0; first < row_bytes; first += kSumColumns * 32 * 16) {
@@ -56,7 +57,7 @@ void codec_kernel(const void* argument) {
             for (auto& column : sums.column) {
                 for (float& value : column) value = -0.0f;
             }
-            add_wire<f32, wire>(record, call.scales, first, row_bytes, &sums);
+            add_wire<f32, kAnyWire>(record, first, row_bytes, &sums);
             move_columns(y, call.hidden, first, &sums, false);
         }
     }
@@ -69,9 +70,6 @@ extern "C" void emulate_codec(const emulated_codec* call) {
     block.block_dim.x = 64;
     block.grid_dim.x = 1;
     block.kernel = call;
-    block.run = epcomm::with_wire(call->wire, [&](auto format) {
-        constexpr int kWire = decltype(format)::value;
-        return call->f32_rows ? codec_kernel<true, kWire> : codec_kernel<false, kWire>;
-    });
+    block.run = call->f32_rows ? codec_kernel<true> : codec_kernel<false>;
     std::thread([&] { emulation::run_block(block); }).join();
 }

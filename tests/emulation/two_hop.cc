@@ -50,11 +50,10 @@ void (*kernel_of(const emulated_launch& launch))(const void*) {
     using Call = epcomm_cuda_two_hop_combine;
     const auto* call = static_cast<const Call*>(launch.call);
     const bool f32 = call->call.announcement.format == EPCOMM_FORMAT_F32;
-    return epcomm::with_wire(call->call.announcement.wire, [&](auto format) {
-        constexpr int kWire = decltype(format)::value;
-        return f32 ? run_kernel<Call, epcomm::two_hop_combine_kernel<Kind, true, kWire>>
-                   : run_kernel<Call, epcomm::two_hop_combine_kernel<Kind, false, kWire>>;
-    });
+    return epcomm::with_formats<Kind::kFewKernels>(
+        f32, call->call.announcement.wire, [](auto formats) {
+            return run_kernel<Call, epcomm::two_hop_combine_kernel<Kind, decltype(formats)>>;
+        });
 }
 
 const epcomm_cuda_rail& rail_of(const emulated_launch& launch) {
