@@ -105,7 +105,7 @@ __device__ inline int next_peer(const epcomm_cuda_world& world, const epcomm_cud
                                 const int32_t* records, const SendShare* share, int last,
                                 Waiting what) {
     const epcomm_chunking& chunking = rail.chunking;
-    what.indirect = true;  // the reader may itself be waiting for another rank
+    what.between = 1;  // the reader may itself be waiting for another rank
     Patience patience;
     for (uint32_t turn = 0;; ++turn) {
         int waits = -1;

@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(kTwoHopSumThreads<Kind>, 1)
         delay(world, kDelaySignal);
         signal_node(world, false, epoch);
         what.phase = EPCOMM_PHASE_RELEASE;
-        what.indirect = true;
+        what.between = 2;
         if (!wait_node(world, own_control(world)->released, epoch, what)) return;
     }
     delay(world, kDelayFinish);

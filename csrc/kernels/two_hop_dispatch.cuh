@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(kTwoHopThreads, 1)
         delay(world, kDelaySignal);
         signal_node(world, true, epoch);
         what.phase = EPCOMM_PHASE_ARRIVE;
-        what.indirect = true;
+        what.between = 2;
         if (!wait_node(world, own_control(world)->arrived, epoch, what)) return;
     }
     delay(world, kDelayFinish);

@@ -12,7 +12,9 @@ struct Waiting {
     int phase;
     uint64_t epoch;
     const uint32_t* fabric_failed = nullptr;  ///< nonzero: the way to other nodes is broken
-    bool indirect = false;  ///< the rank may itself be waiting for another: let it be the first
+    /// How many ranks may wait one for another up to the one that is late: who waits for that one
+    /// itself is to be the first to say so.
+    int between = 0;
 };
 
 __device__ inline epcomm_cuda_control* own_control(const epcomm_cuda_world& world) {
@@ -77,7 +79,7 @@ struct Patience {
             looked = now;
             broken = load_acquire(what.fabric_failed) != 0;
         }
-        const int64_t most = world.timeout_ns + (what.indirect ? world.timeout_ns / 4 : 0);
+        const int64_t most = world.timeout_ns + what.between * (world.timeout_ns / 4);
         if (!broken && now - start <= uint64_t(most)) return true;
         epcomm_cuda_error error;
         error.verdict = broken ? EPCOMM_CUDA_FABRIC : EPCOMM_CUDA_TIMEOUT;

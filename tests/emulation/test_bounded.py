@@ -147,9 +147,6 @@ def test_misbehaving_nics_are_not_noticed(emulated, seed):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.xfail(
-    strict=False, reason="ranks of one node time out together, and one may blame the other"
-)
 @over_both
 def test_lost_credit_is_named_after_who_owes_it(emulated, fabric):
     # Rank 0 has nothing to send but credits, and only its announcement arrives.
@@ -163,7 +160,8 @@ def test_lost_credit_is_named_after_who_owes_it(emulated, fabric):
         assert rank.report["failed"]
         assert rank.error["rank"] == 0
         assert rank.error["phase"] == constants["PHASE_DATA"]
-        assert rank.error["expected"] == rank.error["seen"] + 1
+        # Warps wait for credits of different laps, and any may be the first to give up.
+        assert rank.error["seen"] == 0 < rank.error["expected"]
 
 
 @pytest.mark.timeout(600)
