@@ -1,5 +1,6 @@
 // The C ABI of the CUDA back end.
 #include <cuda_runtime.h>
+#include <sched.h>
 #include <time.h>
 
 #include "../kernels/announce.cuh"
@@ -125,7 +126,7 @@ int epcomm_cuda_wait_prepared(const epcomm_cuda_report* report, uint64_t number,
     clock_gettime(CLOCK_MONOTONIC, &t);
     const int64_t start = int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
     const int64_t deadline = start + timeout_ns;
-    constexpr int64_t kLookEvery = 250000000;
+    constexpr int64_t kLookEvery = 250000000, kSpin = 200000;
     int64_t look_at = start + kLookEvery;
     while (true) {
         for (int i = 0; i < 1024; ++i) {
@@ -135,6 +136,9 @@ int epcomm_cuda_wait_prepared(const epcomm_cuda_report* report, uint64_t number,
         clock_gettime(CLOCK_MONOTONIC, &t);
         const int64_t now = int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
         if (now > deadline) return 2;
+        // Longer than the kernel takes: it waits for a rank or for proxies, which may want this
+        // core.
+        if (now - start > kSpin) sched_yield();
         // A GPU that has failed, perhaps by another process's doing, reports nothing any more.
         if (now > look_at) {
             const int error = epcomm::gpu_error();
