@@ -8,6 +8,16 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "mpi")]
 
 
+def pytest_collection_modifyitems(items):
+    """Count a test's own time, not the compiler's, which has its own limit."""
+    for item in items:
+        if Path(__file__).parent not in item.path.parents:
+            continue
+        own = item.get_closest_marker("timeout")
+        seconds = own.args[0] if own else float(item.config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(seconds, func_only=True), append=False)
+
+
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
     """The library of emulated kernels."""

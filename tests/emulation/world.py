@@ -53,7 +53,7 @@ def build(folder: str) -> ctypes.CDLL:
         ),
         *("-o", str(output)),
     ]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, timeout=900)
     library = ctypes.CDLL(str(output))
     library.epcomm_cuda_control_bytes.restype = ctypes.c_int64
     library.epcomm_cuda_window_parts.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
