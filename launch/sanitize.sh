@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # launch/sanitize.sh [memcheck] [racecheck] [synccheck] [initcheck]: run compute-sanitizer's tools (by
-# default memcheck and racecheck) over a few calls of the CUDA back end, with one rank and with two.
+# default memcheck and racecheck) over a few calls of the CUDA back end, with one rank, with two in a
+# node and with two nodes over every kind of fabric that one GPU can have.
 # Needs a GPU, and compute-sanitizer on PATH or under CUDA_HOME. Status: 0 if no tool found anything.
 set -euo pipefail
 # shellcheck source=launch/env.sh
@@ -26,15 +27,17 @@ tools=("$@")
 bad=()
 export PYTHONPATH=$EPCOMM_ROOT${PYTHONPATH:+:$PYTHONPATH}
 for tool in "${tools[@]}"; do
-    for ranks in 1 2; do
-        name="$tool, $ranks rank(s)"
+    for run in "1" "2" "2 nodes"; do
+        name="$tool, $run"
         printf '\n=== %s\n' "$name"
         # Instrumented kernels take registers and time: few blocks, and deadlines that suit them.
-        # Only epcomm's kernels are looked at; torch's own cost time and are not ours.
-        bash launch/gpu.sh -n "$ranks" --sms 4 --timeout "${SANITIZE_TIMEOUT:-240}" \
+        # Only epcomm's kernels are looked at, torch's own cost time and are not ours, and only in
+        # the ranks: the emulated network cards of their carriers never end.
+        # shellcheck disable=SC2086
+        bash launch/gpu.sh -n "${run%% *}" --sms 4 --timeout "${SANITIZE_TIMEOUT:-240}" \
             "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
-            --kernel-name kernel_substring=epcomm \
-            python -m mpi4py tests/gpu/short_run.py || bad+=("$name")
+            --target-processes application-only --kernel-name kernel_substring=epcomm \
+            python -m mpi4py tests/gpu/short_run.py ${run#[12]} || bad+=("$name")
     done
 done
 echo

@@ -9,6 +9,9 @@ from harness import Case
 
 import epcomm
 from epcomm import oracle
+from epcomm.backend import Config
+from epcomm.cuda.rail import largest_record
+from epcomm.native import align, constants
 
 
 def to_gpu(value: Any) -> Any:
@@ -32,6 +35,13 @@ def to_host(result: Any) -> Any:
 def make_buffer(comm: Any, case: Case, **options: Any) -> epcomm.Buffer:
     """A CUDA buffer for the case."""
     return harness.make_buffer(comm, case, backend="cuda", **options)
+
+
+def bound_for(case: Case, num_ranks: int, records: int) -> int:
+    """Bytes of staging that hold so many records of every other node."""
+    config = Config(case.hidden, case.num_experts(num_ranks), case.num_topk, max(case.tokens))
+    each = align(records * largest_record(config), constants["limit_window_align"])
+    return 2 * (num_ranks // case.ranks_per_node - 1) * each
 
 
 def check(comm: Any, case: Case, buffer: epcomm.Buffer, *, in_place: bool = False) -> None:

@@ -7,13 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from harness import Case
-from on_gpu import check, make_buffer
+from on_gpu import bound_for, check, make_buffer
 from oracle_cases import CASES, LARGE
 
 import epcomm
-from epcomm.backend import Config
-from epcomm.cuda.rail import largest_record
-from epcomm.native import align, constants
 
 pytestmark = [pytest.mark.mpi, pytest.mark.gpu]
 
@@ -65,13 +62,6 @@ def test_changing_sizes_and_routings(world, ranks_per_node, num_ranks, fabric):
             if seed % 4 == 3:
                 one = replace(one, wire="logfmt8" if seed % 8 == 3 else "logfmt10")
             check(comm, one, buffer)
-
-
-def bound_for(case, num_ranks, records):
-    """Bytes of staging that hold so many records of every other node."""
-    config = Config(case.hidden, case.num_experts(num_ranks), case.num_topk, max(case.tokens))
-    each = align(records * largest_record(config), constants["limit_window_align"])
-    return 2 * (num_ranks // case.ranks_per_node - 1) * each
 
 
 @fabrics
