@@ -84,7 +84,7 @@ class _Run:
 
     def _job(self, setting: Setting, **changes: Any) -> Job:
         shape = replace(self.options.on(setting.nodes), **changes)
-        return Job(shape, setting.sms, setting.fabric)
+        return Job(shape, setting.sms, setting.fabric, self.options.staging)
 
     def case(self, case: str) -> None:
         """One of the cases."""

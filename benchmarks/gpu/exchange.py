@@ -93,6 +93,7 @@ class Exchange:
         timeout: float = 20.0,
         device: Literal["cuda", "cpu"] = "cuda",
         fabric: str = "auto",
+        staging: int | None = None,
     ) -> None:
         self.comm = comm
         self.shape = shape
@@ -111,6 +112,7 @@ class Exchange:
             num_sms=sms,
             timeout=timeout,
             fabric=fabric,
+            max_staging_bytes=staging,
         )
         first = self.first("BF16", 0)
         self.handle: Handle = first.handle

@@ -47,6 +47,7 @@ class Options:
         cases: of CASES, in that order.
         sms: of a rank; None: those of the case.
         fabrics: None: those of the case.
+        staging: most bytes of it on a rank; None: a place for every record.
         groups: of calls; a figure is the median over them.
         calls: of a group.
         json: file for all numbers, or None.
@@ -57,6 +58,7 @@ class Options:
     cases: list[str]
     sms: list[int] | None
     fabrics: list[str] | None
+    staging: int | None
     groups: int
     calls: int
     json: str | None
@@ -107,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cases", nargs="+", choices=(*CASES, "all"), default=["all"])
     add("--fabric", nargs="+", metavar="FABRIC", help="instead of the cases' own")
     add("--sms", type=positive, nargs="+", help="of a rank, instead of the cases' own")
+    add("--staging", type=positive, metavar="MIB", help="most of it on a rank, instead of all")
     add("--tokens", type=positive, default=4096, help="tokens of a rank")
     add("--hidden", type=positive, default=7168)
     add("--experts", type=positive, default=256, help="experts of all ranks together")
@@ -165,6 +168,7 @@ def parse(arguments: list[str] | None = None, gpus: Gpus | None = None) -> Optio
         cases=[case for case in CASES if case in given.cases or "all" in given.cases],
         sms=given.sms,
         fabrics=given.fabric,
+        staging=None if given.staging is None else given.staging << 20,
         groups=given.groups,
         calls=given.calls,
         json=given.json,

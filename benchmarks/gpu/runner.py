@@ -69,19 +69,22 @@ class Job:
         shape: what is exchanged.
         sms: of each rank.
         fabric: between nodes, as Buffer takes it.
+        staging: most bytes of it, as Buffer's ``max_staging_bytes`` takes them.
         timeout: seconds a rank may stay silent.
     """
 
     shape: Shape
     sms: int
     fabric: str = "auto"
+    staging: int | None = None
     timeout: float = 20.0
 
     def __str__(self) -> str:
         shape = self.shape
         ranks = str(shape.ranks) if shape.nodes == 1 else f"{shape.nodes}x{shape.ranks_per_node}"
         over = "" if shape.nodes == 1 else f" over {self.fabric}"
-        return f"{ranks}x{self.sms} {shape.tokens} tokens{over}"
+        within = "" if self.staging is None else f", {self.staging >> 20} MiB of staging"
+        return f"{ranks}x{self.sms} {shape.tokens} tokens{over}{within}"
 
 
 class Runner:
@@ -126,6 +129,8 @@ class Runner:
         if kind not in self._checked:
             check_small(comm, shape, job.sms, job.fabric)
             self._checked.add(kind)
-        with Exchange(comm, shape, job.sms, job.timeout, fabric=job.fabric) as exchange:
+        with Exchange(
+            comm, shape, job.sms, job.timeout, fabric=job.fabric, staging=job.staging
+        ) as exchange:
             check(exchange)
             measure(exchange, self._out, self._effort)

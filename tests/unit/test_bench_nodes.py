@@ -45,6 +45,11 @@ def test_defaults_are_the_cases_of_the_tables() -> None:
     assert all("rate=50 latency_ns=2000" in s.fabric for s in lines)
 
 
+def test_staging_is_given_in_mebibytes() -> None:
+    assert parse([]).staging is None
+    assert parse(["--staging", "24"]).staging == 24 * 2**20
+
+
 def test_gate_reaches_at_most_four_nodes() -> None:
     assert parse(["--nodes", "8"]).on(8).topk_groups == 4
 
