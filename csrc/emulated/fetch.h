@@ -227,7 +227,8 @@ EPCOMM_HD inline void schedule_flights(Group group, Context* context, QueuePair*
     const bool is_message = goes && request.opcode != mlx5::kNop;
     const bool is_read = is_message && request.opcode == mlx5::kRdmaRead;
     const uint32_t messages = group.ballot(is_message);
-    const Schedule times = schedule(group, own, peer, is_message, earliest, request.bytes, is_read);
+    const Schedule times =
+        schedule(group, own, peer, is_message, context->now, earliest, request.bytes, is_read);
     if (goes) {
         flight->times = is_message ? times : Schedule{earliest, earliest, earliest};
         disturb(context, queue, position, flight);

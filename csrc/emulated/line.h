@@ -83,8 +83,14 @@ EPCOMM_HD inline Picoseconds occupy(Group group, Gate* gate, Picoseconds seen, b
 
 /// A message of `payload` bytes of each lane that `takes` part, from one port to another; returns
 /// when its last byte arrives.
+///
+/// The receiver's port is taken from the moment on at which a byte that is scheduled `now` could be
+/// there, not from the moment at which this message's first one will: two warps that schedule for
+/// one port, or two senders that are far ahead of time, need not take the receiver's port in the
+/// order in which their bytes come, and whoever came too early would keep it idle meanwhile. So the
+/// port never receives more than its rate allows since the messages were scheduled.
 template <class Group>
-EPCOMM_HD inline Picoseconds transfer(Group group, Nic* from, Nic* to, bool takes,
+EPCOMM_HD inline Picoseconds transfer(Group group, Nic* from, Nic* to, bool takes, Picoseconds now,
                                       Picoseconds earliest, uint32_t payload, Picoseconds* depart) {
     // All that is far away, first.
     const Picoseconds messages = fabric::load_relaxed(&from->messages.free_at);
@@ -96,7 +102,7 @@ EPCOMM_HD inline Picoseconds transfer(Group group, Nic* from, Nic* to, bool take
                                      from->line.message_ns * kNanosecond);
     *depart = occupy(group, &from->transmit, transmit, takes, start, out);
     const Picoseconds first_byte = *depart + latency;
-    const Picoseconds received = occupy(group, &to->receive, receive, takes, first_byte, in) + in;
+    const Picoseconds received = occupy(group, &to->receive, receive, takes, now + latency, in) + in;
     // The slower of two ports decides.
     const Picoseconds sent = first_byte + out;
     return received > sent ? received : sent;
@@ -105,16 +111,17 @@ EPCOMM_HD inline Picoseconds transfer(Group group, Nic* from, Nic* to, bool take
 /// Schedule a request of `payload` bytes of each lane that `takes` part and may start at
 /// `earliest`. Where there is a read, no other lane takes part.
 template <class Group>
-EPCOMM_HD inline Schedule schedule(Group group, Nic* from, Nic* to, bool takes,
+EPCOMM_HD inline Schedule schedule(Group group, Nic* from, Nic* to, bool takes, Picoseconds now,
                                    Picoseconds earliest, uint32_t payload, bool is_read) {
     Schedule times;
     const Picoseconds back = to->line.latency_ns * kNanosecond;
-    times.arrive = transfer(group, from, to, takes, earliest, is_read ? 0 : payload, &times.depart);
+    times.arrive =
+        transfer(group, from, to, takes, now, earliest, is_read ? 0 : payload, &times.depart);
     times.complete = times.arrive + back;
     if (group.ballot(is_read) != 0) {
         Picoseconds depart;
         const Picoseconds complete =
-            transfer(group, to, from, is_read, times.arrive, payload, &depart);
+            transfer(group, to, from, is_read, now, times.arrive, payload, &depart);
         if (is_read) times.complete = complete;
     }
     return times;

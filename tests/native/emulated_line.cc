@@ -99,6 +99,19 @@ TEST(two_queue_pairs_share_a_port) {
     CHECK_EQUAL(time_of(r, {a, b}, 10, 10'000), 22'000 * kNanosecond);
 }
 
+// Who takes the sender's port first need not be the first at the receiver's.
+TEST(the_order_of_schedules_leaves_no_gap) {
+    for (uint64_t seed = 0; seed < 20; ++seed) {
+        Options options = plain();
+        options.engine.seed = seed;
+        options.engine.shuffle = true;
+        Rig r(options);
+        std::vector<Writer*> all;
+        for (int i = 0; i < 5; ++i) all.push_back(r.pair());
+        CHECK_EQUAL(time_of(r, all, 10, 10'000), 52'000 * kNanosecond);
+    }
+}
+
 TEST(two_planes_double_the_rate) {
     Options options = plain(4);
     Rig r(options);
