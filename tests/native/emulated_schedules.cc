@@ -23,7 +23,8 @@ ChunkOptions seeded(uint64_t seed) {
 
 constexpr Picoseconds kMicrosecond = 1000 * kNanosecond;
 
-/// Faults that a right program does not notice.
+/// Faults that a right program does not notice: any of them together, and each of them now and then
+/// also where there are few seeds.
 std::vector<FaultRule> harmless(uint64_t seed) {
     const FaultRule all[] = {
         everywhere(kDelay, 30 * kMicrosecond, 16384),
@@ -34,8 +35,8 @@ std::vector<FaultRule> harmless(uint64_t seed) {
         everywhere(kLateCompletion, 30 * kMicrosecond, 16384),
     };
     std::vector<FaultRule> rules;
-    for (int i = 0; i < 6; ++i) {
-        if ((seed >> i & 1) != 0) rules.push_back(all[i]);
+    for (uint64_t i = 0; i < 6; ++i) {
+        if ((seed >> i & 1) != 0 || (seed + i) % 6 == 0) rules.push_back(all[i]);
     }
     return rules;
 }
@@ -69,8 +70,9 @@ TEST(thousands_of_schedules_with_harmless_faults) {
         }
     }
     for (Fault fault : {kDelay, kEarlyFetch, kLateFetch, kLostDoorbell, kPieces, kLateCompletion}) {
-        if (injected[fault] < kSeeds / 3) printf("%s\n", name(fault));
-        CHECK(injected[fault] >= kSeeds / 3);
+        // Some tens in a seed that has the fault, as is at least every sixth.
+        if (injected[fault] < kSeeds) printf("%s: %zu\n", name(fault), injected[fault]);
+        CHECK(injected[fault] >= kSeeds);
     }
 }
 

@@ -25,18 +25,6 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("resident")
 
 
-#: Known to differ from the host engine, and not understood yet.
-DIFFER = {
-    ("emulated_line", "two_queue_pairs_share_a_port"): "takes 27 us of the model instead of 22",
-    (
-        "emulated_schedules",
-        "thousands_of_schedules_with_harmless_faults",
-    ): "one of the faults is met in less than a third of 25 seeds",
-}
-
-
 @pytest.mark.parametrize(("program", "name"), native_programs.all_tests(PROGRAMS))
-def test_resident_nic(folder, program, name, request):
-    if (program, name) in DIFFER:
-        request.applymarker(pytest.mark.xfail(strict=False, reason=DIFFER[program, name]))
+def test_resident_nic(folder, program, name):
     native_programs.run(native_programs.build(folder, program, PROGRAMS[program]), name)
