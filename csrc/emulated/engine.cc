@@ -27,16 +27,16 @@ void Network::kill_nic(uint32_t nic) { fabric::store_release(&nics_[nic].dead, 1
 class Engine::Copier {
  public:
     static constexpr uint64_t kWindow = mlx5::kMaxBlocks;
+    static constexpr bool kCopiesAhead = false;
 
     Copier(Engine* engine, Traffic* traffic) : engine_(engine), traffic_(traffic) {}
 
-    static uint32_t start(mlx5::OneThread, bool wants, uint64_t, uint8_t* to, const uint8_t* from,
-                          uint32_t bytes) {
+    static uint32_t start(mlx5::OneThread, bool wants, uint64_t, const Body& body) {
         if (!wants) return 0;
-        memcpy(to, from, bytes);
+        memcpy(body.to, body.from, body.bytes);
         // It may store past the caches, and such stores are not ordered by a release alone.
         __atomic_thread_fence(__ATOMIC_SEQ_CST);
-        return bytes;
+        return body.bytes;
     }
 
     Picoseconds started(Context* context, uint32_t bytes) const {
@@ -195,14 +195,15 @@ std::string describe(uint32_t nic, const LineModel& line, const Traffic& seen) {
     const Picoseconds span = seen.messages == 0 ? 0 : seen.last_placed - seen.first_depart;
     const double seconds = double(span) / 1e12;
     const double rate = seconds > 0 ? double(seen.wire_bytes) / seconds / 1e9 : 0;
-    char text[320];
-    snprintf(text, sizeof text,
-             "modelled network, NIC %u: %u GB/s, %u ns one way; %llu messages, %llu payload bytes, "
-             "%.2f GB/s on the wire; limit: %s (%llu late, worst %.2f us)",
-             nic, line.bytes_per_ns, line.latency_ns, (unsigned long long)seen.messages,
-             (unsigned long long)seen.payload_bytes, rate,
-             seen.model_was_the_limit() ? "model" : "copier",
-             (unsigned long long)seen.late_messages, double(seen.worst_late) / 1e6);
+    char text[400];
+    snprintf(
+        text, sizeof text,
+        "modelled network, NIC %u: %u GB/s, %u ns one way; %llu messages, %llu payload bytes, "
+        "%.2f GB/s on the wire; limit: %s (%llu late, %llu of them by their copies, worst %.2f us)",
+        nic, line.bytes_per_ns, line.latency_ns, (unsigned long long)seen.messages,
+        (unsigned long long)seen.payload_bytes, rate,
+        seen.model_was_the_limit() ? "model" : "copier", (unsigned long long)seen.late_messages,
+        (unsigned long long)seen.late_copies, double(seen.worst_late) / 1e6);
     return text;
 }
 

@@ -2,8 +2,8 @@
 //
 // The engine brings the copier. Its calls with a group are made by all lanes:
 //
-//     start(group, wants, position, to, from, bytes)
-//                                how many of these bytes are on their way now, from the first on
+//     start(group, wants, position, body)
+//                                how many of its bytes are on their way now, from the first on
 //     started(context, bytes)    a message's whole body is; when it will be placed, 0 if not known
 //     placed(context, position)  then: when all of it had been placed, 0 if it is not yet
 //     settle(group, needed)      if it is for any lane: what other threads placed is visible before
@@ -12,6 +12,7 @@
 //     landed(context, flight)    for the account
 //     refresh(group, context)    the time, again
 //     kWindow                    at most so many requests are between `started` and `landed`
+//     kCopiesAhead               it may be given long bodies before they depart (copy_ahead)
 #pragma once
 
 #include "fetch.h"
@@ -27,6 +28,9 @@ constexpr uint64_t kLongestHoldNs = 1'000'000'000;
 
 /// The last bytes of a message, which come with its arrival and never before; all of a short one.
 constexpr uint32_t kTailBytes = 64;
+
+/// Until the copier is asked again to take a body that need not be copied yet.
+constexpr Picoseconds kCopyAgain = 4000 * kNanosecond;
 
 /// The other end of a queue pair.
 struct PeerView {
@@ -67,6 +71,15 @@ EPCOMM_HD inline uint8_t judge_remote(const Context& context, const QueuePair& q
 struct Placement {
     uint8_t* to;
     const uint8_t* from;
+};
+
+/// Bytes for a copier to place.
+struct Body {
+    uint8_t* to;
+    const uint8_t* from;
+    uint32_t bytes;
+    bool is_ahead;    ///< it has not departed, and need not be taken yet; the same for all lanes
+    Picoseconds due;  ///< in the model
 };
 
 EPCOMM_HD inline Placement placement_of(const Context& context, const QueuePair& queue,
@@ -123,8 +136,8 @@ EPCOMM_HD inline bool start_piece(Group group, const Context& context, QueuePair
     const Placement place = placement_of(context, *queue, position, flight->request);
     const uint32_t left = offset < bytes ? bytes - uint32_t(offset) : 0;
     const uint32_t count = left < size ? left : size;
-    const uint32_t given = copier.start(group, group.lane() == 0 && count != 0, position,
-                                        place.to + offset, place.from + offset, count);
+    const Body body{place.to + offset, place.from + offset, count, false, flight->last_piece};
+    const uint32_t given = copier.start(group, group.lane() == 0 && count != 0, position, body);
     const bool taken = group.from_first(int(given == count)) != 0;
     group.sync();
     if (taken && group.lane() == 0) flight->pieces_placed = number + 1;
@@ -143,6 +156,16 @@ EPCOMM_HD inline bool start_pieces(Group group, const Context& context, QueuePai
     return true;
 }
 
+/// What the copier has not been given of a request's bytes, but for the last ones.
+EPCOMM_HD inline Body body_of(const Context& context, const QueuePair& queue, uint64_t position,
+                              const Flight& flight) {
+    const Request& request = flight.request;
+    const uint32_t done = flight.body_placed;
+    const Placement place = placement_of(context, queue, position, request);
+    return {place.to + done, place.from + done, request.bytes - tail_of(request) - done, false,
+            flight.times.arrive};
+}
+
 /// Give the copier the bodies of the messages of the first `count` lanes; returns how many of them
 /// it has taken to their ends.
 template <class Group, class Copier>
@@ -153,16 +176,10 @@ EPCOMM_HD inline uint32_t start_bodies(Group group, Context* context, QueuePair*
     if (group.from_first(int(moves && flight->num_pieces > 1)) != 0) {
         return start_pieces(group, *context, queue, position - group.lane(), copier) ? 1 : 0;
     }
-    uint32_t left = 0, done = 0;
-    Placement place{};
-    if (moves) {
-        done = flight->body_placed;
-        left = flight->request.bytes - tail_of(flight->request) - done;
-        place = placement_of(*context, *queue, position, flight->request);
-    }
-    const uint32_t given =
-        copier.start(group, left != 0, position, place.to + done, place.from + done, left);
-    if (given != 0) flight->body_placed = done + given;
+    const Body body = moves ? body_of(*context, *queue, position, *flight) : Body{};
+    const uint32_t left = body.bytes;
+    const uint32_t given = copier.start(group, left != 0, position, body);
+    if (given != 0) flight->body_placed += given;
     const uint32_t whole = mlx5::leading(group, goes && given == left);
     if (moves && given == left && group.lane() < whole) {
         flight->copied_at = copier.started(context, flight->request.bytes);
@@ -209,6 +226,37 @@ EPCOMM_HD inline bool start_window(Group group, Context* context, QueuePair* que
     if (started < count) context->wake_at(context->now);  // the copier has no room
     group.sync();
     return started == width;
+}
+
+/// Give the copier the bodies of long writes that wait for their turn on the line. Their bytes stay
+/// what they are from the doorbell on, and nobody may rely on their place before a later signal; so
+/// the copier has more time than the message is on its way. It is judged as when it departs, and
+/// then again: the responder's answer is that one. Behind what failed nothing is copied.
+template <class Group, class Copier>
+EPCOMM_HD inline void copy_ahead(Group group, Context* context, QueuePair* queue, Copier& copier) {
+    const uint64_t position = queue->started + group.lane();
+    Flight* flight = &queue->flight(position);
+    bool wants = false;
+    if (queue->refused == 0 && group.lane() < context->width(group) && position < queue->fetched &&
+        position - queue->landed < Copier::kWindow) {
+        const Request& request = flight->request;
+        wants = request.opcode == mlx5::kRdmaWrite && request.bytes > Copier::kKeptBytes &&
+                flight->num_pieces <= 1 && flight->body_placed == 0;
+    }
+    if (group.ballot(wants) == 0) return;
+    const PeerView peer = look_at_peer(*context, *queue);
+    if (wants) {
+        wants = peer.answers && judge_remote(*context, *queue, peer.domain, flight->request) == 0;
+    }
+    Body body{};
+    if (wants) body = body_of(*context, *queue, position, *flight);
+    body.is_ahead = true;
+    const uint32_t given = copier.start(group, wants, position, body);
+    if (given != 0) flight->body_placed = given;
+    if (group.ballot(given != 0) != 0) context->progress = true;
+    // It may be given once an earlier copy has ended.
+    if (group.ballot(wants && given == 0) != 0) context->wake_at(context->now + kCopyAgain);
+    group.sync();
 }
 
 /// Take the peer NIC's atomics; nobody else's operation is then between its read and its write.
@@ -424,6 +472,9 @@ EPCOMM_HD inline Window land_window(Group group, Context* context, QueuePair* qu
 template <class Group, class Copier>
 EPCOMM_HD inline void land(Group group, Context* context, QueuePair* queue, Copier& copier) {
     while (queue->started != queue->fetched && start_window(group, context, queue, copier)) {
+    }
+    if constexpr (Copier::kCopiesAhead) {
+        if (queue->started != queue->fetched) copy_ahead(group, context, queue, copier);
     }
     uint64_t base = queue->landed;
     bool in_order = true;

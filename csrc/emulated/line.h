@@ -102,7 +102,8 @@ EPCOMM_HD inline Picoseconds transfer(Group group, Nic* from, Nic* to, bool take
                                      from->line.message_ns * kNanosecond);
     *depart = occupy(group, &from->transmit, transmit, takes, start, out);
     const Picoseconds first_byte = *depart + latency;
-    const Picoseconds received = occupy(group, &to->receive, receive, takes, now + latency, in) + in;
+    const Picoseconds received =
+        occupy(group, &to->receive, receive, takes, now + latency, in) + in;
     // The slower of two ports decides.
     const Picoseconds sent = first_byte + out;
     return received > sent ? received : sent;

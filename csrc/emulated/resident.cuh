@@ -2,6 +2,7 @@
 //
 //     control warp   looks at the doorbells of its queue pairs, a lane at each; takes those with
 //                    something to do one by one (step.h), a lane for each request
+//     a warp         brings slices of long messages, of its own block and of others (offers.cuh)
 //     copy warp      places slices of messages (slices.cuh)
 //
 // What a lane does for a request is mostly waiting for memory, so a queue pair's requests are done
@@ -12,29 +13,55 @@
 // Bodies: see slices.cuh. Last bytes are stored after a fence at system scope, atomics and the last
 // 8 bytes of a completion are released at system scope after the warp has met.
 //
-// ENDING. Nothing in here waits for anything outside the block, so an order to stop is met soon.
-// Without a sign of life of its host the kernel ends too.
+// ENDING. Nothing in here waits for anything outside the block, so an order to stop is met soon:
+// once the block's slices are placed, and those it offered claimed. Without a sign of life of its
+// host the kernel ends too.
 //
-// The machine is a parameter, so that tests can run this on the host: the clock, and how many warps
-// do what.
+// The machine is a parameter, so that tests can run this on the host: the clock, how many warps do
+// what (kControlWarps, kCopyWarps), and how many slices of a long message go straight into the ring
+// of its block (kKept), wait there before others are brought (kStock) and are claimed at a time
+// (kClaim).
 #pragma once
 
+#include "offers.cuh"
 #include "resident.h"
-#include "slices.cuh"
 
 namespace epcomm::emulated {
+
+/// The first ones control, the next one brings slices, the others copy.
+template <class Machine>
+constexpr uint32_t kWarps = Machine::kControlWarps + 1 + Machine::kCopyWarps;
+
+/// What a control warp knows of a message in the copier, in one word that copy warps lower: slices
+/// in the block's ring, and where the rest is offered (the offer's number + 1, its generation).
+struct Underway {
+    static constexpr uint32_t kCountBits = 12, kOfferBits = 4;
+
+    uint32_t raw;
+
+    __device__ static uint32_t offered(uint32_t offer, uint32_t generation) {
+        return ((generation & 0xffff) << kOfferBits | (offer + 1)) << kCountBits;
+    }
+    __device__ uint32_t here() const { return raw & ((1u << kCountBits) - 1); }
+    /// kOffers or more: nothing is offered.
+    __device__ uint32_t offer() const { return (raw >> kCountBits & ((1u << kOfferBits) - 1)) - 1; }
+    __device__ uint32_t generation() const { return raw >> (kCountBits + kOfferBits); }
+};
+static_assert(kSlices + 32 < 1u << Underway::kCountBits && kOffers < 1u << Underway::kOfferBits);
 
 /// A block's shared memory.
 struct BlockMemory {
     SliceRing* ring;
-    Nic** nics;          ///< [num_nics]
-    int64_t* shifts;     ///< [num_nics][kMaxKeys]
-    Traffic* traffic;    ///< [control warps][num_planes][32]
-    QueuePair* queues;   ///< [num_queues], as the rest
-    Picoseconds* wakes;  ///< when to look at a queue pair again
+    Claim* claims;          ///< [kClaims]
+    uint32_t* generations;  ///< [control warps][kOffers]
+    Nic** nics;             ///< [num_nics]
+    int64_t* shifts;        ///< [num_nics][kMaxKeys]
+    Traffic* traffic;       ///< [control warps][num_planes][32]
+    QueuePair* queues;      ///< [num_queues], as the rest
+    Picoseconds* wakes;     ///< when to look at a queue pair again
     uint32_t* nic;
     uint32_t* plane;
-    uint32_t* left;  ///< [num_queues][kMessages]: slices that have not been placed
+    uint32_t* underway;  ///< [num_queues][kMessages]: Underway
     uint32_t num_queues;
 };
 
@@ -56,6 +83,8 @@ EPCOMM_HD inline uint8_t* lay_out(BlockMemory* block, uint8_t* memory, const Wir
                                   uint32_t max_queues) {
     Carver carver{memory};
     block->ring = carver.take<SliceRing>(1);
+    block->claims = carver.take<Claim>(kClaims);
+    block->generations = carver.take<uint32_t>(control_warps * kOffers);
     block->nics = carver.take<Nic*>(wire.num_nics);
     block->shifts = carver.take<int64_t>(wire.shifts == nullptr ? 0 : wire.num_nics * kMaxKeys);
     block->traffic = carver.take<Traffic>(control_warps * num_planes * 32);
@@ -63,7 +92,7 @@ EPCOMM_HD inline uint8_t* lay_out(BlockMemory* block, uint8_t* memory, const Wir
     block->wakes = carver.take<Picoseconds>(max_queues);
     block->nic = carver.take<uint32_t>(max_queues);
     block->plane = carver.take<uint32_t>(max_queues);
-    block->left = carver.take<uint32_t>(max_queues * kMessages);
+    block->underway = carver.take<uint32_t>(max_queues * kMessages);
     return carver.next;
 }
 
@@ -79,21 +108,63 @@ inline uint64_t shared_bytes(const Wire& wire, uint32_t control_warps, uint32_t 
 template <class Machine>
 struct ResidentCopier {
     static constexpr uint64_t kWindow = kMessages;
+    static constexpr bool kCopiesAhead = true;
+    static constexpr uint32_t kKeptBytes = Machine::kKept * kSliceBytes;
 
     SliceRing* ring;
-    uint32_t* left;    ///< [kMessages], of the queue pair
+    uint32_t* underway;     ///< [kMessages], of the queue pair
+    uint32_t* generations;  ///< [kOffers], of the warp, as the next
+    Offer* offers;
     Traffic* traffic;  ///< of this lane
     uint64_t tolerance_ns;
     Machine* machine;
 
-    __device__ uint32_t start(mlx5::WarpLanes group, bool wants, uint64_t position, uint8_t* to,
-                              const uint8_t* from, uint32_t bytes) const {
-        uint32_t count = wants ? (bytes + kSliceBytes - 1) / kSliceBytes : 0;
+    __device__ uint32_t start(mlx5::WarpLanes group, bool wants, uint64_t position,
+                              const Body& body) const {
+        uint32_t* mine = &underway[position % kMessages];
+        const bool is_long = wants && body.bytes > kKeptBytes;
+        uint32_t first = 0, kept = wants ? body.bytes : 0;
+        if (group.ballot(is_long) != 0) {
+            // Where enough waits in the ring, all of it is offered.
+            const bool is_busy = group.from_first(ring->waiting()) >= int32_t(Machine::kStock);
+            const uint32_t offer = free_offer(group, is_long);
+            if (is_long) first = is_busy || body.is_ahead ? 0 : kKeptBytes;
+            if (is_long && offer < kOffers) kept = first;
+            // What is not due yet can wait for an offer.
+            if (body.is_ahead && offer >= kOffers) kept = 0;
+            const uint32_t placed = fill_ring(group, kept, mine, body);
+            if (!is_long || offer >= kOffers || placed < kept) return placed;
+            const uint32_t generation = generations[offer] + 1;
+            generations[offer] = generation;
+            atomicAdd(mine, Underway::offered(offer, generation));
+            make_offer(&offers[offer], generation, body.to + kept, body.from + kept,
+                       body.bytes - kept, body.due);
+            return body.bytes;
+        }
+        if (body.is_ahead) kept = 0;
+        return fill_ring(group, kept, mine, body);
+    }
+
+    /// Of the warp's offers: another one for each lane that wants one; kOffers or more: none is
+    /// free. Not inlined, for the registers: only long messages come here.
+    __device__ __noinline__ uint32_t free_offer(mlx5::WarpLanes group, bool wants) const {
+        const uint32_t lane = group.lane(), before = group.ballot(wants) & mlx5::below(lane);
+        uint32_t free =
+            group.ballot(lane < kOffers && load_acquire_device(&offers[lane].left) == 0);
+        group.sync();
+        for (uint32_t i = mlx5::count_bits(before); i != 0; --i) free &= free - 1;
+        return wants ? mlx5::lowest(free) : kOffers;
+    }
+
+    /// The first `bytes` of a body, or as many of them as there is room for.
+    __device__ uint32_t fill_ring(mlx5::WarpLanes group, uint32_t bytes, uint32_t* mine,
+                                  const Body& body) const {
+        uint32_t count = slices_in(bytes);
         const uint32_t moving = group.ballot(count != 0), lane = group.lane();
         if (moving == 0) return 0;
-        const bool is_long = group.ballot(count > 1) != 0;
-        const uint32_t before =
-            is_long ? mlx5::sum_before(group, count) : mlx5::count_bits(moving & mlx5::below(lane));
+        const bool are_several = group.ballot(count > 1) != 0;
+        const uint32_t before = are_several ? mlx5::sum_before(group, count)
+                                            : mlx5::count_bits(moving & mlx5::below(lane));
         const uint32_t all = group.at(before + count, group.size() - 1);
         uint32_t room = 0, first = 0;
         if (lane == 0) room = ring->reserve(all, &first);
@@ -102,12 +173,12 @@ struct ResidentCopier {
         if (before >= room) return 0;
         if (before + count > room) count = room - before;
         if (count == 0) return 0;
-        uint32_t* mine = &left[position % kMessages];
         atomicAdd(mine, count);
         for (uint32_t i = 0; i < count; ++i) {
             const uint32_t done = i * kSliceBytes, rest = bytes - done;
             ring->put(first + before + i,
-                      {to + done, from + done, rest < kSliceBytes ? rest : kSliceBytes, 0, mine});
+                      {body.to + done, body.from + done, rest < kSliceBytes ? rest : kSliceBytes, 0,
+                       mine, nullptr});
         }
         const uint32_t placed = count * kSliceBytes;
         return placed < bytes ? placed : bytes;
@@ -116,7 +187,16 @@ struct ResidentCopier {
     __device__ static Picoseconds started(Context*, uint32_t) { return 0; }
 
     __device__ Picoseconds placed(const Context& context, uint64_t position) const {
-        return load_here(&left[position % kMessages]) == 0 ? context.now : 0;
+        uint32_t* mine = &underway[position % kMessages];
+        const Underway seen{load_here(mine)};
+        if (seen.here() != 0) return 0;
+        // An offer of another generation was free before.
+        if (seen.offer() < kOffers && (generations[seen.offer()] & 0xffff) == seen.generation() &&
+            load_acquire_device(&offers[seen.offer()].left) != 0) {
+            return 0;
+        }
+        *mine = 0;
+        return context.now;
     }
 
     __device__ static void settle(mlx5::WarpLanes group, bool needed) {
@@ -165,6 +245,10 @@ __device__ inline BlockMemory open_block(const Resident& resident, uint8_t* memo
     block.num_queues = resident.first[blockIdx.x + 1] - first;
     const uint32_t num_nics = resident.wire.num_nics;
     for (uint32_t i = thread; i < kSlices; i += threads) block.ring->slices[i].turn = i;
+    for (uint32_t i = thread; i < kClaims; i += threads) block.claims[i] = Claim();
+    for (uint32_t i = thread; i < Machine::kControlWarps * kOffers; i += threads) {
+        block.generations[i] = 0;
+    }
     for (uint32_t i = thread; i < num_nics; i += threads) block.nics[i] = resident.wire.nics[i];
     for (uint32_t i = thread; resident.wire.shifts != nullptr && i < num_nics * kMaxKeys;
          i += threads) {
@@ -178,14 +262,22 @@ __device__ inline BlockMemory open_block(const Resident& resident, uint8_t* memo
         block.nic[i] = row.nic;
         block.plane[i] = row.plane;
         block.wakes[i] = 0;
-        for (uint32_t k = 0; k < kMessages; ++k) block.left[i * kMessages + k] = 0;
+        for (uint32_t k = 0; k < kMessages; ++k) block.underway[i * kMessages + k] = 0;
     }
     if (thread == 0) {
         block.ring->reserved = block.ring->taken = 0;
-        block.ring->producers = Machine::kControlWarps;
+        block.ring->producers = Machine::kControlWarps + 1;
     }
     __syncthreads();
     return block;
+}
+
+/// Those of `count` blocks from one on.
+template <class Machine>
+__device__ inline OfferRange offers_of(const Resident& resident, uint32_t block, uint32_t count) {
+    constexpr uint32_t kOfBlock = Machine::kControlWarps * kOffers;
+    if (count > resident.num_blocks - block) count = resident.num_blocks - block;
+    return {resident.offers + block * kOfBlock, count * kOfBlock};
 }
 
 /// One of a block's control warps.
@@ -267,9 +359,13 @@ class ControlWarp {
     __device__ Picoseconds visit(uint32_t i, uint64_t doorbell, bool* progress) {
         QueuePair* queue = &block_.queues[i];
         ResidentCopier<Machine> copier{
-            block_.ring, &block_.left[i * kMessages],
+            block_.ring,
+            &block_.underway[i * kMessages],
+            &block_.generations[warp_ * kOffers],
+            offers_of<Machine>(resident_, blockIdx.x, 1).first + warp_ * kOffers,
             &block_.traffic[(warp_ * resident_.num_planes + block_.plane[i]) * 32 + group_.lane()],
-            resident_.tolerance_ns, &machine_};
+            resident_.tolerance_ns,
+            &machine_};
         context_.nic = block_.nic[i];
         context_.wake = kNever;
         context_.progress = false;
@@ -362,6 +458,11 @@ __device__ inline void serve_block(const Resident& resident, uint8_t* memory) {
     const uint32_t warp = threadIdx.x / 32;
     if (warp < Machine::kControlWarps) {
         ControlWarp<Machine>(resident, block, warp).serve();
+    } else if (warp == Machine::kControlWarps) {
+        const uint32_t team = blockIdx.x / kTeam * kTeam;
+        Bringer<Machine>(offers_of<Machine>(resident, team, kTeam),
+                         offers_of<Machine>(resident, blockIdx.x, 1), block.ring, block.claims)
+            .serve();
     } else {
         place_slices(block.ring);
     }

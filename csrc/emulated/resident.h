@@ -40,6 +40,8 @@ struct alignas(64) BlockStatus {
 
 enum BlockState : uint32_t { kNotStarted = 0, kServing = 1, kEnded = 2, kAbandoned = 3 };
 
+struct Offer;
+
 /// What the kernel is given, by value. All pointers are to device memory, or to peers' memory that
 /// this process has opened.
 struct Resident {
@@ -51,6 +53,7 @@ struct Resident {
     Mailbox* mailbox;
     BlockStatus* status;  ///< [num_blocks]
     Traffic* traffic;     ///< [num_blocks][control warps][num_planes][32]
+    Offer* offers;        ///< [num_blocks][control warps][kOffers], zeros; see offers.cuh
     uint32_t num_blocks;
     uint32_t num_planes;
     uint32_t max_queues;  ///< of a block, at most
@@ -59,9 +62,10 @@ struct Resident {
     uint64_t patience_ns;  ///< without a sign of the host's life the kernel ends; 0: never
 };
 
-/// Shared memory of a block, and counters of all of them.
+/// Shared memory of a block; counters, and bytes of offers, of all of them.
 uint64_t resident_shared_bytes(const Resident& resident);
 uint64_t resident_traffic_cells(const Resident& resident);
+uint64_t resident_offer_bytes(const Resident& resident);
 
 /// Load the kernel, before any kernel runs that waits for another: loading would wait for that one.
 /// Both return a cudaError_t.

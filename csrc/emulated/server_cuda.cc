@@ -88,6 +88,8 @@ struct Server::Parts {
         resident.mailbox = memory.take<Mailbox>(1);
         resident.status = memory.take<BlockStatus>(options.num_blocks);
         resident.traffic = memory.take<Traffic>(resident_traffic_cells(resident));
+        resident.offers =
+            reinterpret_cast<Offer*>(memory.take<uint8_t>(resident_offer_bytes(resident)));
         events = memory.take<Event>(options.journal_capacity);
         flights = memory.take<Flight>(total_blocks);
         shadows = memory.take<mlx5::Block>(total_blocks);

@@ -1,4 +1,5 @@
-// A block's copies: control warps cut bodies of messages into slices, copy warps place them.
+// A block's copies: control warps cut bodies of messages into slices, copy warps place them. What
+// is shared with other blocks comes by another warp (offers.cuh).
 //
 // Slices go through a ring in shared memory. Who puts one in waits until its place has been read,
 // who takes one out takes a number and waits until that place is filled: a turn counter in each
@@ -14,9 +15,11 @@
 
 namespace epcomm::emulated {
 
-/// Of a lane in flight at once: 16 loads of 16 bytes.
-constexpr uint32_t kUnroll = 16;
-constexpr uint32_t kSliceBytes = kUnroll * 32 * 16;
+/// A lane loads and stores so many units of 16 bytes together, and has two such parts under way: so
+/// a warp has 4 to 8 KiB in flight from a slice's beginning to its end.
+constexpr uint32_t kUnroll = 8;
+constexpr uint32_t kPartUnits = kUnroll * 32;
+constexpr uint32_t kSliceBytes = 4 * kPartUnits * 16;
 constexpr uint32_t kSlices = 256;  ///< places of the ring
 /// Messages of a queue pair that may be under way in the copier.
 constexpr uint32_t kMessages = 32;
@@ -57,12 +60,20 @@ __device__ inline void store_unit(uint8_t* to, uint4 value) {
 #endif
 }
 
+/// In shared memory: slices that the block has claimed of a message that blocks share.
+struct Claim {
+    uint32_t left;    ///< that have not been placed
+    uint32_t slices;  ///< 0: there is no claim
+    uint32_t* offer_left;
+};
+
 struct Slice {
     uint8_t* to;
     const uint8_t* from;
     uint32_t bytes;
     uint32_t turn;
-    uint32_t* left;  ///< slices of the message that have not been placed
+    uint32_t* left;  ///< slices of the message, or claim, that have not been placed
+    Claim* claim;    ///< or null
 };
 
 struct SliceRing {
@@ -70,6 +81,9 @@ struct SliceRing {
     uint32_t reserved;   ///< numbers given to slices
     uint32_t taken;      ///< numbers taken by copy warps, ahead of that where they wait
     uint32_t producers;  ///< warps that may still put in some
+
+    /// Slices that no copy warp has taken; below 0: warps that wait for one.
+    __device__ int32_t waiting() const { return int32_t(load_here(&reserved) - load_here(&taken)); }
 
     /// Numbers for up to `count` slices; returns how many.
     __device__ uint32_t reserve(uint32_t count, uint32_t* first) {
@@ -94,6 +108,7 @@ struct SliceRing {
         place->from = slice.from;
         place->bytes = slice.bytes;
         place->left = slice.left;
+        place->claim = slice.claim;
         store_here(&place->turn, number + 1);
     }
 
@@ -123,19 +138,36 @@ struct SliceRing {
     }
 };
 
-/// By a warp: 16 bytes at a time, all loads first.
-__device__ inline void place_units(uint8_t* to, const uint8_t* from, uint32_t units) {
-    const uint32_t lane = threadIdx.x & 31;
-    uint4 values[kUnroll];
+/// Of a part that begins at unit `first`; those from `units` on are not there.
+__device__ inline void load_part(uint4 (&values)[kUnroll], const uint8_t* from, uint32_t first,
+                                 uint32_t units) {
 #pragma unroll
     for (uint32_t i = 0; i < kUnroll; ++i) {
-        const uint32_t unit = i * 32 + lane;
+        const uint32_t unit = first + i * 32;
         if (unit < units) values[i] = load_unit(from + unit * 16);
     }
+}
+
+__device__ inline void store_part(uint8_t* to, const uint4 (&values)[kUnroll], uint32_t first,
+                                  uint32_t units) {
 #pragma unroll
     for (uint32_t i = 0; i < kUnroll; ++i) {
-        const uint32_t unit = i * 32 + lane;
+        const uint32_t unit = first + i * 32;
         if (unit < units) store_unit(to + unit * 16, values[i]);
+    }
+}
+
+/// By a warp: the loads of a part are on their way before the stores of the part before it.
+__device__ inline void place_units(uint8_t* to, const uint8_t* from, uint32_t units) {
+    const uint32_t lane = threadIdx.x & 31;
+    uint4 even[kUnroll], odd[kUnroll];
+    load_part(even, from, lane, units);
+#pragma unroll 1
+    for (uint32_t first = lane; first - lane < units; first += 2 * kPartUnits) {
+        load_part(odd, from, first + kPartUnits, units);
+        store_part(to, even, first, units);
+        load_part(even, from, first + 2 * kPartUnits, units);
+        store_part(to, odd, first + kPartUnits, units);
     }
 }
 
@@ -158,6 +190,14 @@ __device__ inline void place_slice(const Slice& slice) {
     if (end != slice.bytes) place_bytes(slice.to + end, slice.from + end, slice.bytes - end);
 }
 
+/// All of a claim has been placed: by the lane that brought its count to 0. The fence acquires what
+/// the block's other warps placed, and releases it to whoever acquires the offer's count.
+__device__ inline void report(Claim* claim) {
+    mlx5::fence<mlx5::Scope::kDevice>();
+    atomicSub(claim->offer_left, claim->slices);
+    store_here(&claim->slices, 0);
+}
+
 /// A copy warp, until the end.
 __device__ inline void place_slices(SliceRing* ring) {
     const mlx5::WarpLanes group;
@@ -167,7 +207,7 @@ __device__ inline void place_slices(SliceRing* ring) {
         group.sync();
         if (group.lane() == 0) {
             __threadfence_block();
-            atomicSub(slice.left, 1u);
+            if (atomicSub(slice.left, 1u) == 1 && slice.claim != nullptr) report(slice.claim);
         }
     }
 }

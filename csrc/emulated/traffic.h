@@ -13,6 +13,7 @@ struct Traffic {
     uint64_t payload_bytes = 0;
     uint64_t wire_bytes = 0;
     uint64_t late_messages = 0;  ///< placed later than the model by more than the tolerance
+    uint64_t late_copies = 0;    ///< of these, because their bytes were; others were looked at late
     Picoseconds worst_late = 0;
     Picoseconds first_depart = kNever;
     Picoseconds last_arrive = 0;  ///< in the model
@@ -40,7 +41,9 @@ struct Traffic {
         const Picoseconds placed = context.faults.num_rules == 0 ? context.now : flight.copied_at;
         const Picoseconds late = placed > times.arrive ? placed - times.arrive : 0;
         if (late > worst_late) worst_late = late;
-        late_messages += late > tolerance_ns * kNanosecond;
+        const Picoseconds in_time = times.arrive + tolerance_ns * kNanosecond;
+        late_messages += placed > in_time;
+        late_copies += placed > in_time && flight.body_placed != 0 && flight.copied_at > in_time;
     }
 
     /// With those of other lanes or blocks.
@@ -49,6 +52,7 @@ struct Traffic {
         payload_bytes += other.payload_bytes;
         wire_bytes += other.wire_bytes;
         late_messages += other.late_messages;
+        late_copies += other.late_copies;
         if (other.worst_late > worst_late) worst_late = other.worst_late;
         if (other.first_depart < first_depart) first_depart = other.first_depart;
         if (other.last_arrive > last_arrive) last_arrive = other.last_arrive;

@@ -23,6 +23,7 @@ class ResidentEngine;
 class TestMachine {
  public:
     static constexpr uint32_t kControlWarps = 2, kCopyWarps = 1;
+    static constexpr uint32_t kKept = 2, kStock = 3, kClaim = 3;
     static constexpr uint64_t kSweepsPerLook = 1;
     static constexpr bool kReportsWakes = true;
 
@@ -142,6 +143,14 @@ class ResidentEngine {
         ++turn_;
         for (int i = 0; i < 1000; ++i) run_once();
     }
+    /// How often a block was seen to copy what another one had offered.
+    uint64_t helped() const { return helped_; }
+    /// Slices that were offered and have not been placed.
+    uint64_t offers_left() const {
+        uint64_t left = 0;
+        for (const Offer& offer : offers_) left += offer.left;
+        return left;
+    }
     bool is_abandoned() const { return status_[0].state == kAbandoned; }
 
     uint64_t violations() const { return journal_.violations; }
@@ -164,7 +173,7 @@ class ResidentEngine {
         return epcomm::emulated::add_queue(nic, domain);
     }
 
-    static constexpr uint32_t kWarps = TestMachine::kControlWarps + TestMachine::kCopyWarps;
+    static constexpr uint32_t kOffersOfBlock = TestMachine::kControlWarps * kOffers;
     static constexpr uint32_t kSweepers = kBlocks * TestMachine::kControlWarps * 32;
 
     static void run_block(const void* kernel) {
@@ -189,20 +198,9 @@ class ResidentEngine {
         cells_.assign(size_t(kBlocks) * TestMachine::kControlWarps * planes * 32, Traffic());
         const FaultPlan faults{options_.rules.data(), uint32_t(options_.rules.size()), 0,
                                options_.seed};
-        resident_ = {*wire_,
-                     faults,
-                     &journal_,
-                     rows_.data(),
-                     first_.data(),
-                     &mailbox_,
-                     status_,
-                     cells_.data(),
-                     kBlocks,
-                     planes,
-                     most,
-                     options_.strict,
-                     options_.tolerance_ns,
-                     patience_ns_};
+        resident_ = {*wire_,    faults,  &journal_,       rows_.data(),          first_.data(),
+                     &mailbox_, status_, cells_.data(),   offers_.data(),        kBlocks,
+                     planes,    most,    options_.strict, options_.tolerance_ns, patience_ns_};
         arrived_ = 0;
         for (uint32_t b = 0; b < kBlocks; ++b) {
             const uint64_t bytes = shared_bytes(*wire_, TestMachine::kControlWarps, planes, most);
@@ -210,7 +208,7 @@ class ResidentEngine {
             memset(memory_[b].get(), 0xee, bytes);  // as it may be
             emulation::Block& block = blocks_[b];
             block.block.x = b;
-            block.block_dim.x = 32 * kWarps;
+            block.block_dim.x = 32 * kWarps<TestMachine>;
             block.grid_dim.x = kBlocks;
             block.random.seed(options_.seed * kBlocks + b);
             block.kernel = &resident_;
@@ -250,15 +248,23 @@ class ResidentEngine {
     }
 
     bool is_copying() {
+        bool is_copying = false;
         for (uint32_t b = 0; b < kBlocks; ++b) {
             BlockMemory block;
             lay_out(&block, memory_[b].get(), *wire_, TestMachine::kControlWarps, wire_->num_nics,
                     resident_.max_queues);
             for (uint32_t i = 0; i < dealt_[b].size() * kMessages; ++i) {
-                if (block.left[i] != 0) return true;
+                is_copying = is_copying || Underway{block.underway[i]}.here() != 0;
+            }
+            for (uint32_t c = 0; c < kClaims; ++c) {
+                if (block.claims[c].slices == 0) continue;
+                const auto at = reinterpret_cast<Offer*>(uintptr_t(block.claims[c].offer_left) -
+                                                         offsetof(Offer, left));
+                helped_ += uint64_t(at - offers_.data()) / kOffersOfBlock != b;
             }
         }
-        return false;
+        for (const Offer& offer : offers_) is_copying = is_copying || offer.left != 0;
+        return is_copying;
     }
 
     struct Free {
@@ -274,6 +280,8 @@ class ResidentEngine {
     std::vector<Event> events_;
     Journal journal_;
     std::vector<Traffic> traffic_, cells_;
+    std::vector<Offer> offers_ = std::vector<Offer>(kBlocks * kOffersOfBlock, Offer());
+    uint64_t helped_ = 0;
     std::vector<std::unique_ptr<Flight[]>> flights_;
     std::vector<std::unique_ptr<epcomm::mlx5::Block[]>> shadows_;
     uint32_t added_ = 0;

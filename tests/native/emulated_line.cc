@@ -215,6 +215,7 @@ TEST(a_slow_copier_is_admitted) {
     const Picoseconds took = time_of(r, {w}, 20, 10'000);
     CHECK(took >= 40'000 * kNanosecond);  // the copier's time, not the line's
     CHECK(!r.engine.traffic(0).model_was_the_limit());
+    CHECK_EQUAL(r.engine.traffic(0).late_copies, r.engine.traffic(0).late_messages);
     CHECK(r.engine.traffic(0).worst_late > 15'000 * kNanosecond);
     CHECK(strstr(r.engine.describe(0).c_str(), "limit: copier") != nullptr);
 }
