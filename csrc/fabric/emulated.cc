@@ -7,15 +7,14 @@
 // Options: emulated/options.h, with one plane.
 
 #include <algorithm>
-#include <deque>
 #include <mutex>
 
 #include "../emulated/counts.h"
 #include "../emulated/engine.h"
 #include "../emulated/options.h"
-#include "ibgda.h"
 #include "peer_memory.h"
 #include "peer_process.h"
+#include "posting.h"
 #include "transport.h"
 
 namespace epcomm::fabric {
@@ -69,22 +68,12 @@ class SharedNic {
     emulated::Nic* nic_ = nullptr;
 };
 
-/// The memory of one send queue, and what is under way on it.
+/// The memory of one send queue.
 struct Endpoint {
     std::vector<mlx5::Block> ring{kDepth};
     std::vector<mlx5::Completion> completions{kDepth};
     mlx5::Be32 record[mlx5::kRecordWords] = {};
     uint64_t doorbell = 0;
-    struct UnderWay {
-        uint64_t token;
-        uint64_t end;
-    };
-    std::deque<UnderWay> under_way;
-};
-
-/// Never waits: room has been seen before.
-struct NoWait {
-    static bool again() { return false; }
 };
 
 class Emulated : public Transport {
@@ -138,6 +127,7 @@ class Emulated : public Transport {
         fabric_.num_signals = int32_t(local_[EPCOMM_FABRIC_SIGNALS].bytes / sizeof(uint64_t));
         raised_.resize(raised_bytes(plan.num_nodes, fabric_.num_signals) / sizeof(uint64_t));
         fabric_.raised = raised_.data();
+        posting_ = std::make_unique<Posting>(plan, fabric_, nullptr);
     }
 
     std::string address(int32_t peer) override {
@@ -157,10 +147,7 @@ class Emulated : public Transport {
     }
 
     size_t post(int32_t lane, const Operation* operations, size_t count) override {
-        size_t accepted = 0;
-        while (accepted < count && post_one(operations[accepted])) ++accepted;
-        for (int32_t index : queues_of(lane)) mlx5::ring(&queues_[size_t(index)]);
-        return accepted;
+        return posting_->post(lane, operations, count);
     }
 
     size_t poll(int32_t lane, Completion* completions, size_t capacity) override {
@@ -172,22 +159,7 @@ class Emulated : public Transport {
                 engine_->step();
             }
         }
-        size_t count = 0;
-        for (int32_t index : queues_of(lane)) {
-            mlx5::SendQueue& queue = queues_[size_t(index)];
-            std::deque<Endpoint::UnderWay>& under_way = endpoints_[size_t(index)]->under_way;
-            if (under_way.empty()) continue;
-            const bool works = mlx5::poll(&queue);
-            while (count < capacity && !under_way.empty() &&
-                   (!works || under_way.front().end <= load_acquire(&queue.done))) {
-                const bool ok = under_way.front().end <= load_acquire(&queue.done);
-                const int32_t vendor =
-                    ok ? 0 : queue.error.syndrome << 8 | queue.error.vendor_syndrome;
-                completions[count++] = {under_way.front().token, ok, vendor, queue.number};
-                under_way.pop_front();
-            }
-        }
-        return count;
+        return posting_->poll(lane, completions, capacity);
     }
 
     bool peer_gone(int32_t peer) override { return peers_[size_t(peer)].process.gone(); }
@@ -196,7 +168,7 @@ class Emulated : public Transport {
     int64_t longest_nap_ns() const override { return 1'000'000; }
 
     std::string error_text(const Completion& completion) const override {
-        return mlx5::describe(uint8_t(completion.vendor >> 8));
+        return Posting::error_text(completion);
     }
 
     std::string describe() const override {
@@ -294,39 +266,6 @@ class Emulated : public Transport {
         }
     }
 
-    /// Queues of a lane's channels, to all peers.
-    std::vector<int32_t> queues_of(int32_t lane) const {
-        std::vector<int32_t> all;
-        for (int32_t channel = 0; channel < plan_.num_channels; ++channel) {
-            for (int32_t n = 0; plan_.lane_of(channel) == lane && n < plan_.num_nodes; ++n) {
-                if (n != plan_.node) all.push_back(n * plan_.num_channels + channel);
-            }
-        }
-        return all;
-    }
-
-    /// False: there is no room now.
-    bool post_one(const Operation& operation) {
-        const Command& command = operation.command;
-        const auto index = size_t(command.peer * plan_.num_channels + command.channel);
-        mlx5::SendQueue* queue = &queues_[index];
-        std::deque<Endpoint::UnderWay>& under_way = endpoints_[index]->under_way;
-        const bool empty = command.op == EPCOMM_FABRIC_NOOP ||
-                           (command.op == EPCOMM_FABRIC_PUT && command.bytes == 0);
-        uint64_t end = queue->reserved;
-        if (!empty && mlx5::works(*queue)) {
-            const Requests requests =
-                requests_of(fabric_, {command.peer, command.channel}, command, true);
-            if (!mlx5::has_room(*queue, end + requests.count())) return false;
-            NoWait wait;
-            end = fabric::post(queue, requests, mlx5::Ring::kWhenDue, wait);
-        } else if (!empty) {
-            end = ~uint64_t(0);  // reported with the queue's error
-        }
-        under_way.push_back({operation.token, end});
-        return true;
-    }
-
     Plan plan_{};
     Address mine_{};
     SharedNic nic_;
@@ -344,6 +283,7 @@ class Emulated : public Transport {
     std::vector<RegionKey> remote_;
     std::vector<uint64_t> raised_;
     Ibgda fabric_{};
+    std::unique_ptr<Posting> posting_;
 };
 
 const RegisterTransport kRegistered("emulated", []() -> std::unique_ptr<Transport> {
