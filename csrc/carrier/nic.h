@@ -1,13 +1,15 @@
-// The job `nic`: what the transport `emulated-cuda` and its carrier share.
+// The job `nic`: what the transports over emulated NICs on GPUs and their carrier share.
 //
 // A rank's NICs, one for each plane, and its send queues lie in one block of device memory, the
 // arena, which the rank allocates and its carrier and its peers' carriers open. The carrier runs
 // the kernel that serves the rank's queue pairs: it reads requests from the own arena, bytes from
-// the own regions, and stores them in the peers'.
+// the own regions, and stores them in the peers'. Queues that proxy threads fill lie in host memory
+// instead (emulated/host_queues.h), which the rank shares with its carrier alone.
 //
 // NICs of a rail are numbered node * num_planes + plane.
 #pragma once
 
+#include "../emulated/host_queues.h"
 #include "../emulated/options.h"
 #include "../emulated/step.h"
 #include "../emulated/traffic.h"
@@ -26,6 +28,7 @@ struct NicShape {
     int32_t num_channels;
     int32_t num_planes;
     int32_t num_signals;
+    int32_t by_host;  ///< 1: host threads fill the send queues
 
     int32_t num_queues() const { return num_nodes * num_channels; }
     uint32_t nic(int32_t of_node, int32_t plane) const {
@@ -45,13 +48,16 @@ struct NicArena {
             return at;
         };
         const auto count = uint64_t(shape.num_queues());
-        const auto keys = uint64_t(EPCOMM_FABRIC_MAX_REGIONS * shape.num_planes);
         nics = take(sizeof(emulated::Nic) * uint64_t(shape.num_planes));
+        records = take(kLine * count);
+        doorbells = take(kLine * count);
+        queues = rings = completions = raised = local = remote = bytes = next;
+        if (shape.by_host != 0) return;
+        // What kernels fill and look things up in.
+        const auto keys = uint64_t(EPCOMM_FABRIC_MAX_REGIONS * shape.num_planes);
         queues = take(sizeof(mlx5::SendQueue) * count);
         rings = take(sizeof(mlx5::Block) * kQueueDepth * count);
         completions = take(sizeof(mlx5::Completion) * kQueueDepth * count);
-        records = take(kLine * count);
-        doorbells = take(kLine * count);
         raised = take(fabric::raised_bytes(shape.num_nodes, shape.num_signals));
         local = take(sizeof(fabric::RegionKey) * keys);
         remote = take(sizeof(fabric::RegionKey) * keys * uint64_t(shape.num_nodes));
@@ -71,6 +77,7 @@ struct NicArena {
  private:
     /// Records and doorbells of different queues are written by different warps.
     static constexpr uint64_t kLine = 64;
+    static_assert(kLine == emulated::kOwnStep * sizeof(uint64_t), "as doorbells are carried");
 };
 
 /// What a rank tells its peers, each of them something else in `numbers`; plain data.
@@ -97,7 +104,7 @@ struct NicSetup {
     uint64_t seed;
 };
 
-/// In memory that the carrier shares with its rank.
+/// At the start of the memory that the carrier shares with its rank.
 struct NicReport {
     uint64_t asked;     ///< rank: one more than before, please count
     uint64_t restart;   ///< rank: 1: then begin anew
@@ -105,6 +112,19 @@ struct NicReport {
     emulated::Traffic traffic;
     uint64_t violations;
     uint64_t heartbeat_ns;  ///< of the kernel's slowest block, device's timer
+};
+
+/// Places in that memory; it is pinned if there are queues in it.
+struct NicShared {
+    static constexpr uint64_t kQueuesAt = 4096;
+    static_assert(sizeof(NicReport) <= kQueuesAt, "queues come behind the report");
+
+    emulated::HostQueues queues;
+    uint64_t bytes;
+
+    explicit NicShared(const NicShape& shape)
+        : queues(uint32_t(shape.num_queues()), kQueueDepth),
+          bytes(shape.by_host != 0 ? kQueuesAt + queues.bytes : sizeof(NicReport)) {}
 };
 
 /// Call `use(queue, peer, channel, plane, number)` for every queue pair, in the order in which an

@@ -49,12 +49,36 @@ struct Parts {
     }
 };
 
+/// Host memory that the device reaches, as long as this lives.
+class Pinned {
+ public:
+    Pinned(void* start, uint64_t bytes) : start_(start) {
+        require(cudaHostRegister(start, bytes, cudaHostRegisterMapped),
+                "pinning the queues that the rank's proxy threads fill (locked memory: ulimit -l)");
+        const cudaError_t error = cudaHostGetDevicePointer(&device_, start, 0);
+        if (error != cudaSuccess) cudaHostUnregister(start);
+        require(error, "reaching the queues that the rank's proxy threads fill");
+    }
+    Pinned(const Pinned&) = delete;
+    Pinned& operator=(const Pinned&) = delete;
+    ~Pinned() { cudaHostUnregister(start_); }
+    uint8_t* device() const { return static_cast<uint8_t*>(device_); }
+
+ private:
+    void* start_;
+    void* device_ = nullptr;
+};
+
 /// The rail's memory, opened, and the kernel that serves this rank's NICs.
 class Nics {
  public:
-    Nics(const Parts& parts, NicReport* report)
-        : shape_(parts.setup.shape), places_(shape_), report_(report) {
+    Nics(const Parts& parts, void* shared)
+        : shape_(parts.setup.shape),
+          places_(shape_),
+          shared_(shape_),
+          report_(static_cast<NicReport*>(shared)) {
         require(cudaSetDevice(parts.setup.device), "cudaSetDevice");
+        if (shape_.by_host != 0) pinned_ = std::make_unique<Pinned>(shared, shared_.bytes);
         for (const NicAddress& address : parts.addresses) open(address);
         emulated::ServerOptions options;
         options.num_blocks = uint32_t(parts.setup.num_blocks);
@@ -63,6 +87,7 @@ class Nics {
         options.rules = parts.rules;
         options.patience_ns = kPatienceNs;
         options.epoch_ns = parts.setup.epoch_ns;
+        if (pinned_ != nullptr) options.bells = bells();
         server_ = std::make_unique<Server>(wire_, queues(), options);
         server_->start();
     }
@@ -104,15 +129,22 @@ class Nics {
     /// Queue pairs go to blocks by their channel, so that one chunk after the other keeps all busy.
     std::vector<ServedQueue> queues() const {
         uint8_t* arena = arenas_[size_t(shape_.node)];
+        uint8_t *rings = arena + places_.rings, *completions = arena + places_.completions;
+        if (pinned_ != nullptr) {
+            uint8_t* host = pinned_->device() + NicShared::kQueuesAt;
+            rings = host + shared_.queues.rings;
+            completions = host + shared_.queues.completions;
+        }
         std::vector<ServedQueue> all;
         for_each_queue(shape_, [&](int32_t index, int32_t, int32_t channel, int32_t plane,
                                    uint32_t number) {
             ServedQueue queue{};
-            queue.memory.ring = reinterpret_cast<mlx5::Block*>(arena + places_.ring(index));
+            queue.memory.ring =
+                reinterpret_cast<mlx5::Block*>(rings) + kQueueDepth * uint64_t(index);
             queue.memory.record = reinterpret_cast<mlx5::Be32*>(arena + places_.record(index));
             queue.memory.doorbell = reinterpret_cast<uint64_t*>(arena + places_.doorbell(index));
             queue.memory.completions =
-                reinterpret_cast<mlx5::Completion*>(arena + places_.completion(index));
+                reinterpret_cast<mlx5::Completion*>(completions) + kQueueDepth * uint64_t(index);
             queue.memory.num_blocks = queue.memory.num_completions = kQueueDepth;
             queue.number = number;
             queue.nic = shape_.nic(shape_.node, plane);
@@ -121,6 +153,16 @@ class Nics {
             all.push_back(queue);
         });
         return all;
+    }
+
+    emulated::HostBells bells() const {
+        uint8_t* arena = arenas_[size_t(shape_.node)];
+        emulated::HostBells bells{};
+        bells.set_host(shared_.queues, pinned_->device() + NicShared::kQueuesAt,
+                       uint32_t(shape_.num_queues()));
+        bells.own_doorbells = reinterpret_cast<uint64_t*>(arena + places_.doorbells);
+        bells.own_records = reinterpret_cast<uint64_t*>(arena + places_.records);
+        return bells;
     }
 
     void answer() {
@@ -139,8 +181,10 @@ class Nics {
 
     NicShape shape_;
     NicArena places_;
+    NicShared shared_;
     NicReport* report_;
-    IpcMappings memory_;            ///< closed after the kernel has ended
+    std::unique_ptr<Pinned> pinned_;  ///< with the next, let go of after the kernel has ended
+    IpcMappings memory_;
     std::vector<uint8_t*> arenas_;  ///< by node, as the following
     std::vector<fabric::PeerProcess> peers_;
     emulated::ServedWire wire_;
@@ -148,8 +192,9 @@ class Nics {
 };
 
 void run(const std::string& bytes, const std::vector<int>& fds, Session& session) {
-    const SharedMapping mapping(fds.at(0), sizeof(NicReport));
-    Nics nics(Parts(bytes), static_cast<NicReport*>(mapping.start()));
+    const Parts parts(bytes);
+    const SharedMapping mapping(fds.at(0), NicShared(parts.setup.shape).bytes);
+    Nics nics(parts, mapping.start());
     session.ready();
     for (int turn = 0; !session.ended(); ++turn) {
         nics.look(turn);

@@ -3,7 +3,8 @@
 //     control warp   looks at the doorbells of its queue pairs, a lane at each; takes those with
 //                    something to do one by one (step.h), a lane for each request
 //     a warp         brings slices of long messages, of its own block and of others (offers.cuh)
-//     copy warp      places slices of messages (slices.cuh)
+//     copy warp      places slices of messages (slices.cuh); where host threads fill queues, the
+//                    first block's last one brings their doorbells instead (bells.cuh)
 //
 // What a lane does for a request is mostly waiting for memory, so a queue pair's requests are done
 // by lanes at once, and several queue pairs by several warps. The state of queue pairs lies in
@@ -23,6 +24,7 @@
 // (kClaim).
 #pragma once
 
+#include "bells.cuh"
 #include "offers.cuh"
 #include "resident.h"
 
@@ -463,6 +465,8 @@ __device__ inline void serve_block(const Resident& resident, uint8_t* memory) {
         Bringer<Machine>(offers_of<Machine>(resident, team, kTeam),
                          offers_of<Machine>(resident, blockIdx.x, 1), block.ring, block.claims)
             .serve();
+    } else if (resident.bells.bell != nullptr && blockIdx.x == 0 && warp + 1 == blockDim.x / 32) {
+        carry_doorbells<Machine>(resident.bells, block.ring);
     } else {
         place_slices(block.ring);
     }

@@ -5,6 +5,7 @@
 // place the bodies of messages. See resident.cuh.
 #pragma once
 
+#include "host_queues.h"
 #include "step.h"
 #include "traffic.h"
 
@@ -42,8 +43,9 @@ enum BlockState : uint32_t { kNotStarted = 0, kServing = 1, kEnded = 2, kAbandon
 
 struct Offer;
 
-/// What the kernel is given, by value. All pointers are to device memory, or to peers' memory that
-/// this process has opened.
+/// What the kernel is given, by value. All pointers are to device memory, to peers' memory that
+/// this process has opened, or, of queues that host threads fill, to host memory that the device
+/// reaches.
 struct Resident {
     Wire wire;  ///< its epoch is the device's timer
     FaultPlan faults;
@@ -60,6 +62,7 @@ struct Resident {
     uint32_t strict;
     uint64_t tolerance_ns;
     uint64_t patience_ns;  ///< without a sign of the host's life the kernel ends; 0: never
+    HostBells bells;       ///< where host threads fill queues
 };
 
 /// Shared memory of a block; counters, and bytes of offers, of all of them.

@@ -12,7 +12,7 @@ namespace epcomm::emulated {
 
 /// A queue pair for the kernel to serve. Its NIC's entry is there, made by add_queue.
 struct ServedQueue {
-    QueueMemory memory;  ///< in device memory
+    QueueMemory memory;  ///< in device memory; requests and completions perhaps in the host's
     uint32_t number;
     uint32_t nic;    ///< in the wire
     uint32_t plane;  ///< among the rank's NICs
@@ -35,6 +35,7 @@ struct ServerOptions {
     uint64_t tolerance_ns = kToleranceNs;
     uint64_t patience_ns = 0;  ///< without a sign of life for so long the kernel ends; 0: never
     int64_t epoch_ns = 0;      ///< of the device's timer, the same for all NICs
+    HostBells bells = {};      ///< where host threads fill queues
 };
 
 /// What the kernel said when it was last looked at.

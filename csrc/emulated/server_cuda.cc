@@ -147,6 +147,7 @@ Server::Server(const ServedWire& wire, const std::vector<ServedQueue>& queues,
     resident.strict = options.strict;
     resident.tolerance_ns = options.tolerance_ns;
     resident.patience_ns = options.patience_ns;
+    resident.bells = options.bells;
     uint64_t total_blocks = 0;
     for (const ServedQueue& queue : queues) total_blocks += queue.memory.num_blocks;
     parts.place(queues.size(), wire, options, total_blocks);

@@ -61,8 +61,8 @@ bool Posting::post_one(const Operation& operation) {
     const Command& command = operation.command;
     const Lane lane = {command.peer, command.channel};
     mlx5::SendQueue* queue = queue_of(fabric_, lane);
-    const bool empty = command.op == EPCOMM_FABRIC_NOOP ||
-                       (command.op == EPCOMM_FABRIC_PUT && command.bytes == 0);
+    const bool empty =
+        command.op == EPCOMM_FABRIC_NOOP || (command.op == EPCOMM_FABRIC_PUT && command.bytes == 0);
     uint64_t end = queue->reserved;
     if (!empty && mlx5::works(*queue)) {
         const Requests requests = requests_of(fabric_, lane, command, true);

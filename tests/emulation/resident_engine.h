@@ -6,6 +6,8 @@
 // before another is, and goes on with the next step from where it was.
 #pragma once
 
+#include <set>
+
 #include "cuda_emulation.h"
 
 // Behind it: csrc uses what it defines.
@@ -31,6 +33,7 @@ class TestMachine {
     Picoseconds now() const;
     static uint32_t granularity_ns() { return 1; }
     void swept(uint32_t warp, bool progress, Picoseconds wake);
+    static void looked_at_bell();
 
  private:
     ResidentEngine* engine_;
@@ -130,6 +133,11 @@ class ResidentEngine {
         return Picoseconds(fabric::now_ns() - wire_->epoch_ns) * kNanosecond;
     }
 
+    /// Queues are filled by host threads. Before the kernel runs.
+    void set_bells(const HostBells& bells) { bells_ = bells; }
+    /// Threads, by block, that have looked at the bell.
+    const std::set<std::pair<uint32_t, uint32_t>>& bell_lookers() const { return bell_lookers_; }
+
     /// The kernel ends if its host says nothing for so long.
     void set_patience(uint64_t ns) {
         end(kStop);
@@ -200,7 +208,8 @@ class ResidentEngine {
                                options_.seed};
         resident_ = {*wire_,    faults,  &journal_,       rows_.data(),          first_.data(),
                      &mailbox_, status_, cells_.data(),   offers_.data(),        kBlocks,
-                     planes,    most,    options_.strict, options_.tolerance_ns, patience_ns_};
+                     planes,    most,    options_.strict, options_.tolerance_ns, patience_ns_,
+                     bells_};
         arrived_ = 0;
         for (uint32_t b = 0; b < kBlocks; ++b) {
             const uint64_t bytes = shared_bytes(*wire_, TestMachine::kControlWarps, planes, most);
@@ -208,7 +217,7 @@ class ResidentEngine {
             memset(memory_[b].get(), 0xee, bytes);  // as it may be
             emulation::Block& block = blocks_[b];
             block.block.x = b;
-            block.block_dim.x = 32 * kWarps<TestMachine>;
+            block.block_dim.x = 32 * (kWarps<TestMachine> + (bells_.bell == nullptr ? 0 : 1));
             block.grid_dim.x = kBlocks;
             block.random.seed(options_.seed * kBlocks + b);
             block.kernel = &resident_;
@@ -295,6 +304,8 @@ class ResidentEngine {
     std::mt19937_64 random_{options_.seed};
     Picoseconds now_ = 1000 * kNanosecond;
     uint64_t patience_ns_ = 0;
+    HostBells bells_ = {};
+    std::set<std::pair<uint32_t, uint32_t>> bell_lookers_;
     bool runs_ = false;
     // Between the warps and a step.
     uint64_t turn_ = 0;
@@ -306,6 +317,10 @@ class ResidentEngine {
 };
 
 inline TestMachine::TestMachine(const Resident&) : engine_(ResidentEngine::running_) {}
+
+inline void TestMachine::looked_at_bell() {
+    ResidentEngine::running_->bell_lookers_.insert({blockIdx.x, threadIdx.x});
+}
 
 inline Picoseconds TestMachine::now() const { return engine_->now(); }
 

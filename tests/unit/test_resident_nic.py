@@ -18,6 +18,13 @@ PROGRAMS = {
     "emulated_wrong_writers": LINKED,
     "emulated_threads": LINKED,
     "ibgda_fabric": LINKED,
+    "proxied_nics": [
+        *LINKED,
+        *(
+            str(native_programs.ROOT / "csrc/fabric" / name)
+            for name in ("end.cc", "posting.cc", "proxy.cc", "transport.cc")
+        ),
+    ],
 }
 
 

@@ -1,0 +1,252 @@
+#include <string.h>
+#include <unistd.h>
+
+#include <stdexcept>
+
+#include "../emulated/counts.h"
+#include "../emulated/server.h"
+#include "emulated_gpu.h"
+
+namespace epcomm::fabric {
+
+using carrier::NicAddress;
+using carrier::NicArena;
+using carrier::NicReport;
+using carrier::NicSetup;
+using carrier::NicShared;
+using carrier::require;
+using emulated::Nic;
+
+namespace {
+
+/// Without a sign of the kernel for so long, it counts as dead.
+constexpr int64_t kStallNs = 10'000'000'000;
+constexpr int64_t kCountNs = 2'000'000'000;
+
+}  // namespace
+
+DeviceMemory::DeviceMemory(uint64_t bytes) {
+    require(cudaMalloc(&start_, bytes), "memory of the emulated NICs");
+    require(cudaMemset(start_, 0, bytes), "memory of the emulated NICs");
+}
+
+DeviceMemory::~DeviceMemory() { cudaFree(start_); }
+
+void EmulatedGpu::add_region(const Region& region) {
+    if (region.memory != Memory::kCuda || (device_ >= 0 && region.device != device_)) {
+        throw std::runtime_error("transport " + name_ + ": region " + std::to_string(region.id) +
+                                 " must be memory of one and the same GPU");
+    }
+    device_ = region.device;
+    require(cudaSetDevice(device_), "cudaSetDevice");
+    mine_.regions[region.id] = carrier::export_memory(region.pointer, region.bytes);
+    mine_.region_addresses[region.id] = reinterpret_cast<uint64_t>(region.pointer);
+}
+
+void EmulatedGpu::open(const Plan& plan) {
+    plan_ = plan;
+    options_ = emulated::parse_options(plan.options, uint32_t(plan.num_nodes));
+    require_range("planes", options_.num_planes, 1, carrier::kMaxPlanes);
+    require_range("blocks", options_.num_blocks, 1, 64);
+    check(options_);
+    const uint64_t signals = signals_in(mine_.regions[EPCOMM_FABRIC_SIGNALS].bytes);
+    shape_ = {plan.num_nodes,   plan.node,       plan.num_channels, int32_t(options_.num_planes),
+              int32_t(signals), by_host_ ? 1 : 0};
+    arena_ = std::make_unique<DeviceMemory>(places().bytes);
+    shared_ = std::make_unique<carrier::SharedMemory>(NicShared(shape_).bytes);
+    nics_.resize(size_t(shape_.num_planes));
+    for (Nic& nic : nics_) nic.line = options_.line;
+    register_regions();
+    carrier::for_each_queue(shape_, [this](int32_t, int32_t, int32_t, int32_t plane, uint32_t) {
+        if (emulated::add_queue(&nics_[size_t(plane)], 1) != 0) return;
+        throw std::runtime_error("transport " + name_ + ": an NIC has at most " +
+                                 std::to_string(emulated::kMaxQueues) +
+                                 " queue pairs, one for each peer and channel");
+    });
+    mine_.pid = int32_t(getpid());
+    mine_.node = plan.node;
+    mine_.shape = shape_;
+    mine_.clock_ns = emulated::device_time_ns();
+    mine_.arena = carrier::export_memory(arena_->start(), places().bytes);
+    mine_.arena_address = reinterpret_cast<uint64_t>(arena_->start());
+    peers_.resize(size_t(plan.num_nodes));
+}
+
+std::string EmulatedGpu::address(int32_t peer) {
+    NicAddress theirs = mine_;
+    carrier::for_each_queue(shape_,
+                            [&](int32_t, int32_t to, int32_t channel, int32_t, uint32_t number) {
+                                if (to == peer) theirs.numbers[channel] = number;
+                            });
+    return std::string(reinterpret_cast<const char*>(&theirs), sizeof theirs);
+}
+
+void EmulatedGpu::connect(const std::vector<std::string>& addresses) {
+    require(cudaSetDevice(device_), "cudaSetDevice");
+    std::vector<NicAddress> all(size_t(plan_.num_nodes), mine_);
+    for (int32_t n = 0; n < plan_.num_nodes; ++n) {
+        if (n != plan_.node) all[size_t(n)] = checked(n, addresses[size_t(n)]);
+        if (n != plan_.node) peers_[size_t(n)].watch(all[size_t(n)].pid);
+    }
+    set_up(fill_tables(all));
+    // Last: from now on peers find the queue pairs ready.
+    upload(places().nics, nics_);
+    require(cudaDeviceSynchronize(), "filling the memory of the emulated NICs");
+    start_carrier(all);
+}
+
+bool EmulatedGpu::count(epcomm_fabric_traffic* into, bool restart) {
+    NicReport* report = said();
+    report->restart = restart ? 1 : 0;
+    const uint64_t asked = report->asked + 1;
+    store_release(&report->asked, asked);
+    const int64_t until = now_ns() + kCountNs;
+    while (load_acquire(&report->answered) != asked) {
+        if (now_ns() > until) throw std::runtime_error("the emulated NICs do not answer");
+        usleep(200);
+    }
+    emulated::fill_counts(report->traffic, options_.line, epoch_ns_, into);
+    into->num_nics = shape_.num_planes;
+    return true;
+}
+
+std::string EmulatedGpu::error_text(const Completion& completion) const {
+    return mlx5::describe(uint8_t(completion.vendor >> 8));
+}
+
+/// Of one plane.
+int64_t EmulatedGpu::memory_bytes(int32_t num_nodes, int32_t num_channels,
+                                  int32_t num_signals) const {
+    const carrier::NicShape shape = {num_nodes, 0, num_channels, 1, num_signals, by_host_ ? 1 : 0};
+    return int64_t(NicArena(shape).bytes + NicShared(shape).bytes);
+}
+
+void EmulatedGpu::close() {
+    carrier_.reset();
+    shared_.reset();
+    arena_.reset();
+    peers_.clear();
+}
+
+std::string EmulatedGpu::why_dead() {
+    if (carrier_->gone()) {
+        return "the carrier, the process of this rank's emulated NICs, is gone: " +
+               carrier_->last_words();
+    }
+    const uint64_t beat = load_acquire(&said()->heartbeat_ns);
+    const int64_t now = now_ns();
+    if (beat != beat_) {
+        beat_ = beat;
+        beat_at_ns_ = now;
+    }
+    return now - beat_at_ns_ > kStallNs ? "the emulated NICs' kernel gives no sign of life" : "";
+}
+
+Ibgda EmulatedGpu::fabric() const {
+    Ibgda fabric{};
+    fabric.state = plan_.state;
+    fabric.timeout_ns = plan_.timeout_ns;
+    fabric.num_channels = shape_.num_channels;
+    fabric.num_nodes = shape_.num_nodes;
+    fabric.num_planes = shape_.num_planes;
+    fabric.num_signals = shape_.num_signals;
+    fabric.failover = options_.failover;
+    fabric.node = shape_.node;
+    return fabric;
+}
+
+void EmulatedGpu::require_range(const char* option, uint64_t value, uint64_t least,
+                                uint64_t most) const {
+    if (value >= least && value <= most) return;
+    throw std::runtime_error("transport " + name_ + ": " + option + ": expected " +
+                             std::to_string(least) + " to " + std::to_string(most) + ", got " +
+                             std::to_string(value));
+}
+
+std::string EmulatedGpu::network() const {
+    return "modelled network of " + std::to_string(options_.num_planes) + " x " +
+           std::to_string(options_.line.bytes_per_ns) + " GB/s and " +
+           std::to_string(options_.line.latency_ns) + " ns, served by " +
+           std::to_string(options_.num_blocks) + " SMs";
+}
+
+void EmulatedGpu::upload(uint64_t offset, const void* from, uint64_t bytes) const {
+    require(cudaMemcpy(at(offset), from, bytes, cudaMemcpyHostToDevice),
+            "filling the memory of the emulated NICs");
+}
+
+void EmulatedGpu::register_regions() {
+    for (int32_t plane = 0; plane < shape_.num_planes; ++plane) {
+        for (int id = 0; id < EPCOMM_FABRIC_MAX_REGIONS; ++id) {
+            const uint64_t bytes = mine_.regions[id].bytes, at = mine_.region_addresses[id];
+            if (bytes == 0) continue;
+            uint32_t access = emulated::kRemoteWrite;
+            // Who moves a lane off a dead plane reads the peer's counters.
+            if (id == EPCOMM_FABRIC_SIGNALS) {
+                access |= emulated::kRemoteRead | emulated::kLocalWrite;
+            }
+            const uint32_t key = emulated::add_key(&nics_[size_t(plane)], {at, bytes, 1, access});
+            mine_.keys[plane][id] = {at, bytes, key};
+        }
+    }
+}
+
+NicAddress EmulatedGpu::checked(int32_t node, const std::string& bytes) const {
+    NicAddress theirs;
+    bool fits = bytes.size() == sizeof theirs;
+    if (fits) {
+        memcpy(&theirs, bytes.data(), sizeof theirs);
+        fits = theirs.shape.num_planes == shape_.num_planes &&
+               theirs.shape.num_channels == shape_.num_channels &&
+               theirs.shape.num_signals == shape_.num_signals &&
+               theirs.shape.by_host == shape_.by_host;
+    }
+    if (fits) return theirs;
+    throw std::runtime_error("transport " + name_ + ": node " + std::to_string(node) +
+                             " uses another transport, version or number of planes");
+}
+
+/// Connects the queue pairs, too.
+EmulatedGpu::Tables EmulatedGpu::fill_tables(const std::vector<NicAddress>& all) {
+    Tables tables;
+    tables.queues.resize(size_t(shape_.num_queues()));
+    carrier::for_each_queue(
+        shape_, [&](int32_t index, int32_t peer, int32_t channel, int32_t plane, uint32_t number) {
+            mlx5::SendQueue& queue = tables.queues[size_t(index)];
+            place(index, &queue);
+            queue.number = number;
+            mlx5::start_at(&queue, 0);
+            emulated::QueueEntry* entry = find_queue(nics_[size_t(plane)], number);
+            entry->peer_nic = shape_.nic(peer, plane);
+            entry->peer_number = all[size_t(peer)].numbers[channel];
+            entry->state = emulated::kReady;
+        });
+    for (int32_t n = 0; n < shape_.num_nodes; ++n) {
+        for (int32_t plane = 0; plane < shape_.num_planes; ++plane) {
+            const RegionKey* keys = all[size_t(n)].keys[plane];
+            tables.remote.insert(tables.remote.end(), keys, keys + EPCOMM_FABRIC_MAX_REGIONS);
+            if (n != shape_.node) continue;
+            tables.local.insert(tables.local.end(), keys, keys + EPCOMM_FABRIC_MAX_REGIONS);
+        }
+    }
+    return tables;
+}
+
+void EmulatedGpu::start_carrier(const std::vector<NicAddress>& all) {
+    NicSetup setup{};
+    setup.shape = shape_;
+    setup.device = device_;
+    setup.num_blocks = int32_t(options_.num_blocks);
+    setup.num_rules = int32_t(options_.rules.size());
+    // Time 0 is a little in the past, because 0 stands for "not yet" in places.
+    setup.epoch_ns = epoch_ns_ = all[0].clock_ns - 1'000'000;
+    setup.seed = options_.seed;
+    std::string bytes(reinterpret_cast<const char*>(&setup), sizeof setup);
+    bytes.append(reinterpret_cast<const char*>(options_.rules.data()),
+                 options_.rules.size() * sizeof(emulated::FaultRule));
+    bytes.append(reinterpret_cast<const char*>(all.data()), all.size() * sizeof(NicAddress));
+    carrier_ = std::make_unique<carrier::Carrier>("nic", bytes, std::vector<int>{shared_->fd()});
+    beat_at_ns_ = now_ns();
+}
+
+}  // namespace epcomm::fabric
