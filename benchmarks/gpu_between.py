@@ -3,13 +3,14 @@
     bash launch/bench.sh --nodes 2                     # on a machine with a GPU: 2 nodes x 4 ranks
     bash launch/bench.sh --nodes 2 4 --json results.json
     bash launch/bench.sh --nodes 2 --cases line --sms 4 8 --fabric "emulated rate=50 blocks=2"
+    bash launch/bench.sh --nodes 2 4 --cases messages     # kernels against proxies, same network
 
 Everything is checked against the oracle before it is timed. The cases are
 
 - proxy: over the fabric "proxy/local", whose copies the GPU makes: time against the copy floor,
   bytes of each kind of link, triggers, and the proxies' processor time;
 - line: over emulated NICs of a modelled network, by SMs of a rank: shares of the line rate;
-- messages: the same by the size of a message, posted by kernels and by proxies;
+- messages: the same by the size of a message, posted by kernels and by proxies, side by side;
 - triggers: what rings and proxy threads can do, by rings, threads and ranks.
 
 With routing "gate" a token goes to at most four nodes. A fabric that this build lacks is said to be
@@ -31,6 +32,7 @@ from .gpu.figures import Table
 from .gpu.goals import Goals
 from .gpu.network import name_of
 from .gpu.nodes_cases import LineFigure, judge_line, line, proxy
+from .gpu.nodes_compare import compare
 from .gpu.nodes_options import MESSAGE_HIDDEN, Options, Setting, parse
 from .gpu.nodes_triggers import (
     TriggerTable,
@@ -154,6 +156,8 @@ def main() -> None:
         _define(out)
     for case in dict.fromkeys(figure.case for figure in out.figures):
         out.markdown(case)
+        for text in compare([f for f in out.figures if f.case == case == "messages"]):
+            out.say(text)
     run.goals.markdown()
     record |= out.as_dict() | {"goals": run.goals.as_list(), "triggers": run.triggers.as_dict()}
     end(world, run.runner.failed, options.json, record)

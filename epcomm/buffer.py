@@ -74,8 +74,8 @@ class Buffer:
             "proxy/local": proxy threads and shared memory, for virtual nodes of one machine;
             "proxy/verbs": proxy threads and an InfiniBand or RoCE network card. Options of the
             card may follow, such as "proxy/verbs tc=106 gid=3" (docs/fabric-verbs.md);
-            "proxy/emulated" (CPU) and "emulated" (GPU): emulated mlx5 NICs of a modelled network,
-            for tests.
+            "proxy/emulated" and (GPU) "emulated": emulated mlx5 NICs of a modelled network, which
+            proxy threads or kernels post to, for tests and comparisons.
         max_staging_bytes: "cuda" with several nodes: most bytes of the memory that records are sent
             from and received in, together; None: a place for every record of a call, which other
             nodes x max_tokens x (8 x hidden + labels) bytes take. With less a sender waits for the

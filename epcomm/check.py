@@ -70,7 +70,7 @@ _FABRICS = ("auto", "mpi", "proxy/local", "proxy/verbs", "proxy/emulated", "emul
 #: Those of each back end.
 _FABRICS_OF = {
     "cpu": ("auto", "mpi", "proxy/local", "proxy/verbs", "proxy/emulated"),
-    "cuda": ("auto", "ibgda", "proxy/verbs", "proxy/local", "emulated"),
+    "cuda": ("auto", "ibgda", "proxy/verbs", "proxy/local", "emulated", "proxy/emulated"),
 }
 #: Those without options of their own.
 _PLAIN_FABRICS = ("auto", "mpi")

@@ -54,7 +54,7 @@ class Pinned {
  public:
     Pinned(void* start, uint64_t bytes) : start_(start) {
         require(cudaHostRegister(start, bytes, cudaHostRegisterMapped),
-                "pinning the queues that the rank's proxy threads fill (locked memory: ulimit -l)");
+                "pinning the queues that the rank's proxy threads fill");
         const cudaError_t error = cudaHostGetDevicePointer(&device_, start, 0);
         if (error != cudaSuccess) cudaHostUnregister(start);
         require(error, "reaching the queues that the rank's proxy threads fill");

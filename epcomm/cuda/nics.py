@@ -2,13 +2,15 @@
 
 #: A card of 50 GB/s needs what two blocks copy.
 _SMS = 2
+#: Whose cards are on the GPU: kernels post to them, or proxy threads.
+_FABRICS = ("emulated", "proxy/emulated")
 
 
 def nic_sms(fabric: str) -> int:
     """SMs of the rank's emulated cards, which stay resident as long as the buffer.
 
     Args:
-        fabric: the name, with options; ``blocks=`` is the one that says it.
+        fabric: of back end "cuda", the name with options; ``blocks=`` is the one that says it.
 
     Returns:
         0 for other fabrics.
@@ -17,7 +19,7 @@ def nic_sms(fabric: str) -> int:
         ValueError: ``blocks`` is not a number of blocks.
     """
     name, *options = fabric.split()
-    if name != "emulated":
+    if name not in _FABRICS:
         return 0
     for option in options:
         key, _, value = option.partition("=")

@@ -24,7 +24,7 @@ from ..topology import Topology
 from ..traffic import LinkTraffic, Traffic
 from . import abi
 from .memory import DeviceBlock, PinnedBlock
-from .nics import with_nic_sms
+from .nics import nic_sms, with_nic_sms
 from .rail import (
     RailPlan,
     chunk_records_of,
@@ -82,7 +82,7 @@ class ScaleOut:
     ) -> None:
         self.topology, self.config = topology, config
         transport, arguments = resolve(bootstrap, topology, options.fabric, self._trial_region)
-        if transport == "emulated-cuda":
+        if nic_sms(options.fabric):
             arguments = with_nic_sms(options.fabric)
         error: Exception | None = None
         try:

@@ -19,12 +19,15 @@ _LOGGER = logging.getLogger("epcomm")
 #: Seconds in which two ends of one process find each other.
 _PATIENCE = 60.0
 _IBGDA, _VERBS, _LOCAL = "ibgda", "proxy/verbs", "proxy/local"
-#: What carries chunks between GPUs of several nodes, by the fabric's name.
+#: What carries chunks between GPUs of several nodes, by the fabric's name. The emulated ones are
+#: for tests and comparisons, never chosen: the last is the one before it with proxy threads between
+#: kernels and network cards.
 TRANSPORTS = {
     _IBGDA: "mlx5",
     _VERBS: "verbs",
     _LOCAL: "local-cuda",
     "emulated": "emulated-cuda",
+    "proxy/emulated": "emulated-cuda-proxy",
 }
 #: Those over network cards, from the fastest; with what the transport is asked for when nobody
 #: names it. By proxy only if a card reaches the GPU's memory: through a copy it would be slow.

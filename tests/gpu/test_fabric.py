@@ -20,19 +20,21 @@ pytestmark = [pytest.mark.mpi, pytest.mark.gpu]
 SIGNALS, OUT, IN = 0, 1, 2
 CHANNELS = 4
 NBYTES = 4 << 20
+#: Transports of proxy threads, and what they say of a place that the peer has not registered.
+REFUSALS = {"local-cuda": "not in a region", "emulated-cuda-proxy": "remote access error"}
 
 
 class World:
     """A fabric with one rank a node, over memory of this rank's GPU."""
 
-    def __init__(self, comm, device_fills, **options):
+    def __init__(self, comm, transport, device_fills, **options):
         if comm.size < 2:
             pytest.skip("needs 2 ranks")
         self.comm = comm
         bootstrap = make_bootstrap(comm)
         self.topology = make_topology(comm.rank, bootstrap.hosts(), 1)
         how = FabricOptions(
-            "local-cuda",
+            transport,
             num_channels=CHANNELS,
             device_fills=device_fills,
             longest_nap=2e-4 if device_fills else 0.02,
@@ -72,12 +74,17 @@ class World:
             assert time.monotonic() < deadline
 
 
+@pytest.fixture(params=REFUSALS)
+def transport(request):
+    return request.param
+
+
 @pytest.fixture
-def make_world(comm):
+def make_world(comm, transport):
     made = []
 
     def make(device_fills, **options):
-        made.append(World(comm, device_fills, **options))
+        made.append(World(comm, transport, device_fills, **options))
         return made[-1]
 
     yield make
@@ -172,7 +179,7 @@ def test_many_kernel_producers_and_a_full_ring(comm, make_world):
     assert int(world.fabric.threads["triggers"].sum()) == 4 * 64 * 50
 
 
-def test_error_ends_kernels(comm, make_world):
+def test_error_ends_kernels(comm, make_world, transport):
     """A put beyond the peer's region: the kernel that waits leaves, and the host knows why."""
     world = make_world(True)
     peer = (comm.rank + 1) % comm.size
@@ -186,6 +193,6 @@ def test_error_ends_kernels(comm, make_world):
     cupy.cuda.runtime.deviceSynchronize()
     assert time.monotonic() - started < 15
     assert result.get()[1] > 0
-    with pytest.raises(epcomm.FabricError, match="not in a region") as caught:
+    with pytest.raises(epcomm.FabricError, match=REFUSALS[transport]) as caught:
         world.fabric.check()
     assert caught.value.ranks == (peer,)

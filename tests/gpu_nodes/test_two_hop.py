@@ -189,6 +189,63 @@ def test_silent_rank_is_named_on_every_node(world, silent, fabric):
         check(comm, case, fresh)
 
 
+#: The same cards with proxy threads between them and the kernels, and with all that a right program
+#: does not notice.
+PROXIED = (
+    "proxy/emulated",
+    "proxy/emulated planes=2 seed=1 delay=50 late_fetch=20 lost_doorbell=50 pieces=50 "
+    "late_completion=50",
+)
+
+
+@pytest.mark.parametrize("fabric", PROXIED)
+@pytest.mark.parametrize(("ranks_per_node", "num_ranks"), [(1, 2), (2, 4), (2, 8)])
+@pytest.mark.parametrize("name", ["bf16", "bf16 to fp8", "expert layout"])
+def test_proxies_over_emulated_cards(world, name, ranks_per_node, num_ranks, fabric):
+    comm = world(num_ranks)
+    case = replace(LARGE[name], ranks_per_node=ranks_per_node)
+    bound = bound_for(case, num_ranks, 16) if name == "bf16" else None
+    with make_buffer(comm, case, fabric=fabric, max_staging_bytes=bound) as buffer:
+        for _ in range(3):
+            check(comm, case, buffer)
+
+
+def test_killed_queue_pairs_end_proxied_calls_with_the_reason(world):
+    # Two requests an announcement, two a chunk: the second call meets the fifth.
+    comm = world(2)
+    case = replace(CASES["bf16"], ranks_per_node=1)
+    buffer = make_buffer(comm, case, fabric="proxy/emulated kill=4", timeout=5.0)
+    x = torch.randn(8, case.hidden, device="cuda", dtype=torch.bfloat16)
+    topk_idx = torch.rand(8, 8, device="cuda").topk(case.num_topk).indices
+
+    def dispatch_often():
+        for _ in range(4):
+            buffer.dispatch(x, topk_idx)
+
+    begin = time.monotonic()
+    with pytest.raises(epcomm.EpcommError) as caught:
+        dispatch_often()
+    assert time.monotonic() - begin < 15.0
+    reasons = comm.allgather(str(caught.value))
+    buffer.close()
+    assert any("flushed" in reason for reason in reasons), reasons
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("failover=1", "failover: expected 0"),
+        ("planes=9", "planes: expected 1 to 8, got 9"),
+        ("color=1", '"color=1" is not one of rate='),
+    ],
+)
+def test_bad_options_of_proxied_cards_are_refused(world, options, words):
+    comm = world(2)
+    case = replace(CASES["bf16"], ranks_per_node=1)
+    with pytest.raises(epcomm.FabricError, match=words):
+        make_buffer(comm, case, fabric=f"proxy/emulated {options}", num_sms=2)
+
+
 @fabrics
 def test_tokens_cross_once_per_node(world, fabric):
     comm = world(4)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from benchmarks.gpu.figures import Figure, Machine, Table
 from benchmarks.gpu.goals import Goal, Goals
 from benchmarks.gpu.network import Line, is_modelled, name_of
 from benchmarks.gpu.nodes_cases import Between, LineFigure, Timed, judge_line
+from benchmarks.gpu.nodes_compare import compare
 from benchmarks.gpu.nodes_options import CASES, LINE_SMS, Setting, parse
 from benchmarks.gpu.nodes_triggers import chunk_bytes, numbers_of_ranks
 from benchmarks.gpu.options import Gpus
@@ -228,6 +230,37 @@ def test_every_number_of_a_modelled_network_says_so() -> None:
     figure = Figure("line", 8, 6, 9, "gate", "call", 1e-6, 10, 1e-9, nodes=4, fabric="emulated x=1")
     assert figure.label == "emulated (modelled network), 4 x 2 x 6, 9 tokens, gate"
     assert Figure("t", 8, 6, 9, "gate", "call", 1e-6, 10, 1e-9).label == "8 x 6, 9 tokens, gate"
+
+
+def _message(fabric: str, kilobytes: float, microseconds: float, **more: float) -> Figure:
+    figure = Figure("messages", 8, 6, 9, "gate", "combine", microseconds * 1e-6, 10, 1e-9)
+    others = {"message KB": kilobytes} | {name.replace("_", " "): v for name, v in more.items()}
+    return replace(figure, nodes=2, fabric=fabric, more=others)
+
+
+def test_networks_stand_side_by_side_by_the_size_of_a_message() -> None:
+    share = "data % of line"
+    kernels = [_message("emulated x=1", kb, us, **{share: 90.0}) for kb, us in ((16, 20), (64, 50))]
+    proxies = [
+        _message("proxy/emulated x=1", 16.0, 30, **{share: 60.4, "late %": 0.9}),
+        _message("proxy/emulated x=1", 64.0, 50, **{share: 90.0, "late %": 7.0}),
+        _message("proxy/emulated x=1", 99.0, 70),
+        _message("proxy/local", 64.0, 1),
+    ]
+    lines = compare(kernels + proxies)
+    assert "Modelled network" in lines[1]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[3:]]
+    assert rows[0][2:] == [
+        "emulated x=1: us (of the line)",
+        "proxy/emulated x=1: us (of the line)",
+        "proxy/emulated x=1 over emulated x=1",
+    ]
+    assert rows[2:] == [
+        ["2 x 4 x 6, combine", "16.0", "20 (90 %)", "30 (60 %)", "1.50"],
+        ["2 x 4 x 6, combine", "64.0", "50 (90 %)", "50 (90 %, late 7 %)", "1.00"],
+        ["2 x 4 x 6, combine", "99.0", "", "70", ""],
+    ]
+    assert compare(kernels) == compare(proxies) == []
 
 
 def _judged(

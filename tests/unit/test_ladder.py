@@ -169,6 +169,7 @@ def test_names_become_transports_with_the_rank_s_place(region):
     assert resolve("proxy/verbs nic=a") == ("verbs", "local_rank=1 nic=a")
     assert resolve("proxy/local") == ("local-cuda", "")
     assert resolve("emulated rate=5") == ("emulated-cuda", "rate=5")
+    assert resolve("proxy/emulated rate=5") == ("emulated-cuda-proxy", "rate=5")
 
 
 @pytest.mark.timeout(110)
@@ -185,6 +186,8 @@ def test_auto_tries_what_is_here_and_takes_the_same_everywhere(region, caplog):
 
 def test_buffers_take_the_names_of_the_ladder():
     for fabric in ("auto", "ibgda", "ibgda tc=106", "proxy/verbs", "proxy/local"):
+        check_fabric(fabric, "cuda", None)
+    for fabric in ("emulated", "proxy/emulated rate=5 blocks=3"):
         check_fabric(fabric, "cuda", None)
     with pytest.raises(ValueError, match="expected one of auto, mpi"):
         check_fabric("ibgda", "cpu", None)

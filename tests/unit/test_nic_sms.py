@@ -14,6 +14,8 @@ from epcomm.cuda.nics import nic_sms, with_nic_sms
         ("emulated", 2, "blocks=2"),
         ("emulated rate=50", 2, "rate=50 blocks=2"),
         ("emulated blocks=3 rate=50", 3, "blocks=3 rate=50"),
+        ("proxy/emulated", 2, "blocks=2"),
+        ("proxy/emulated blocks=5 seed=1", 5, "blocks=5 seed=1"),
     ],
 )
 def test_options_say_how_many(fabric, sms, options):
@@ -21,7 +23,8 @@ def test_options_say_how_many(fabric, sms, options):
     assert with_nic_sms(fabric) == options
 
 
+@pytest.mark.parametrize("fabric", ["emulated", "proxy/emulated"])
 @pytest.mark.parametrize("value", ["", "0", "-1", "two"])
-def test_no_number_is_refused(value):
+def test_no_number_is_refused(value, fabric):
     with pytest.raises(ValueError, match="blocks"):
-        nic_sms(f"emulated blocks={value}")
+        nic_sms(f"{fabric} blocks={value}")

@@ -202,7 +202,7 @@ def test_slots_are_numbered_as_on_the_cpu():
 
 
 @pytest.mark.parametrize("cap", [None, 100 << 20])
-@pytest.mark.parametrize("fabric", ["auto", "proxy/local", "emulated"])
+@pytest.mark.parametrize("fabric", ["auto", "proxy/local", "emulated", "proxy/emulated"])
 def test_memory_of_scale_out_is_what_is_allocated(fabric, cap):
     topology = make_topology(0, [0] * 12, 4)
     config = Config(7168, 240, 8, 4096, max_staging_bytes=cap)
