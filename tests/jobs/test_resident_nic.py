@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = ("emulated_resident", "emulated_resident_speed")
+PROGRAMS = ("emulated_resident", "emulated_resident_speed", "emulated_resident_host")
 #: What they are made of, besides their own file.
-LIBRARY = ("csrc/emulated/resident.cu", "csrc/emulated/server_cuda.cc", "csrc/emulated/engine.cc")
+LIBRARY = (
+    *("csrc/emulated/resident.cu", "csrc/emulated/server_cuda.cc", "csrc/emulated/engine.cc"),
+    "csrc/fabric/posting.cc",
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 

@@ -49,6 +49,7 @@ struct Options {
     uint64_t start = 0;
     uint64_t region_bytes = 16 << 20;
     int64_t timeout_ns = 20 * kSecond;
+    bool by_host = false;  ///< host threads fill the queues
     LineModel line = kLine;
     ServerOptions server;
 };
@@ -88,6 +89,10 @@ struct Node {
     SendQueue* device_queues;
     Ibgda fabric;
     std::unique_ptr<Server> server;
+    // Where host threads fill the queues.
+    uint8_t* host = nullptr;  ///< HostQueues
+    uint64_t *own_records = nullptr, *own_doorbells = nullptr;
+    std::vector<uint64_t> raised;
 };
 
 class World {
@@ -111,6 +116,7 @@ class World {
         for (Node& node : nodes) {
             node.server.reset();
             cudaFreeHost(node.state);
+            cudaFreeHost(node.host);
         }
         cudaFreeHost(pinned_);
         cudaStreamDestroy(side);
@@ -130,6 +136,7 @@ class World {
         ServedWire wire;
         for (size_t i = 0; i < images_.size(); ++i) wire.nics.push_back(nics + i);
         for (int32_t n = 0; n < options.num_nodes; ++n) {
+            if (options.by_host) how.bells = bells(n);
             nodes[size_t(n)].server = std::make_unique<Server>(wire, served(n), how);
         }
         CUDA(cudaDeviceSynchronize());
@@ -158,6 +165,13 @@ class World {
         CUDA(cudaStreamSynchronize(side));
     }
     void kill_nic(int32_t node, int32_t plane = 0) { write(&nics[nic(node, plane)].dead, 1u); }
+
+    HostQueues host_queues() const {
+        return {uint32_t(options.num_nodes * options.num_channels), options.depth};
+    }
+    uint64_t* bell(int32_t node) const {
+        return reinterpret_cast<uint64_t*>(nodes[size_t(node)].host + host_queues().bell);
+    }
 
     uint64_t signal(int32_t node, int32_t index) {
         uint64_t value = 0;
@@ -214,23 +228,47 @@ class World {
     void make_queues(int32_t n) {
         Node& node = nodes[size_t(n)];
         node.queues.resize(size_t(options.num_nodes * options.num_channels));
+        if (options.by_host) place_in_host_memory(&node);
         std::vector<mlx5::Completion> fresh(options.depth);
         for (auto& entry : fresh) entry.opcode_owner = mlx5::kInvalid << 4;
         for (int32_t peer = 0; peer < options.num_nodes; ++peer) {
             for (int32_t channel = 0; peer != n && channel < options.num_channels; ++channel) {
                 SendQueue& queue = node.queues[size_t(peer * options.num_channels + channel)];
+                queue.number = add_queue(&images_[nic(n, channel % options.num_planes)], 1);
+                mlx5::start_at(&queue, options.start);
+                if (options.by_host) continue;
                 queue.ring = device_.zeros<mlx5::Block>(options.depth);
                 queue.completions = device_.copy_of(fresh);
                 queue.record = device_.zeros<mlx5::Be32>(32);
                 queue.doorbell = device_.zeros<uint64_t>(16);
                 queue.num_blocks = queue.num_completions = options.depth;
-                queue.number = add_queue(&images_[nic(n, channel % options.num_planes)], 1);
-                mlx5::start_at(&queue, options.start);
                 const mlx5::Be32 record(uint32_t(options.start & 0xffff));
                 CUDA(cudaMemcpy(&queue.record[mlx5::kSendRecord], &record, sizeof record,
                                 cudaMemcpyHostToDevice));
             }
         }
+    }
+
+    /// Counters start at 0.
+    void place_in_host_memory(Node* node) {
+        const HostQueues layout = host_queues();
+        CUDA(cudaHostAlloc(reinterpret_cast<void**>(&node->host), layout.bytes,
+                           cudaHostAllocMapped));
+        memset(node->host, 0, layout.bytes);
+        node->own_records = device_.zeros<uint64_t>(node->queues.size() * kOwnStep);
+        node->own_doorbells = device_.zeros<uint64_t>(node->queues.size() * kOwnStep);
+        for (uint32_t i = 0; i < node->queues.size(); ++i) {
+            layout.place(node->host, i, &node->queues[i]);
+        }
+    }
+
+    HostBells bells(int32_t n) const {
+        const Node& node = nodes[size_t(n)];
+        HostBells bells{};
+        bells.set_host(host_queues(), node.host, uint32_t(node.queues.size()));
+        bells.own_records = node.own_records;
+        bells.own_doorbells = node.own_doorbells;
+        return bells;
     }
 
     void make_tables(int32_t n) {
@@ -258,8 +296,17 @@ class World {
         fabric.num_planes = options.num_planes;
         fabric.node = n;
         fabric.num_signals = kMaxSignals;
-        fabric.raised = device_.zeros<uint64_t>(
-            fabric::raised_bytes(options.num_nodes, kMaxSignals) / sizeof(uint64_t));
+        const uint64_t raised =
+            fabric::raised_bytes(options.num_nodes, kMaxSignals) / sizeof(uint64_t);
+        if (!options.by_host) {
+            fabric.raised = device_.zeros<uint64_t>(raised);
+            return;
+        }
+        node.raised.resize(raised);
+        fabric.queues = node.queues.data();
+        fabric.local = keys_.data() + size_t(n) * per_node;
+        fabric.remote = keys_.data();
+        fabric.raised = node.raised.data();
     }
 
     uint32_t number(int32_t n, int32_t peer, int32_t channel) const {
@@ -273,8 +320,15 @@ class World {
                 const SendQueue& queue =
                     nodes[size_t(n)].queues[size_t(peer * options.num_channels + channel)];
                 const int32_t plane = channel % options.num_planes;
-                all.push_back({{queue.ring, queue.record, queue.doorbell, queue.completions,
-                                queue.num_blocks, queue.num_completions, options.start},
+                const Node& node = nodes[size_t(n)];
+                const auto own = uint64_t(&queue - node.queues.data()) * kOwnStep;
+                const auto* record = options.by_host
+                                         ? reinterpret_cast<mlx5::Be32*>(node.own_records + own)
+                                         : queue.record;
+                const uint64_t* doorbell =
+                    options.by_host ? node.own_doorbells + own : queue.doorbell;
+                all.push_back({{queue.ring, record, doorbell, queue.completions, queue.num_blocks,
+                                queue.num_completions, options.start},
                                queue.number,
                                nic(n, plane),
                                uint32_t(plane),
