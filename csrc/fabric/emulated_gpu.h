@@ -76,7 +76,7 @@ class EmulatedGpu : public Transport {
     /// Throws std::runtime_error naming the option.
     void require_range(const char* option, uint64_t value, uint64_t least, uint64_t most) const;
 
-    /// In one line: "modelled network of ... and ... ns, served by ... SMs".
+    /// In one line: "modelled network of ... and ... ns, served by ... SMs by process ...".
     std::string network() const;
 
     uint8_t* at(uint64_t offset) const { return arena_->start() + offset; }

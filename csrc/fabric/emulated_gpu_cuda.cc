@@ -167,7 +167,8 @@ std::string EmulatedGpu::network() const {
     return "modelled network of " + std::to_string(options_.num_planes) + " x " +
            std::to_string(options_.line.bytes_per_ns) + " GB/s and " +
            std::to_string(options_.line.latency_ns) + " ns, served by " +
-           std::to_string(options_.num_blocks) + " SMs";
+           std::to_string(options_.num_blocks) + " SMs by process " +
+           std::to_string(carrier_ == nullptr ? 0 : carrier_->pid());
 }
 
 void EmulatedGpu::upload(uint64_t offset, const void* from, uint64_t bytes) const {

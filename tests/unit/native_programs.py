@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,11 +34,11 @@ def library(*places: str) -> list[str]:
 
 
 #: For programs that run kernels on the host: kernels' words, and what stands for a GPU.
-KERNELS_ON_THE_HOST = [
+KERNEL_FLAGS = [
     *("-DEPCOMM_EMULATED", "-include", "cuda_emulation.h", f"-I{ROOT / 'tests/emulation'}"),
     *("-Wno-attributes", "-Wno-unknown-pragmas"),
-    str(ROOT / "tests/emulation/cuda_emulation.cc"),
 ]
+KERNELS_ON_THE_HOST = [*KERNEL_FLAGS, str(ROOT / "tests/emulation/cuda_emulation.cc")]
 
 
 def _compile(*arguments: str) -> None:
@@ -58,11 +59,14 @@ def build(folder: Path, program: str, linked: list[str]) -> Path:
     return output
 
 
-def objects(folder: Path, sources: list[str]) -> list[str]:
-    """Compile sources that several programs link, side by side; returns the objects."""
+def objects(folder: Path, sources: list[str], flags: Sequence[str] = ()) -> list[str]:
+    """Compile sources side by side; returns the objects."""
     outputs = [str(folder / f"{i}-{Path(one).stem}.o") for i, one in enumerate(sources)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda one, out: _compile("-fPIC", "-c", one, "-o", out), sources, outputs))
+        compiled = pool.map(
+            lambda one, out: _compile("-fPIC", *flags, "-c", one, "-o", out), sources, outputs
+        )
+        list(compiled)
     return outputs
 
 
