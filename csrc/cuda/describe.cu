@@ -60,6 +60,7 @@ constexpr epcomm_field kFields[] = {
     FIELD(world, windows),
     FIELD(world, report),
     FIELD(world, block_bins),
+    FIELD(world, timeline),
     END(world),
     FIELD(row, row_bytes),
     FIELD(row, scale_bytes),
@@ -118,6 +119,21 @@ constexpr epcomm_field kFields[] = {
     FIELD(combine, num_blocks),
     FIELD(combine, num_threads),
     END(combine),
+    FIELD(span, begin),
+    FIELD(span, end),
+    FIELD(span, epoch),
+    FIELD(span, role),
+    FIELD(span, block),
+    FIELD(span, warp),
+    FIELD(span, node),
+    FIELD(span, chunk),
+    FIELD(span, items),
+    END(span),
+    FIELD(timeline, spans),
+    FIELD(timeline, counts),
+    FIELD(timeline, capacity),
+    FIELD(timeline, num_blocks),
+    END(timeline),
     FIELD(place, node),
     FIELD(place, local),
     END(place),
@@ -198,6 +214,9 @@ constexpr epcomm_constant kConstants[] = {
                 CONSTANT(STAMP_START) CONSTANT(STAMP_COUNTED) CONSTANT(STAMP_ANNOUNCED)
                     CONSTANT(STAMP_PLACED) CONSTANT(STAMP_MOVED) CONSTANT(STAMP_END)
 #undef CONSTANT
+#define ROLE(name) {"ROLE_" #name, EPCOMM_CUDA_ROLE_##name},
+                        EPCOMM_CUDA_ROLES(ROLE)
+#undef ROLE
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "epcomm.h"
+#include "epcomm_cuda_timeline.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -132,7 +133,8 @@ typedef struct {
     epcomm_cuda_control* controls[EPCOMM_CUDA_MAX_LOCAL];  ///< by local rank
     uint8_t* const* windows;  ///< device array [num_local][num_windows]
     epcomm_cuda_report* report;
-    int32_t* block_bins;  ///< scratch: [blocks][R + E]
+    int32_t* block_bins;             ///< scratch: [blocks][R + E]
+    epcomm_cuda_timeline* timeline;  ///< null: nothing is noted
 } epcomm_cuda_world;
 
 /// What a row of an output consists of.

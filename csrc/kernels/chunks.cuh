@@ -4,6 +4,7 @@
 
 #include "deal.cuh"
 #include "relay.cuh"
+#include "timeline.cuh"
 
 namespace epcomm {
 
@@ -80,7 +81,9 @@ __device__ inline bool written(const epcomm_cuda_world& world, const epcomm_cuda
                              at(EPCOMM_REGION_SEND, chunking.node, node),
                              uint64_t(length) * uint64_t(record_bytes),
                              epcomm_chunk_signal(&chunking, node, chunking.node, place)};
+            begin_within(world, EPCOMM_CUDA_ROLE_PUT, node, chunk);
             ok = Kind::put_signal(rail, put);
+            end_within(world);
             if (!ok) give_up_sending(world, rail, node, what);
         }
     }
@@ -106,7 +109,13 @@ struct Arrivals {
             uint64_t expected = rail.expected[int64_t(peer) * chunking.held_chunks + place] + 1;
             if constexpr (Kind::kBounded) expected += uint64_t(epcomm_chunk_lap(&chunking, chunk));
             const int signal = epcomm_chunk_signal(&chunking, chunking.node, node, place);
-            ok = wait_for_node<Kind>(world, rail, rail.signals + signal, expected, node, what);
+            const uint64_t* counter = rail.signals + signal;
+            if (has_timeline(world)) {
+                Noting::begin_wait(counter, expected, node, chunk,
+                                   slot == chunk * chunking.chunk_records);
+            }
+            ok = wait_for_node<Kind>(world, rail, counter, expected, node, what);
+            end_within(world);
         }
         ok = __shfl_sync(kWarp, int(ok), 0) != 0;
         __syncwarp();  // what the first lane acquired is the warp's

@@ -4,6 +4,7 @@
 #include "launch.cuh"
 #include "pull.cuh"
 #include "return_weights.cuh"
+#include "timeline.cuh"
 
 namespace epcomm {
 
@@ -23,10 +24,14 @@ __global__ void __launch_bounds__(kMaxThreads<many>, 1)
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_START);
     if (blockIdx.x == 0) {
         delay(world, kDelayAnnounce);
+        begin_block_role(world, EPCOMM_CUDA_ROLE_ANNOUNCE);
         announce(world, call.announcement, call.announcement.status, {}, epoch);
+        end_block_role(world);
     }
     Waiting what = {EPCOMM_OP_COMBINE, EPCOMM_PHASE_ANNOUNCE, epoch};
+    begin_block_role(world, EPCOMM_CUDA_ROLE_LISTEN);
     if (!wait_announced(world, epoch, what)) return;
+    end_block_role(world);
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
     delay(world, kDelayAnnounced);
     const epcomm_cuda_row no_row = {};
@@ -38,12 +43,14 @@ __global__ void __launch_bounds__(kMaxThreads<many>, 1)
     }
     if (verdict == EPCOMM_CUDA_OK) {
         const bool weighted = find_offers(call, epoch, offers);
+        begin_role(world, EPCOMM_CUDA_ROLE_REDUCE);
         if (weighted) {
             pull_tokens<f32, many, true>(call, offers, plan, shared);
         } else {
             pull_tokens<f32, many, false>(call, offers, plan, shared);
         }
         if (call.topk_weights != nullptr) return_weights(call, offers);
+        end_role(world);
     }
     delay(world, kDelayMoved);
     if (!is_last_block(world)) return;
@@ -54,9 +61,11 @@ __global__ void __launch_bounds__(kMaxThreads<many>, 1)
     // All ranks come to the same verdict, so after a refusal nobody waits.
     if (verdict == EPCOMM_CUDA_OK) {
         delay(world, kDelaySignal);
+        begin_block_role(world, EPCOMM_CUDA_ROLE_ARRIVE);
         signal_node(world, false, epoch);
         what.phase = EPCOMM_PHASE_RELEASE;
         if (!wait_node(world, own_control(world)->released, epoch, what)) return;
+        end_block_role(world);
     }
     delay(world, kDelayFinish);
     if (verdict != EPCOMM_CUDA_OK) report_refusal(world, verdict, epoch, -1);

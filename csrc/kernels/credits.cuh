@@ -145,7 +145,9 @@ __device__ inline bool send_as_credited(const epcomm_cuda_world& world,
     const epcomm_chunking& chunking = rail.chunking;
     int i = share->count - 1;
     while (true) {
+        if (lane_id() == 0) begin_within(world, EPCOMM_CUDA_ROLE_CREDIT, -1, -1);
         i = next_peer<Kind>(world, rail, records, share, i, what);
+        if (lane_id() == 0) end_within(world, kLongCreditNs);
         if (i < 0) return i == kNoneLeft;
         bool same_chunk = true;  // then it is the next peer's turn
         while (same_chunk && share->left(chunking, records, i)) {

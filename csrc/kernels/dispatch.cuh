@@ -37,11 +37,15 @@ __device__ inline bool begin_cached(const epcomm_cuda_dispatch& call, uint64_t e
     const bool timed = blockIdx.x == 0 && threadIdx.x == 0;
     if (blockIdx.x == 0) {
         delay(world, kDelayAnnounce);
+        begin_block_role(world, EPCOMM_CUDA_ROLE_ANNOUNCE);
         announce(world, call.announcement, call.announcement.status, {}, epoch);
+        end_block_role(world);
     }
+    begin_block_role(world, EPCOMM_CUDA_ROLE_LISTEN);
     if (!wait_announced(world, epoch, {call.announcement.op, EPCOMM_PHASE_ANNOUNCE, epoch})) {
         return false;
     }
+    end_block_role(world);
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
     delay(world, kDelayAnnounced);
     *verdict = judge_all(world, call.announcement, call.row, call.routes.rows, epoch);
@@ -95,11 +99,13 @@ __global__ void __launch_bounds__(512, 1)
         find_targets(call, epoch, targets);
         __syncthreads();
         clear_unused(call, targets[world.local_rank]);
+        begin_role(world, EPCOMM_CUDA_ROLE_STORE);
 #if EPCOMM_BULK
         store_rows<packing>(call, targets, plan.pieces, ring);
 #else
         store_rows_plain<packing>(call, targets, scales);
 #endif
+        end_role(world);
     }
     delay(world, kDelayMoved);
     if (!is_last_block(world)) return;
@@ -110,9 +116,11 @@ __global__ void __launch_bounds__(512, 1)
     // All ranks come to the same verdict, so after a refusal nobody waits.
     if (verdict == EPCOMM_CUDA_OK) {
         delay(world, kDelaySignal);
+        begin_block_role(world, EPCOMM_CUDA_ROLE_ARRIVE);
         signal_node(world, true, epoch);
         const Waiting what = {call.announcement.op, EPCOMM_PHASE_ARRIVE, epoch};
         if (!wait_node(world, own_control(world)->arrived, epoch, what)) return;
+        end_block_role(world);
     }
     delay(world, kDelayFinish);
     if (verdict != EPCOMM_CUDA_OK) {

@@ -4,6 +4,7 @@
 #include "bases.cuh"
 #include "place.cuh"
 #include "prepared.cuh"
+#include "timeline.cuh"
 
 namespace epcomm {
 
@@ -114,18 +115,27 @@ __device__ inline bool find_routes(const epcomm_cuda_dispatch& call, const Layou
     const Share share = warp_share(call.routes.num_tokens, shared.warps);
     const bool leads = blockIdx.x == 0, timed = leads && threadIdx.x == 0;
 
+    begin_block_role(world, EPCOMM_CUDA_ROLE_COUNT);
     count_block(call, shared, share);
+    end_block_role(world);
     delay(world, kDelayCounted);
+    begin_block_role(world, EPCOMM_CUDA_ROLE_MEET);
     bool ok = meet(world, what);
+    end_block_role(world);
     if (ok && leads) {
         delay(world, kDelayAnnounce);
+        begin_block_role(world, EPCOMM_CUDA_ROLE_ANNOUNCE);
         announce_counts(call, shared, epoch);
+        end_block_role(world);
     }
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_COUNTED);
+    begin_block_role(world, EPCOMM_CUDA_ROLE_LISTEN);
     ok = ok && wait_announced(world, epoch, what);
+    end_block_role(world);
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
     if (!ok) return false;
     delay(world, kDelayAnnounced);
+    begin_role(world, EPCOMM_CUDA_ROLE_PLACE);
     find_bases(call, shared, epoch);
     *verdict = judge_all(world, call.announcement, call.row, shared.rows, epoch);
     if (*verdict != EPCOMM_CUDA_OK) {
@@ -141,11 +151,14 @@ __device__ inline bool find_routes(const epcomm_cuda_dispatch& call, const Layou
             place_by_rank(call, share, shared.warp_ranks + warp_id() * world.num_ranks);
         }
     }
+    end_role(world);
     delay(world, kDelayPlaced);
+    begin_block_role(world, EPCOMM_CUDA_ROLE_MEET);
     // Any warp may come to move any token, so all places must be known. The host is told meanwhile.
     arrive(world, epoch, kPlaced);
     if (leads) report_prepared(call, *verdict, shared.rows, epoch);
     ok = wait_blocks(world, kPlaced, what);
+    end_block_role(world);
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_PLACED);
     return ok;
 }

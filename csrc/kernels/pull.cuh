@@ -6,6 +6,7 @@
 
 #include "deal.cuh"
 #include "reduce.cuh"
+#include "timeline.cuh"
 
 namespace epcomm {
 
@@ -199,6 +200,7 @@ __device__ inline void pull_tokens(const epcomm_cuda_combine& call, const Offer*
         if (token < 0) break;
         const Result result = result_of(call, token);
         delay_row(call.world, token);
+        count_item(call.world);
         if (many && count < 0) {
             sum_token_plain<f32, weighted>(
                 call, offers, copies_of(call.routes.dests, call.routes.max_dests, token), token);

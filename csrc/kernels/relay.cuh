@@ -9,6 +9,7 @@
 #include "announce.cuh"
 #include "delay.cuh"
 #include "fabric_kind.cuh"
+#include "timeline.cuh"
 
 namespace epcomm {
 
@@ -119,9 +120,11 @@ __device__ inline bool announce_world(const epcomm_cuda_world& world, const epco
                                       const epcomm_announcement& mine, int status,
                                       const AnnouncedCounts& counts, const Waiting& what) {
     delay(world, kDelayAnnounce);
+    begin_block_role(world, EPCOMM_CUDA_ROLE_ANNOUNCE);
     bool ok = announce_to_rail<Kind>(world, rail, mine, status, counts, what);
     announce(world, mine, status, counts, what.epoch);
     ok = ok && relay<Kind>(world, rail, what);
+    end_block_role(world);
     return ok;
 }
 

@@ -7,6 +7,7 @@
 #include "deal.cuh"
 #include "quantize.cuh"
 #include "targets.cuh"
+#include "timeline.cuh"
 
 namespace epcomm {
 
@@ -129,6 +130,7 @@ __device__ inline void store_rows(const epcomm_cuda_dispatch& call, const Target
         const Copies copies = copies_of(call.routes.dests, call.routes.max_dests, item.token);
         if (item.piece == 0) {
             delay_row(call.world, item.token);
+            count_item(call.world);
             store_labels(call, targets, copies, item.token);
             if (packing == 0 && call.scales != nullptr) {
                 store_scale_words(call, targets, copies,

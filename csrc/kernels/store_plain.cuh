@@ -5,6 +5,7 @@
 #include "deal.cuh"
 #include "quantize.cuh"
 #include "targets.cuh"
+#include "timeline.cuh"
 
 namespace epcomm {
 
@@ -71,6 +72,7 @@ __device__ inline void store_rows_plain(const epcomm_cuda_dispatch& call, const 
         if (token < 0) break;
         const Copies copies = copies_of(call.routes.dests, call.routes.max_dests, token);
         delay_row(call.world, token);
+        count_item(call.world);
         store_labels(call, targets, copies, token);
         const auto* from = static_cast<const uint8_t*>(call.x) + int64_t(token) * call.row_in_bytes;
         if constexpr (packing != 0) {

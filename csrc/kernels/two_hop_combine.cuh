@@ -59,6 +59,7 @@ __device__ __forceinline__ bool return_record(const TwoHopSum& sum, int node, in
     const CopyList copies = load_list(sum.all.hops.forwarded + at * K, K, call.layout);
     uint8_t* record = rail.send + staging_offset<Kind>(chunking, node, slot, record_bytes);
     reduce_record<Formats, weighted>(sum, copies, record);
+    count_item(call.world);
     return written<Kind>(call.world, rail, node, slot, sum.all.hops.received[peer], record_bytes,
                          sum.what);
 }
@@ -196,6 +197,7 @@ __device__ inline bool finish_tokens(const TwoHopSum& sum) {
         delay_row(call.world, token);
         FarRecords far;
         if (!far_records<Kind>(sum, token, &arrivals, &far)) return false;
+        count_item(call.world);
         finish_token<Formats, weighted>(sum, token, copies, far);
         if (call.topk_weights != nullptr) finish_weights(sum, token, copies, far);
         if constexpr (Kind::kBounded) {
@@ -206,9 +208,16 @@ __device__ inline bool finish_tokens(const TwoHopSum& sum) {
 
 template <class Kind, class Formats, bool weighted>
 __device__ __forceinline__ bool combine_two_hop(const TwoHopSum& sum) {
-    const bool sends = !Kind::kBounded || warp_id() < combine_senders(int(blockDim.x >> 5));
-    return (!sends || return_records<Kind, Formats, weighted>(sum)) &&
-           finish_tokens<Kind, Formats, weighted>(sum);
+    const epcomm_cuda_world& world = sum.all.call.world;
+    if (!Kind::kBounded || warp_id() < combine_senders(int(blockDim.x >> 5))) {
+        begin_role(world, EPCOMM_CUDA_ROLE_REDUCE);
+        if (!return_records<Kind, Formats, weighted>(sum)) return false;
+        end_role(world);
+    }
+    begin_role(world, EPCOMM_CUDA_ROLE_FINISH);
+    const bool ok = finish_tokens<Kind, Formats, weighted>(sum);
+    end_role(world);
+    return ok;
 }
 
 /// Credits take registers, of which fewer threads have more each.
@@ -241,7 +250,9 @@ __global__ void __launch_bounds__(kTwoHopSumThreads<Kind>, 1)
                                                  call.announcement.status, {}, what)) {
         return;
     }
+    begin_block_role(world, EPCOMM_CUDA_ROLE_LISTEN);
     if (!wait_announced(world, epoch, what, typename Kind::LookAround(all.rail))) return;
+    end_block_role(world);
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
     const epcomm_cuda_row no_row = {};
     delay(world, kDelayAnnounced);
@@ -278,10 +289,12 @@ __global__ void __launch_bounds__(kTwoHopSumThreads<Kind>, 1)
     // All ranks come to the same verdict, so after a refusal nobody waits.
     if (verdict == EPCOMM_CUDA_OK) {
         delay(world, kDelaySignal);
+        begin_block_role(world, EPCOMM_CUDA_ROLE_ARRIVE);
         signal_node(world, false, epoch);
         what.phase = EPCOMM_PHASE_RELEASE;
         what.between = 2;
         if (!wait_node(world, own_control(world)->released, epoch, what)) return;
+        end_block_role(world);
     }
     delay(world, kDelayFinish);
     if (verdict != EPCOMM_CUDA_OK) report_refusal(world, verdict, epoch, -1);

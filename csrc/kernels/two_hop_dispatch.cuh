@@ -91,6 +91,7 @@ __device__ __forceinline__ bool send_record(const TwoHop& hop, int node, int slo
     write_record_labels(hop, record, node, labels_of_token(call, token));
     move_with_scales<packing>(move, call.row_in_bytes, call.row.scale_bytes / 4, power_of_two,
                               hop.area);
+    count_item(call.world);
     return written<Kind>(call.world, rail, node, slot, hop.all.hops.sent[peer], layout.bytes,
                          hop.what);
 }
@@ -104,13 +105,18 @@ __device__ inline bool send_records(const TwoHop& hop) {
     const auto send = [&](int node, int slot) {
         return send_record<Kind, packing>(hop, node, slot);
     };
+    const epcomm_cuda_world& world = hop.all.call.world;
     const epcomm_cuda_rail& rail = hop.all.rail;
     const int32_t* sent = hop.all.hops.sent;
+    bool ok;
+    begin_role(world, EPCOMM_CUDA_ROLE_PACK);
     if constexpr (Kind::kBounded) {
-        return send_as_credited<Kind>(hop.all.call.world, rail, sent, hop.share, hop.what, send);
+        ok = send_as_credited<Kind>(world, rail, sent, hop.share, hop.what, send);
     } else {
-        return send_in_turn(rail, sent, send);
+        ok = send_in_turn(rail, sent, send);
     }
+    end_role(world);
+    return ok;
 }
 
 /// Fill in where the rows of a list go.
@@ -131,19 +137,22 @@ __device__ inline void store_near(const TwoHop& hop) {
     const bool power_of_two = call.announcement.format == EPCOMM_FORMAT_FP8_UE8M0;
     uint32_t* dealt = &own_control(call.world)->dealt;
     auto dealer = dealer_of<Kind>(dealt);
+    begin_role(call.world, EPCOMM_CUDA_ROLE_STORE);
     while (true) {
         int token = lane_id() == 0 ? dealer.take(dealt, call.routes.num_tokens) : 0;
         token = __shfl_sync(kWarp, token, 0);
-        if (token < 0) return;
+        if (token < 0) break;
         const CopyList copies =
             load_list(call.routes.dests + int64_t(token) * K, K, call.row.layout);
         if (copies.count == 0) continue;
+        count_item(call.world);
         Move move = move_of_token(call, token);
         aim(call, hop.targets, copies, &move);
         store_row_labels(call, hop.targets, copies, labels_of_token(call, token));
         move_with_scales<packing>(move, call.row_in_bytes, call.row.scale_bytes / 4, power_of_two,
                                   hop.area);
     }
+    end_role(call.world);
 }
 
 /// The choices of a received record that are held in this node, as a list. Lane k has choice k's
@@ -228,16 +237,18 @@ __device__ inline bool forward_records(const TwoHop& hop) {
     const int items = epcomm_num_items(&chunking, most_records(received, chunking.num_nodes - 1));
     auto dealer = dealer_of<Kind>(rail.dealt + 1);
     Arrivals arrivals;
+    begin_role(world, EPCOMM_CUDA_ROLE_FORWARD);
     while (true) {
         int item = lane_id() == 0 ? dealer.take(rail.dealt + 1, items) : 0;
         item = __shfl_sync(kWarp, item, 0);
-        if (item < 0) return true;
+        if (item < 0) break;
         const epcomm_chunk_item found = epcomm_item_of(&chunking, item);
         const int node = epcomm_receive_node(&chunking, found.step);
         const int records = received[epcomm_peer_index(chunking.node, node)];
         if (found.slot >= records) continue;
         if (!arrivals.wait<Kind>(world, rail, node, found.slot, hop.what)) return false;
         delay_row(world, item);
+        count_item(world);
         forward_record<Kind>(hop, node, found.slot);
         if constexpr (Kind::kBounded) {
             __syncwarp();
@@ -246,6 +257,8 @@ __device__ inline bool forward_records(const TwoHop& hop) {
             if (!__all_sync(kWarp, ok)) return false;
         }
     }
+    end_role(world);
+    return true;
 }
 
 /// Role: all of them, one after the other; or first what the others wait for, then what is left.
@@ -319,7 +332,9 @@ __global__ void __launch_bounds__(kTwoHopThreads, 1)
                               what)) {
         return;
     }
+    begin_block_role(world, EPCOMM_CUDA_ROLE_LISTEN);
     if (!wait_announced(world, epoch, what, typename Kind::LookAround(all.rail))) return;
+    end_block_role(world);
     if (timed && call.announce) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
     delay(world, kDelayAnnounced);
     int verdict = judge_all(world, call.announcement, call.row, call.routes.rows, epoch);
@@ -346,10 +361,12 @@ __global__ void __launch_bounds__(kTwoHopThreads, 1)
     // All ranks come to the same verdict, so after a refusal nobody waits.
     if (verdict == EPCOMM_CUDA_OK) {
         delay(world, kDelaySignal);
+        begin_block_role(world, EPCOMM_CUDA_ROLE_ARRIVE);
         signal_node(world, true, epoch);
         what.phase = EPCOMM_PHASE_ARRIVE;
         what.between = 2;
         if (!wait_node(world, own_control(world)->arrived, epoch, what)) return;
+        end_block_role(world);
     }
     delay(world, kDelayFinish);
     if (verdict != EPCOMM_CUDA_OK) {

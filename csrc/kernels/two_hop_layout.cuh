@@ -6,6 +6,7 @@
 #include "finish.cuh"
 #include "prepared.cuh"
 #include "relay.cuh"
+#include "timeline.cuh"
 #include "two_hop_bases.cuh"
 
 namespace epcomm {
@@ -146,15 +147,22 @@ __global__ void __launch_bounds__(256, 1)
     const bool leads = blockIdx.x == 0, timed = leads && threadIdx.x == 0;
 
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_START);
+    begin_block_role(world, EPCOMM_CUDA_ROLE_COUNT);
     count_two_hop_block(all, shared);
+    end_block_role(world);
     delay(world, kDelayCounted);
+    begin_block_role(world, EPCOMM_CUDA_ROLE_MEET);
     bool ok = meet(world, what);
+    end_block_role(world);
     if (ok && leads) ok = announce_two_hop<Kind>(all, shared, what);
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_COUNTED);
+    begin_block_role(world, EPCOMM_CUDA_ROLE_LISTEN);
     ok = ok && wait_announced(world, epoch, what, typename Kind::LookAround(all.rail));
+    end_block_role(world);
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
     if (!ok) return;
     delay(world, kDelayAnnounced);
+    begin_role(world, EPCOMM_CUDA_ROLE_PLACE);
     find_two_hop_bases(all, shared, epoch);
     scan_two_hop_warps(all, shared);
     __syncthreads();
@@ -167,6 +175,7 @@ __global__ void __launch_bounds__(256, 1)
     }
     place_choices(all, shared.warp_bins + warp_id() * (world.num_nodes + shared.wide),
                   shared.own_base);
+    end_role(world);
 }
 
 }  // namespace epcomm
