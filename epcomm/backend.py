@@ -5,8 +5,10 @@ from typing import Protocol
 
 import torch
 
+from .clocks import HostClock
 from .formats.wire import WireFormat
 from .results import CombineResult, DispatchResult, Handle, Layout
+from .timeline import Trace
 from .topology import Topology
 
 
@@ -42,6 +44,7 @@ class Options:
         own_core: whether the host has a core for each of its ranks, so that waits may spin.
         num_sms: "cuda": SMs a call uses; None: chosen.
         fabric: what carries messages between nodes, as Buffer's argument; the same on all ranks.
+        timeline: the host's clock, where a timeline is wanted; on all ranks or none.
     """
 
     timeout: float
@@ -49,6 +52,7 @@ class Options:
     own_core: bool
     num_sms: int | None = None
     fabric: str = "auto"
+    timeline: HostClock | None = None
 
 
 @dataclass
@@ -101,7 +105,7 @@ class CombineCall:
 
 
 class Backend(Protocol):
-    """Moves tokens. All but ``check``, ``close`` and ``combine_input`` are collective."""
+    """Moves tokens. All but ``check``, ``timeline``, ``close``, ``combine_input`` are collective."""
 
     topology: Topology
     device: torch.device  # where tensors of a call are
@@ -114,6 +118,9 @@ class Backend(Protocol):
 
     def refuse(self, operation: str, error: Exception) -> None:
         """Take part in a call whose arguments were refused here, so that no peer waits."""
+
+    def timeline(self, *, restart: bool) -> Trace:
+        """As Buffer.timeline, which has made sure that there is one."""
 
     def check(self) -> None:
         """As Buffer.check."""

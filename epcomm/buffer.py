@@ -24,6 +24,7 @@ from .check import (
     check_tensor,
     row_format,
 )
+from .clocks import compare_hosts
 from .cpu.backend import CpuBackend
 from .cpu.layout import BadChoice, make_layout
 from .cpu.memory_report import report_memory
@@ -38,6 +39,7 @@ from .results import (
     Layout,
     MemoryReport,
 )
+from .timeline import Trace
 from .topology import Topology, make_topology
 
 Packed = tuple[torch.Tensor, torch.Tensor]
@@ -80,6 +82,8 @@ class Buffer:
             from and received in, together; None: a place for every record of a call, which other
             nodes x max_tokens x (8 x hidden + labels) bytes take. With less a sender waits for the
             receiver. The same on all ranks.
+        timeline: note what the calls do, and when, for the method ``timeline``. The same on all
+            ranks. Kernels then take a little longer; without it they note nothing.
 
     Raises:
         TypeError: an argument of the wrong type, on the rank that passed it.
@@ -106,6 +110,7 @@ class Buffer:
         num_sms: int | None = None,
         fabric: str = "auto",
         max_staging_bytes: int | None = None,
+        timeline: bool = False,
     ) -> None:
         self._backend: Backend | None = None
         # A rank whose timeout is refused takes part until all know that. One that starts a GPU, or
@@ -129,17 +134,21 @@ class Buffer:
                 "num_sms": num_sms,
             }
             _check_options(timeout, backend, counts)
+            if not isinstance(timeline, bool):
+                raise TypeError(f"timeline: expected a bool, got {type(timeline).__name__}")
             check_fabric(fabric, backend, bootstrap)
             topology = make_topology(bootstrap.rank, hosts, ranks_per_node)
             backend_class = _find_backend(backend)
         except (TypeError, ValueError) as caught:
             error = caught
-        _agree(bootstrap, (self.config, ranks_per_node, backend, fabric), error)
+        _agree(bootstrap, (self.config, ranks_per_node, backend, fabric, timeline), error)
+        clock = compare_hosts(bootstrap) if timeline else None
+        self._has_timeline = timeline
         cores = len(os.sched_getaffinity(0))
         on_host = sum(host == hosts[bootstrap.rank] for host in hosts)
         if num_threads is None:
             num_threads = max(1, cores // on_host)
-        options = Options(float(timeout), num_threads, cores >= on_host, num_sms, fabric)
+        options = Options(float(timeout), num_threads, cores >= on_host, num_sms, fabric, clock)
         self._backend = backend_class(bootstrap, topology, self.config, options)
         self.config = replace(self.config, device=str(self._backend.device))
         self._owner = topology  # tells handles of this buffer from others
@@ -416,6 +425,34 @@ class Buffer:
         """
         self._open().check()
 
+    def timeline(self, *, restart: bool = False) -> Trace:
+        """What this rank's last calls did, and when. Waits for the calls made so far. Local.
+
+        "cuda": what thread blocks and warps did, and when each chunk for another node was put and
+        waited for. "cpu": the phases of each call. With emulated network cards whose engine is on
+        the host (fabric "proxy/emulated" on the CPU) also each of their messages. What is not shown
+        stands in the trace. A rank keeps a bounded number of spans, the newest; how many older
+        ones were lost stands there too.
+
+        Args:
+            restart: forget what the trace shows, so that the next one shows later calls only.
+
+        Returns:
+            This rank's trace; ``trace.save(path)`` writes it as Chrome JSON, and
+            ``epcomm.timeline.merge`` makes one of all ranks'.
+
+        Raises:
+            TypeError: ``restart`` is not a bool.
+            ValueError: the Buffer was made without ``timeline=True``.
+            BufferClosedError: the buffer is closed.
+        """
+        backend = self._open()
+        if not isinstance(restart, bool):
+            raise TypeError(f"restart: expected a bool, got {type(restart).__name__}")
+        if not self._has_timeline:
+            raise ValueError("timeline: this Buffer notes nothing; make it with timeline=True")
+        return backend.timeline(restart=restart)
+
     def close(self) -> None:
         """Let go of the memory. Local: no rank waits, and results in use stay valid."""
         if self._backend is not None:
@@ -478,6 +515,9 @@ def _agree(bootstrap: Bootstrap, mine: Any, error: Exception | None) -> None:
         )
 
 
-def _words(values: tuple[Config, int | None, str, str]) -> str:
-    config, ranks_per_node, backend, fabric = values
-    return f"{config}, ranks_per_node={ranks_per_node}, backend={backend!r}, fabric={fabric!r}"
+def _words(values: tuple[Config, int | None, str, str, bool]) -> str:
+    config, ranks_per_node, backend, fabric, timeline = values
+    return (
+        f"{config}, ranks_per_node={ranks_per_node}, backend={backend!r}, fabric={fabric!r}, "
+        f"timeline={timeline}"
+    )

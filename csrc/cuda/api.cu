@@ -20,6 +20,7 @@ int load_two_hop_dispatch();
 int load_two_hop_combine();
 int leave(epcomm_cuda_sequence* sequence, void* stream);
 int load_calibrate();
+int load_clock();
 
 namespace {
 
@@ -63,6 +64,7 @@ int epcomm_cuda_load(void) {
     int error = epcomm::load_dispatch();
     if (error == 0) error = epcomm::load_combine();
     if (error == 0) error = epcomm::load_calibrate();
+    if (error == 0) error = epcomm::load_clock();
     return error;
 }
 

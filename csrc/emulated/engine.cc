@@ -29,7 +29,8 @@ class Engine::Copier {
     static constexpr uint64_t kWindow = mlx5::kMaxBlocks;
     static constexpr bool kCopiesAhead = false;
 
-    Copier(Engine* engine, Traffic* traffic) : engine_(engine), traffic_(traffic) {}
+    Copier(Engine* engine, Slot* slot)
+        : engine_(engine), slot_(slot), traffic_(&engine->traffic_[slot->nic]) {}
 
     static uint32_t start(mlx5::OneThread, bool wants, uint64_t, const Body& body) {
         if (!wants) return 0;
@@ -55,12 +56,15 @@ class Engine::Copier {
 
     void landed(const Context& context, const Flight& flight) const {
         traffic_->add(context, flight, engine_->options_.tolerance_ns);
+        if (!engine_->passages_.wanted()) return;
+        slot_->moments.landed[size_t(&flight - slot_->flights.data())] = context.now;
     }
 
     void refresh(mlx5::OneThread, Context* context) const { context->now = engine_->now(); }
 
  private:
     Engine* engine_;
+    Slot* slot_;
     Traffic* traffic_;
 };
 
@@ -73,6 +77,11 @@ Engine::Engine(Wire* wire, EngineOptions options)
 
 Engine::~Engine() { stop(); }
 
+void Engine::keep_passages(uint64_t capacity) {
+    passages_ = {std::vector<Passage>(capacity), 0};
+    for (auto& slot : slots_) slot->moments = Moments(capacity == 0 ? 0 : slot->flights.size());
+}
+
 uint32_t Engine::add_queue(uint32_t nic, const QueueMemory& memory) {
     Nic& owner = wire_->nic(nic);
     const uint32_t number = emulated::add_queue(&owner, memory.domain);
@@ -81,6 +90,7 @@ uint32_t Engine::add_queue(uint32_t nic, const QueueMemory& memory) {
     slot->nic = nic;
     slot->flights.resize(memory.num_blocks);
     slot->shadow.resize(memory.num_blocks);
+    if (passages_.wanted()) slot->moments = Moments(memory.num_blocks);
     slot->queue = queue_pair(memory, number, find_queue(owner, number), slot->flights.data(),
                              slot->shadow.data());
     slot->queue.doorbell_seen = fabric::load_acquire(memory.doorbell);
@@ -113,9 +123,13 @@ bool Engine::step_queue(Slot* slot, Picoseconds* wake) {
                            options_.seed};
     Context context = context_of(*slot, faults);
     context.wake = *wake;
-    Copier copier(this, &traffic_[slot->nic]);
+    const uint64_t fetched = queue->fetched, completed = queue->completed;
+    Copier copier(this, slot);
     emulated::step(mlx5::OneThread(), &context, queue, fabric::load_acquire(queue->doorbell),
                    copier);
+    if (passages_.wanted()) {
+        slot->moments.note(uint16_t(slot->nic), queue, fetched, completed, context.now, &passages_);
+    }
     *wake = context.wake;
     return context.progress;
 }

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "passage.h"
 #include "step.h"
 #include "traffic.h"
 
@@ -84,6 +85,10 @@ class Engine {
     /// Count from now on. Not while another thread takes steps.
     void restart_traffic(uint32_t nic) { traffic_[nic] = Traffic(); }
 
+    /// From now on keep the last `capacity` messages' passages; 0: none. The same holds here.
+    void keep_passages(uint64_t capacity);
+    const Passages& passages() const { return passages_; }
+
     /// One line on an NIC: rates, and what was the limit. Says that the network is modelled.
     std::string describe(uint32_t nic) const;
 
@@ -93,6 +98,7 @@ class Engine {
         QueuePair queue;
         std::vector<Flight> flights;
         std::vector<mlx5::Block> shadow;
+        Moments moments;
     };
     class Copier;
 
@@ -106,6 +112,7 @@ class Engine {
     EngineOptions options_;
     std::vector<std::unique_ptr<Slot>> slots_;
     std::vector<Traffic> traffic_;
+    Passages passages_;
     std::vector<Event> events_;
     Journal journal_;
     Picoseconds virtual_now_ = 1000 * kNanosecond;

@@ -187,6 +187,22 @@ class Emulated : public Transport {
         return true;
     }
 
+    bool keep_messages(uint64_t capacity) override {
+        const std::lock_guard<std::mutex> lock(working_);
+        engine_->keep_passages(capacity);
+        return true;
+    }
+
+    std::vector<epcomm_fabric_message> messages(uint64_t* total) override {
+        const std::lock_guard<std::mutex> lock(working_);
+        std::vector<epcomm_fabric_message> all;
+        for (const emulated::Passage& passage : engine_->passages().in_order()) {
+            all.push_back(message_of(passage));
+        }
+        *total = engine_->passages().count;
+        return all;
+    }
+
     int64_t memory_bytes(int32_t num_nodes, int32_t num_channels, int32_t) const override {
         const int64_t queue =
             sizeof(Endpoint) + kDepth * (sizeof(mlx5::Block) + sizeof(mlx5::Completion));
@@ -257,6 +273,30 @@ class Emulated : public Transport {
             engine_->connect(uint32_t(plan_.node), queue_of(fabric_, {node, channel})->number,
                              uint32_t(node), theirs.queue_pairs[channel]);
         }
+    }
+
+    epcomm_fabric_message message_of(const emulated::Passage& passage) const {
+        const auto ns = [this](emulated::Picoseconds time) {
+            return time == 0 ? 0 : epoch_ + int64_t(time / kNanosecond);
+        };
+        epcomm_fabric_message message{};
+        message.rung_ns = ns(passage.rung);
+        message.depart_ns = ns(passage.depart);
+        message.arrive_ns = ns(passage.arrive);
+        message.landed_ns = ns(passage.landed);
+        message.completed_ns = ns(passage.completed);
+        message.position = passage.position;
+        message.bytes = passage.bytes;
+        message.queue_pair = passage.queue;
+        const auto found = std::find_if(
+            queues_.begin(), queues_.end(), [&](const mlx5::SendQueue& queue) {
+                return queue.ring != nullptr && queue.number == passage.queue;
+            });
+        const auto index = int32_t(found - queues_.begin());
+        message.peer = index / plan_.num_channels;
+        message.channel = index % plan_.num_channels;
+        message.atomic = passage.is_atomic ? 1 : 0;
+        return message;
     }
 
     /// A process that has ended does not answer; its memory would.

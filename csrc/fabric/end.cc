@@ -247,6 +247,28 @@ int epcomm_fabric_count(epcomm_fabric_end* end, epcomm_fabric_traffic* into, int
     });
 }
 
+int epcomm_fabric_keep_messages(epcomm_fabric_end* end, uint64_t capacity) {
+    bool keeps = false;
+    const int result = attempt(end, [&] {
+        require(!end->stopped, "the fabric was stopped");
+        keeps = end->transport->keep_messages(capacity);
+    });
+    return result != 0 ? result : keeps ? 0 : 1;
+}
+
+int64_t epcomm_fabric_messages(epcomm_fabric_end* end, epcomm_fabric_message* into,
+                               int64_t capacity, uint64_t* total) {
+    int64_t count = 0;
+    const int result = attempt(end, [&] {
+        require(!end->stopped, "the fabric was stopped");
+        const std::vector<epcomm_fabric_message> kept = end->transport->messages(total);
+        for (; count < int64_t(kept.size()) && count < capacity; ++count) {
+            into[count] = kept[size_t(count)];
+        }
+    });
+    return result != 0 ? result : count;
+}
+
 uint32_t epcomm_fabric_num_losses(const epcomm_fabric_end* end) {
     return load_acquire(&end->fabric.state->num_losses);
 }

@@ -133,6 +133,15 @@ class Transport {
     /// false. Nothing is under way. Not at the same time as `close`.
     virtual bool count(epcomm_fabric_traffic* /*into*/, bool /*restart*/) { return false; }
 
+    /// A modelled network: keep the last `capacity` messages from now on, 0: none; false: it cannot.
+    virtual bool keep_messages(uint64_t /*capacity*/) { return false; }
+
+    /// Those kept, oldest first; `total`: all since `keep_messages`.
+    virtual std::vector<epcomm_fabric_message> messages(uint64_t* total) {
+        *total = 0;
+        return {};
+    }
+
     /// Whether the peer's process is known to be gone; false where only a failing operation tells.
     virtual bool peer_gone(int32_t /*peer*/) { return false; }
 

@@ -331,6 +331,10 @@ EPCOMM_API int epcomm_cuda_launch_calibrate(const epcomm_cuda_calibrate* call, v
 /// Let what comes on stream `then` wait for all that is on stream `first` by now.
 EPCOMM_API int epcomm_cuda_order(void* first, void* then);
 
+/// A moment by the GPU's timer and by the host's monotonic clock, which the pair may miss by
+/// `error_ns`. Waits for the kernels that run before the one that reads the timer.
+EPCOMM_API int epcomm_cuda_compare_clocks(int64_t* device_ns, int64_t* host_ns, int64_t* error_ns);
+
 /// CUDA versions that the driver supports (0: no driver) and that this library was built with, as
 /// 12040 for 12.4.
 EPCOMM_API int epcomm_cuda_versions(int32_t* driver, int32_t* runtime);

@@ -90,6 +90,15 @@ EPCOMM_API const epcomm_ibgda* epcomm_fabric_ibgda_of(const epcomm_fabric_end* e
 EPCOMM_API int epcomm_fabric_count(epcomm_fabric_end* end, epcomm_fabric_traffic* into,
                                    int32_t restart);
 
+/// Keep the last `capacity` messages from now on, and forget older ones. Returns 1 where the
+/// transport keeps none, because it models no network or cannot tell.
+EPCOMM_API int epcomm_fabric_keep_messages(epcomm_fabric_end* end, uint64_t capacity);
+
+/// Copy the kept messages, oldest first, at most `capacity`; returns how many, or -1. `total`: all
+/// since epcomm_fabric_keep_messages.
+EPCOMM_API int64_t epcomm_fabric_messages(epcomm_fabric_end* end, epcomm_fabric_message* into,
+                                          int64_t capacity, uint64_t* total);
+
 /// Look after the threads: one that ended, or showed no sign of life for `stall_ns`, fails the
 /// fabric. A direct transport looks for errors that no producer meets. Returns the
 /// epcomm_fabric_status; the error record is in state->error.

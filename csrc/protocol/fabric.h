@@ -69,6 +69,24 @@ typedef struct {
     uint32_t header_bytes;         ///< of a packet
 } epcomm_fabric_traffic;
 
+/// A message of a modelled network, from doorbell to completion. Times are of the host's monotonic
+/// clock; `depart` and `arrive` are in the model, the others in fact.
+typedef struct {
+    int64_t rung_ns;       ///< the NIC saw the doorbell
+    int64_t depart_ns;     ///< its first byte leaves
+    int64_t arrive_ns;     ///< its last byte arrives
+    int64_t landed_ns;     ///< its last bytes were placed; 0: it completed before that
+    int64_t completed_ns;  ///< its completion was written, if it asked for one
+    uint64_t position;     ///< of the request in its send queue
+    uint64_t bytes;
+    uint32_t queue_pair;  ///< its number on this rank's side
+    int32_t peer;         ///< node number
+    int32_t channel;
+    int32_t plane;
+    int32_t atomic;  ///< 1: an atomic operation, such as a signal
+    int32_t reserved;
+} epcomm_fabric_message;
+
 /// Why a fabric stopped. Once it has, nothing more is sent and every wait on it ends.
 typedef enum {
     EPCOMM_FABRIC_OK = 0,

@@ -11,6 +11,7 @@ from ..bootstrap import Bootstrap
 from ..errors import BufferClosedError, EpcommError, FabricError, PeerTimeoutError
 from ..native import constants
 from ..results import CombineResult, DispatchResult, Handle
+from ..timeline import Trace
 from ..topology import Topology
 from .combine import Combine
 from .control import Waiting
@@ -69,6 +70,8 @@ class CpuBackend:
     def _prepare(self, operation: str, make: Callable[[], _Result]) -> _Result:
         """Do the part of a call that can fail on this rank alone; tell the peers if it does."""
         self._check_usable()
+        if self.node.spans is not None:
+            self.node.spans.call = self._epoch + 1
         try:
             return make()
         except Exception as error:
@@ -109,6 +112,10 @@ class CpuBackend:
         row_bytes = hidden * torch.empty((), dtype=dtype).element_size()
         parts = combine_parts(handle.num_rows, row_bytes, num_topk, handle.layout == "expert")
         return self.node.windows.lease("combine").tensor(parts.x, (handle.num_rows, hidden), dtype)
+
+    def timeline(self, *, restart: bool) -> Trace:
+        assert self.node.timeline is not None
+        return self.node.timeline.read(restart=restart)
 
     def check(self) -> None:
         """Every call has waited for its own end."""

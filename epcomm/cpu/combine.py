@@ -36,7 +36,7 @@ class Combine:
         """
         self.node = node
         self.call = call
-        self.phases = Phases()
+        self.phases = Phases("combine", node.spans)
         self.routes: Routes = call.handle._state
         self.with_weights = call.topk_weights is not None
         config = node.config

@@ -110,7 +110,7 @@ class Dispatch:
         """
         self.node = node
         self.call = call
-        self.phases = Phases()
+        self.phases = Phases("dispatch", node.spans)
         config = node.config
         self.record: RecordLayout = dispatch_record(call.format, config.hidden, config.num_topk)
         self.by_expert = call.layout == "expert"

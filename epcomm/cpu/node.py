@@ -13,9 +13,11 @@ from ..native import combine_record, constants, dispatch_record
 from ..topology import Topology
 from .announce import Announcer, announcement_bytes
 from .control import ControlBlock, NodeControl, Waiting
+from .phases import HostSpans
 from .scaleout import ScaleOut
 from .scaleout_fabric import FabricScaleOut, MessageSizes
 from .segments import PeerWindows, Segment, WindowPool
+from .timeline import HostTimeline
 from .window import combine_parts, dispatch_parts
 
 
@@ -28,6 +30,11 @@ class Node:
         self.topology = topology
         self.config = config
         self.scale_out = _make_scale_out(bootstrap, topology, config, options)
+        self.timeline: HostTimeline | None = None
+        if options.timeline is not None:
+            self.timeline = HostTimeline(
+                topology, options.timeline, self.scale_out, options.fabric
+            )
         self.experts_per_rank = config.num_experts // topology.num_ranks
         slot_bytes = announcement_bytes(topology, config.num_experts)
         control_bytes = ControlBlock.nbytes(topology.num_nodes, slot_bytes)
@@ -44,6 +51,11 @@ class Node:
         self._num_threads = options.num_threads
         if options.num_threads > 1:
             self._threads = ThreadPoolExecutor(options.num_threads, "epcomm")
+
+    @property
+    def spans(self) -> HostSpans | None:
+        """Where phases of calls are kept, if anywhere."""
+        return None if self.timeline is None else self.timeline.spans
 
     def window_addresses(
         self, headers: np.ndarray, needed_L: np.ndarray, what: Waiting

@@ -115,6 +115,11 @@ class FabricScaleOut:
         self._aborts_N = np.zeros(num_nodes, np.int64)
         self._close = weakref.finalize(self, self._fabric.close)
 
+    @property
+    def fabric(self) -> Fabric:
+        """What carries the messages."""
+        return self._fabric
+
     # Memory -------------------------------------------------------------------------------
 
     def inbox(self, rank: int, nbytes: int) -> np.ndarray:

@@ -69,6 +69,7 @@ def _declare() -> None:
     library.epcomm_cuda_loan_lend.restype = None  # takes a reference as it is
     library.epcomm_cuda_loan_close.argtypes = [ctypes.c_void_p]
     library.epcomm_cuda_loan_close.restype = None
+    library.epcomm_cuda_compare_clocks.argtypes = [ctypes.c_void_p] * 3
     library.epcomm_cuda_versions.argtypes = [ctypes.POINTER(ctypes.c_int32)] * 2
     library.epcomm_cuda_error_text.argtypes = [ctypes.c_int]
     library.epcomm_cuda_error_text.restype = ctypes.c_char_p

@@ -8,6 +8,7 @@ import torch
 from ..backend import CombineCall, Config, DispatchCall, Options
 from ..bootstrap import Bootstrap, raise_together
 from ..results import CombineResult, DispatchResult, Handle
+from ..timeline import Trace
 from ..topology import Topology
 from . import abi
 from .combines import Combines
@@ -19,6 +20,7 @@ from .forms import Forms, Tuning
 from .nics import nic_sms
 from .routes import Shape
 from .scaleout import ScaleOut
+from .timeline import GpuTimeline
 
 
 class CudaBackend:
@@ -53,6 +55,12 @@ class CudaBackend:
             max_sms=device.max_sms,
             scale_out=self._scale_out,
         )
+        self._timeline: GpuTimeline | None = None
+        if options.timeline is not None:
+            self._timeline = GpuTimeline(
+                topology, options.timeline, device.index, device.max_sms, self._scale_out
+            )
+            self._engine.world.timeline = self._timeline.pointer
         forms = Forms(shape, config.hidden, self._engine.world, self.tuning)
         self._core = Core(topology, config, self._engine, forms, options.timeout)
         self._dispatches = Dispatches(self._core)
@@ -69,6 +77,11 @@ class CudaBackend:
 
     def refuse(self, operation: str, error: Exception) -> None:
         self._core.refuse(f"OP_{operation.upper()}", error, self._core.begin())
+
+    def timeline(self, *, restart: bool) -> Trace:
+        assert self._timeline is not None
+        self._core.calls.synchronize()
+        return self._timeline.read(restart=restart)
 
     def check(self) -> None:
         self._core.check()

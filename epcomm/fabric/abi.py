@@ -32,6 +32,8 @@ _FUNCTIONS = {
     "of": (_POINTER, [_POINTER]),
     "ibgda_of": (_POINTER, [_POINTER]),
     "count": (_I32, [_POINTER, _POINTER, _I32]),
+    "keep_messages": (_I32, [_POINTER, _U64]),
+    "messages": (_I64, [_POINTER, _POINTER, _I64, _POINTER]),
     "check": (_I32, [_POINTER, _I64]),
     "num_losses": (ctypes.c_uint32, [_POINTER]),
     "loss_text": (ctypes.c_char_p, [_POINTER, ctypes.c_uint32, _POINTER]),

@@ -136,6 +136,7 @@ class Fabric:
         self._finish: Any = None
         self._open_end: int | None = None
         self._warned = 0
+        self._kept = 0
         addresses: list[bytes] = []
         error: Exception | None = None
         try:
@@ -275,6 +276,25 @@ class Fabric:
         traffic = np.zeros((), dtypes["traffic"])
         counted = library.epcomm_fabric_count(self._end, traffic.ctypes.data, restart) == 0
         return traffic if counted else None
+
+    def keep_messages(self, capacity: int) -> bool:
+        """Keep the last ``capacity`` messages of a modelled network from now on, and no older ones.
+
+        False where the transport models no network, or does not tell.
+        """
+        result = library.epcomm_fabric_keep_messages(self._end, capacity)
+        self._require(result)
+        self._kept = capacity if result == 0 else 0
+        return bool(result == 0)
+
+    def messages(self) -> tuple[np.ndarray, int]:
+        """The kept messages, oldest first: ``message`` [n]; and the number of all."""
+        messages, total = np.zeros(self._kept, dtypes["message"]), ctypes.c_uint64()
+        count = library.epcomm_fabric_messages(
+            self._end, messages.ctypes.data, len(messages), ctypes.byref(total)
+        )
+        self._require(count)
+        return messages[:count], total.value
 
     def describe(self) -> str:
         """One line: what the transport chose."""

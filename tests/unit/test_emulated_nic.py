@@ -21,6 +21,7 @@ PROGRAMS = {
     "emulated_schedules": EMULATED,
     "emulated_wrong_writers": EMULATED,
     "emulated_threads": EMULATED,
+    "emulated_passages": EMULATED,
     "ibgda_fabric": EMULATED,
     "ibgda_schedules": [*EMULATED, *FIBERS],
     "planes": [*EMULATED, *FIBERS],

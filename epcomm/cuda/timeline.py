@@ -1,0 +1,116 @@
+"""The timeline of a rank of the CUDA back end: its rings on the GPU, and the trace of them."""
+
+import ctypes
+from typing import Any
+
+import cupy
+import numpy as np
+
+from .. import native
+from ..clocks import HostClock
+from ..fabric.abi import dtypes as fabric_dtypes
+from ..timeline import Clock, Trace, make_trace
+from ..topology import Topology
+from ..trace_events import Channels, events_of_kernels, unroll
+from . import abi
+from .scaleout import ScaleOut
+
+#: Spans that each thread block keeps; some hundred kilobytes.
+CAPACITY = 1 << 12
+
+
+class GpuTimeline:
+    """Rings that kernels note into.
+
+    Args:
+        topology: of the world.
+        clock: of the host.
+        device: index of the GPU.
+        num_blocks: most blocks of a call.
+        scale_out: the way to other nodes.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        clock: HostClock,
+        device: int,
+        num_blocks: int,
+        scale_out: ScaleOut | None,
+    ) -> None:
+        self._topology, self._clock = topology, clock
+        uuid = cupy.cuda.runtime.getDeviceProperties(device)["uuid"]
+        self._domain = f"GPU {bytes(uuid).hex()}"
+        self._spans = cupy.zeros(num_blocks * CAPACITY * abi.dtypes["span"].itemsize, np.uint8)
+        self._counts = cupy.zeros(num_blocks, np.uint64)
+        block = np.zeros(1, abi.dtypes["timeline"])
+        block["spans"], block["counts"] = self._spans.data.ptr, self._counts.data.ptr
+        block["capacity"], block["num_blocks"] = CAPACITY, num_blocks
+        self._block = cupy.asarray(block.view(np.uint8))
+        cupy.cuda.runtime.deviceSynchronize()
+        self._channels, self._not_shown = _channels_of(scale_out)
+
+    @property
+    def pointer(self) -> int:
+        """Of ``epcomm_cuda_timeline``."""
+        return int(self._block.data.ptr)
+
+    def read(self, *, restart: bool) -> Trace:
+        """The trace of calls that have ended; ``restart``: then forget what it shows."""
+        counts = self._counts.get()
+        spans = self._spans.get().view(abi.dtypes["span"]).reshape(len(counts), CAPACITY)
+        spans, lost = unroll(spans, counts)
+        if restart:
+            self._counts.fill(0)
+            cupy.cuda.runtime.deviceSynchronize()
+        topology = self._topology
+        base = int(spans["begin"].min()) if len(spans) else 0
+        return make_trace(
+            events_of_kernels(spans, _ROLES, topology.rank, self._channels, base),
+            base,
+            self._compare(),
+            rank=topology.rank,
+            node=topology.node,
+            local_rank=topology.local_rank,
+            lost_spans=lost,
+            not_shown=self._not_shown,
+        )
+
+    def _compare(self) -> Clock:
+        """The GPU's timer and the host's clock, now."""
+        ns, host_ns, error_ns = (ctypes.c_int64() for _ in range(3))
+        code = native.library.epcomm_cuda_compare_clocks(
+            *(ctypes.byref(value) for value in (ns, host_ns, error_ns))
+        )
+        abi.check(code, "comparing the clocks of GPU and host")
+        return Clock(
+            self._domain,
+            ns.value,
+            host_ns.value,
+            error_ns.value,
+            self._clock.offset_ns,
+            self._clock.error_ns,
+        )
+
+
+_ROLES = {
+    number: name.removeprefix("ROLE_").lower()
+    for name, number in abi.constants.items()
+    if name.startswith("ROLE_")
+}
+
+
+def _channels_of(scale_out: ScaleOut | None) -> tuple[Channels, list[str]]:
+    """Channels of chunks, and what the trace cannot show."""
+    if scale_out is None:
+        return Channels(), []
+    fabric, plan = scale_out.fabric, scale_out.plan
+    planes, ibgda = 1, fabric.ibgda
+    if ibgda is not None:
+        fields: Any = np.frombuffer(ibgda, fabric_dtypes["ibgda"])[0]
+        planes = int(fields["num_planes"])
+    channels = Channels(int(plan.chunking["num_channels"]), plan.held_chunks, planes)
+    return channels, [
+        f"messages on the network: transport {fabric.options.transport!r} does not tell when it "
+        "carries them; the flight of a chunk goes from its put to the first end of a wait for it"
+    ]

@@ -1,0 +1,100 @@
+// What the host engine keeps of every message, for a timeline.
+
+#include "rig.h"
+
+using namespace rig;
+
+namespace {
+
+constexpr LineModel kPlain = {10, 4096, 0, 0, 0, 1000, 500'000, 0};
+
+Options plain() {
+    Options options;
+    options.line = kPlain;
+    options.num_blocks = options.num_completions = 64;
+    options.memory_bytes = 1 << 20;
+    return options;
+}
+
+}  // namespace
+
+TEST(a_passage_has_the_models_times_and_the_engines) {
+    Rig r(plain());
+    r.engine.keep_passages(16);
+    Writer* w = r.pair();
+    const Picoseconds start = r.engine.now();
+    CHECK(r.write(w, 0, 0, 10'000) != 0);
+    CHECK(r.add_to(w, 2000, 1) != 0);
+    CHECK(r.flush(w));
+    const std::vector<Passage> seen = r.engine.passages().in_order();
+    CHECK_EQUAL(seen.size(), size_t(2));
+    const Passage& bytes = seen[0];
+    CHECK_EQUAL(bytes.bytes, 10'000u);
+    CHECK(!bytes.is_atomic);
+    CHECK(seen[1].is_atomic);
+    CHECK_EQUAL(bytes.position, 0u);
+    CHECK_EQUAL(seen[1].position, 1u);
+    CHECK_EQUAL(bytes.queue, w->queue.number);
+    CHECK_EQUAL(bytes.rung, start);
+    CHECK_EQUAL(bytes.depart, start);
+    // 10'000 / 10 ns and 1000 ns there; as much time back.
+    CHECK_EQUAL(bytes.arrive, start + 2000 * kNanosecond);
+    CHECK(bytes.landed >= bytes.arrive);
+    CHECK(bytes.completed >= bytes.landed + 1000 * kNanosecond);
+    CHECK(seen[1].landed >= bytes.landed);
+    r.expect_clean();
+}
+
+TEST(the_oldest_are_written_over_and_all_are_counted) {
+    Rig r(plain());
+    r.engine.keep_passages(4);
+    Writer* w = r.pair();
+    // More than there are slots, so that every slot's moments are used again.
+    for (int i = 0; i < 150; ++i) {
+        CHECK(r.write(w, 0, 0, 800) != 0);
+        CHECK(r.flush(w));
+    }
+    CHECK_EQUAL(r.engine.passages().count, 150u);
+    const std::vector<Passage> seen = r.engine.passages().in_order();
+    CHECK_EQUAL(seen.size(), size_t(4));
+    for (size_t i = 0; i < seen.size(); ++i) {
+        CHECK_EQUAL(seen[i].position, 146 + i);
+        CHECK(seen[i].rung <= seen[i].depart);
+        CHECK(seen[i].depart < seen[i].landed);
+        CHECK(i == 0 || seen[i - 1].completed <= seen[i].rung);
+    }
+    r.engine.keep_passages(4);
+    CHECK_EQUAL(r.engine.passages().in_order().size(), size_t(0));
+}
+
+TEST(what_was_under_way_before_has_none) {
+    Rig r(plain());
+    Writer* w = r.pair();
+    CHECK(r.write(w, 0, 0, 800) != 0);
+    CHECK(r.engine.step());
+    r.engine.keep_passages(4);
+    CHECK(r.write(w, 0, 0, 800) != 0);
+    CHECK(r.flush(w));
+    CHECK_EQUAL(r.engine.passages().count, 1u);
+    CHECK_EQUAL(r.engine.passages().in_order()[0].position, 1u);
+}
+
+TEST(none_are_kept_unless_asked_for) {
+    Rig r(plain());
+    Writer* w = r.pair();
+    CHECK(r.write(w, 0, 0, 800) != 0);
+    CHECK(r.flush(w));
+    CHECK(!r.engine.passages().wanted());
+    CHECK_EQUAL(r.engine.passages().count, 0u);
+}
+
+TEST(flushed_requests_have_no_passage) {
+    Options options = plain();
+    options.engine.rules.push_back({kKillQueue, kAny, kAny, 2, 2, kAlways, 1, 0});
+    Rig r(options);
+    r.engine.keep_passages(16);
+    Writer* w = r.pair();
+    for (int i = 0; i < 5; ++i) r.write(w, 0, 0, 800);
+    r.engine.settle();
+    for (const Passage& passage : r.engine.passages().in_order()) CHECK(passage.position < 2);
+}
