@@ -160,7 +160,6 @@ def events_of_messages(
         details = {
             "bytes": int(message["bytes"]),
             "request": int(message["position"]),
-            "atomic": bool(message["atomic"]),
             "arrive in the model, us": moments["arrive"],
         }
         landed = max(moments["depart"], moments["landed"])

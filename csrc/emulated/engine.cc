@@ -128,7 +128,7 @@ bool Engine::step_queue(Slot* slot, Picoseconds* wake) {
     emulated::step(mlx5::OneThread(), &context, queue, fabric::load_acquire(queue->doorbell),
                    copier);
     if (passages_.wanted()) {
-        slot->moments.note(uint16_t(slot->nic), queue, fetched, completed, context.now, &passages_);
+        slot->moments.note(slot->nic, queue, fetched, completed, context.now, &passages_);
     }
     *wake = context.wake;
     return context.progress;

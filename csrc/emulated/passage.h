@@ -19,8 +19,7 @@ struct Passage {
     uint64_t position;
     uint32_t queue;
     uint32_t bytes;
-    uint16_t nic;
-    bool is_atomic;
+    uint32_t nic;
 };
 
 struct Passages {
@@ -49,7 +48,7 @@ struct Moments {
     explicit Moments(size_t num_blocks = 0) : rung(num_blocks), landed(num_blocks) {}
 
     /// After a look at the queue pair, which had fetched and completed so much before.
-    void note(uint16_t nic, QueuePair* queue, uint64_t fetched, uint64_t completed, Picoseconds now,
+    void note(uint32_t nic, QueuePair* queue, uint64_t fetched, uint64_t completed, Picoseconds now,
               Passages* into) {
         const uint64_t mask = queue->num_blocks - 1;
         for (uint64_t p = fetched; p < queue->fetched; ++p) rung[p & mask] = queue->posted_at;
@@ -60,7 +59,7 @@ struct Moments {
             if (flight.request.opcode == mlx5::kNop || rung[p & mask] == 0) continue;
             into->add({rung[p & mask], flight.times.depart, flight.times.arrive,
                        flight.landed != 0 ? landed[p & mask] : 0, now, p, queue->number,
-                       flight.request.bytes, nic, flight.request.is_atomic()});
+                       flight.request.bytes, nic});
         }
     }
 };

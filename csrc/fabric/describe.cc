@@ -133,7 +133,6 @@ constexpr epcomm_field kFields[] = {
     FIELD(message, peer),
     FIELD(message, channel),
     FIELD(message, plane),
-    FIELD(message, atomic),
     END("message", epcomm_fabric_message),
     OTHER_FIELD(region_key, address),
     OTHER_FIELD(region_key, bytes),

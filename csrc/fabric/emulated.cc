@@ -295,7 +295,6 @@ class Emulated : public Transport {
         const auto index = int32_t(found - queues_.begin());
         message.peer = index / plan_.num_channels;
         message.channel = index % plan_.num_channels;
-        message.atomic = passage.is_atomic ? 1 : 0;
         return message;
     }
 

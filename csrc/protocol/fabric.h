@@ -83,8 +83,6 @@ typedef struct {
     int32_t peer;         ///< node number
     int32_t channel;
     int32_t plane;
-    int32_t atomic;  ///< 1: an atomic operation, such as a signal
-    int32_t reserved;
 } epcomm_fabric_message;
 
 /// Why a fabric stopped. Once it has, nothing more is sent and every wait on it ends.

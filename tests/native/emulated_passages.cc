@@ -30,8 +30,7 @@ TEST(a_passage_has_the_models_times_and_the_engines) {
     CHECK_EQUAL(seen.size(), size_t(2));
     const Passage& bytes = seen[0];
     CHECK_EQUAL(bytes.bytes, 10'000u);
-    CHECK(!bytes.is_atomic);
-    CHECK(seen[1].is_atomic);
+    CHECK_EQUAL(seen[1].bytes, 8u);
     CHECK_EQUAL(bytes.position, 0u);
     CHECK_EQUAL(seen[1].position, 1u);
     CHECK_EQUAL(bytes.queue, w->queue.number);
