@@ -4,6 +4,7 @@
     bash launch/bench.sh --nodes 2 4 --json results.json
     bash launch/bench.sh --nodes 2 --cases line --sms 4 8 --fabric "emulated rate=50 blocks=2"
     bash launch/bench.sh --nodes 2 4 --cases messages     # kernels against proxies, same network
+    bash launch/bench.sh --nodes 2 --cases line --sms 8 --timeline trace.json
 
 Everything is checked against the oracle before it is timed. The cases are
 
@@ -41,6 +42,7 @@ from .gpu.nodes_triggers import (
     numbers_of_ranks,
 )
 from .gpu.options import Gpus
+from .gpu.picture import picture
 from .gpu.runner import Job, Runner, begin, end, find_gpus
 from .gpu.timing import Effort
 from .triggers import KernelProducers
@@ -106,6 +108,15 @@ class _Run:
             self.triggers = measure_triggers(self.runner, shape, KernelProducers, self.out)
             judge_triggers(self.world, self.triggers, shape, self.goals)
 
+    def picture(self, path: str) -> None:
+        """A timeline with the first setting that there is."""
+        settings = [s for case in self.options.cases for s in self._settings(case)]
+        if not settings:
+            self.runner.failed += 1
+            return
+        job = replace(self._job(settings[0]), timeline=True)
+        self.runner.measure("timeline", job, partial(picture, path=path))
+
     def _lines(self) -> None:
         """A sweep over SMs for each fabric and number of nodes, and what is wanted of it."""
         settings = self._settings("line")
@@ -150,7 +161,9 @@ def main() -> None:
     options = parse(gpus=gpus)
     record, out = begin(world, gpus, options.ranks)
     run = _Run(world, options, gpus, out)
-    for case in options.cases:
+    if options.timeline:
+        run.picture(options.timeline)
+    for case in () if options.timeline else options.cases:
         run.case(case)
     if out.figures:
         _define(out)

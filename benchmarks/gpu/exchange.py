@@ -94,6 +94,7 @@ class Exchange:
         device: Literal["cuda", "cpu"] = "cuda",
         fabric: str = "auto",
         staging: int | None = None,
+        timeline: bool = False,
     ) -> None:
         self.comm = comm
         self.shape = shape
@@ -113,6 +114,7 @@ class Exchange:
             timeout=timeout,
             fabric=fabric,
             max_staging_bytes=staging,
+            timeline=timeline,
         )
         first = self.first("BF16", 0)
         self.handle: Handle = first.handle

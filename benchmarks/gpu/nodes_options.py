@@ -51,6 +51,7 @@ class Options:
         groups: of calls; a figure is the median over them.
         calls: of a group.
         json: file for all numbers, or None.
+        timeline: file for a trace, which is then all that is made, or None.
     """
 
     shape: Shape
@@ -62,6 +63,7 @@ class Options:
     groups: int
     calls: int
     json: str | None
+    timeline: str | None = None
 
     @property
     def ranks(self) -> int:
@@ -119,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--calls", type=positive, default=6, help="calls of a group")
     add("--seed", type=int, default=0)
     add("--json", metavar="FILE", help="write all numbers")
+    add(
+        "--timeline",
+        metavar="FILE",
+        help="time nothing: write a Chrome trace of a dispatch and a combine on all ranks, with "
+        "the first setting of the cases",
+    )
     return parser
 
 
@@ -172,7 +180,10 @@ def parse(arguments: list[str] | None = None, gpus: Gpus | None = None) -> Optio
         groups=given.groups,
         calls=given.calls,
         json=given.json,
+        timeline=given.timeline,
     )
+    if options.timeline and not any(options.settings(case, gpus) for case in options.cases):
+        parser.error("--timeline: expected a case with settings, such as --cases line")
     if gpus is not None:
         _check_room(parser, options, gpus)
     return options

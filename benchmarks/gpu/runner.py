@@ -71,6 +71,7 @@ class Job:
         fabric: between nodes, as Buffer takes it.
         staging: most bytes of it, as Buffer's ``max_staging_bytes`` takes them.
         timeout: seconds a rank may stay silent.
+        timeline: whether its buffer notes one.
     """
 
     shape: Shape
@@ -78,6 +79,7 @@ class Job:
     fabric: str = "auto"
     staging: int | None = None
     timeout: float = 20.0
+    timeline: bool = False
 
     def __str__(self) -> str:
         shape = self.shape
@@ -130,7 +132,13 @@ class Runner:
             check_small(comm, shape, job.sms, job.fabric)
             self._checked.add(kind)
         with Exchange(
-            comm, shape, job.sms, job.timeout, fabric=job.fabric, staging=job.staging
+            comm,
+            shape,
+            job.sms,
+            job.timeout,
+            fabric=job.fabric,
+            staging=job.staging,
+            timeline=job.timeline,
         ) as exchange:
             check(exchange)
             measure(exchange, self._out, self._effort)

@@ -19,6 +19,7 @@ from benchmarks.gpu.nodes_options import parse
 from benchmarks.gpu.options import Gpus
 from benchmarks.triggers import HostProducers, Sweep
 from benchmarks.verify import VerificationError
+from epcomm.timeline import Trace
 
 FABRIC = "proxy/emulated rate=1 latency_ns=200000"
 SMALL = ["--tokens", "40", "--hidden", "512", "--topk", "3", "--groups", "2", "--calls", "1"]
@@ -117,6 +118,29 @@ def test_line_case_is_judged_by_the_model(world, capfd):
     if run.world.rank == 0:
         assert printed.count("modelled network, limit:") == 4
         assert "emulated: mlx5 requests, modelled network of 1 GB/s" in printed
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_picture_shows_two_calls_and_what_the_nics_carried(world, tmp_path, capfd):
+    comm = world(4)
+    path = comm.bcast(str(tmp_path / "trace.json"))
+    arguments = ["--ranks", "4", "--nodes", "2", "--experts", "16", "--sms", "3", *SMALL]
+    options = parse([*arguments, "--cases", "line", "--fabric", FABRIC, "--timeline", path])
+    run = gpu_between._Run(comm, options, Gpus(1, 132), Table(Machine(1e9, 1), comm.rank == 0))
+    run.picture(options.timeline)
+    assert run.runner.failed == 0
+    assert not run.out.figures
+    comm.barrier()
+    trace = Trace.load(path)
+    assert [rank["rank"] for rank in trace.ranks] == [0, 1, 2, 3]
+    for rank in range(4):
+        names = [e["name"] for e in trace.events if e["pid"] == rank and e["ph"] == "X"]
+        assert names.count("dispatch: layout") == names.count("combine: expose") == 1
+    messages = [e for e in trace.events if e.get("cat") == "nic" and e["name"] != "wire"]
+    # Two announcements of each rank, its records and its sums, a signal after each.
+    assert len(messages) == 2 * 4 * 8
+    printed = capfd.readouterr().out
+    assert ("events of 4 ranks, 0 lost" in printed) == (comm.rank == 0)
 
 
 @pytest.mark.usefixtures("on_cpu")

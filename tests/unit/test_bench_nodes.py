@@ -68,6 +68,14 @@ def test_defaults_fit_with_their_nics(gpus: Gpus) -> None:
     assert options.most_sms(gpus) == most
 
 
+def test_a_timeline_is_of_one_setting() -> None:
+    options = parse(["--nodes", "2", "--cases", "line", "--timeline", "a.json"], H200)
+    assert options.timeline == "a.json"
+    assert parse(["--nodes", "2"], H200).timeline is None
+    with pytest.raises(SystemExit):  # triggers have none
+        parse(["--nodes", "2", "--cases", "triggers", "--timeline", "a.json"], H200)
+
+
 def test_launcher_is_told_ranks_and_sms_of_rank_and_nic() -> None:
     arguments = ["1", "132", "--nodes", "2", "--cases", "line", "--sms", "4", "8"]
     done = subprocess.run(
