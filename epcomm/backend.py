@@ -105,7 +105,7 @@ class CombineCall:
 
 
 class Backend(Protocol):
-    """Moves tokens. All but ``check``, ``timeline``, ``close``, ``combine_input`` are collective."""
+    """Moves tokens. Only making it, ``dispatch``, ``combine`` and ``refuse`` are collective."""
 
     topology: Topology
     device: torch.device  # where tensors of a call are

@@ -7,14 +7,14 @@ Clocks. A rank's times are by one clock: with backend "cuda" its GPU's timer, el
 monotonic clock. ``merge`` brings them to the clock of rank 0's host:
 
 - Ranks on one GPU, and on one host with backend "cpu", have the same clock: nothing is estimated.
-- Another GPU's timer is compared with its host's clock when the trace is made, by reading the host's
-  before and after; the pair is wrong by at most half of what lay between, some microseconds.
-- Another host's clock is compared with rank 0's when the Buffer is made, by messages; it is wrong by
-  at most half a round trip, tens to hundreds of microseconds, and by what the clocks have drifted
-  apart since.
+- Another GPU's timer is compared with its host's clock when the trace is made, by reading the
+  host's before and after; the pair is wrong by at most half of what lay between, some microseconds.
+- Another host's clock is compared with rank 0's when the Buffer is made, by messages; it is wrong
+  by at most half a round trip, tens to hundreds of microseconds, and by what the clocks have
+  drifted apart since.
 
-What the comparisons may be wrong by stands in the trace (``ranks[...]["clock"]``). Read the order of
-events on different GPUs or hosts with that in mind.
+What the comparisons may be wrong by stands in the trace (``Trace.ranks[i]["clock"]``). Read the
+order of events on different GPUs or hosts with that in mind.
 """
 
 import json
@@ -125,8 +125,11 @@ def make_trace(
         events: of trace_events, times since ``base``.
         base: nanoseconds by ``clock``.
         clock: the rank's.
-        rank, node, local_rank: whose.
-        lost_spans, lost_messages: older ones that were written over.
+        rank: whose.
+        node: its node.
+        local_rank: its place in the node.
+        lost_spans: older ones that were written over.
+        lost_messages: likewise.
         not_shown: what a reader might look for in vain, in words.
     """
     who = f"rank {rank} (node {node}, local rank {local_rank})"
@@ -263,7 +266,8 @@ def _main(arguments: Sequence[str]) -> None:
         raise SystemExit("usage: python -m epcomm.timeline INTO FILE...")
     trace = merge(arguments[1:])
     trace.save(arguments[0])
-    print(f"{arguments[0]}: ranks {[r['rank'] for r in trace.ranks]}, {trace.lost} events lost")
+    ranks = [rank["rank"] for rank in trace.ranks]
+    sys.stdout.write(f"{arguments[0]}: ranks {ranks}, {trace.lost} events lost\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Times are nanoseconds of some clock; ``base`` is the moment that becomes 0.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +131,7 @@ def events_of_host(spans: Iterable[Span], rank: int, base: int) -> list[JsonObje
 
 
 def events_of_messages(
-    messages: np.ndarray, rank: int, rail: tuple[int, ...], base: int
+    messages: np.ndarray, rank: int, rail: Sequence[int], base: int
 ) -> list[JsonObject]:
     """What the rank's emulated network cards carried.
 

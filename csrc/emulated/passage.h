@@ -1,5 +1,5 @@
-// What became of every message of an engine's queue pairs, and when: for a timeline. Kept only where
-// somebody asked for it, in a ring whose oldest entries are written over.
+// What became of every message of an engine's queue pairs, and when: for a timeline. Kept only
+// where somebody asked for it, in a ring whose oldest entries are written over.
 #pragma once
 
 #include <vector>

@@ -288,8 +288,8 @@ class Emulated : public Transport {
         message.position = passage.position;
         message.bytes = passage.bytes;
         message.queue_pair = passage.queue;
-        const auto found = std::find_if(
-            queues_.begin(), queues_.end(), [&](const mlx5::SendQueue& queue) {
+        const auto found =
+            std::find_if(queues_.begin(), queues_.end(), [&](const mlx5::SendQueue& queue) {
                 return queue.ring != nullptr && queue.number == passage.queue;
             });
         const auto index = int32_t(found - queues_.begin());

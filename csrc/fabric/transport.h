@@ -133,7 +133,7 @@ class Transport {
     /// false. Nothing is under way. Not at the same time as `close`.
     virtual bool count(epcomm_fabric_traffic* /*into*/, bool /*restart*/) { return false; }
 
-    /// A modelled network: keep the last `capacity` messages from now on, 0: none; false: it cannot.
+    /// A modelled network: keep the last `capacity` messages from now on; false: it cannot.
     virtual bool keep_messages(uint64_t /*capacity*/) { return false; }
 
     /// Those kept, oldest first; `total`: all since `keep_messages`.

@@ -32,9 +32,7 @@ class Node:
         self.scale_out = _make_scale_out(bootstrap, topology, config, options)
         self.timeline: HostTimeline | None = None
         if options.timeline is not None:
-            self.timeline = HostTimeline(
-                topology, options.timeline, self.scale_out, options.fabric
-            )
+            self.timeline = HostTimeline(topology, options.timeline, self.scale_out, options.fabric)
         self.experts_per_rank = config.num_experts // topology.num_ranks
         slot_bytes = announcement_bytes(topology, config.num_experts)
         control_bytes = ControlBlock.nbytes(topology.num_nodes, slot_bytes)

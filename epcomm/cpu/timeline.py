@@ -3,6 +3,7 @@
 import numpy as np
 
 from ..clocks import HostClock
+from ..fabric.abi import dtypes
 from ..fabric.fabric import Fabric
 from ..timeline import Clock, Trace, make_trace
 from ..topology import Topology
@@ -42,15 +43,14 @@ class HostTimeline:
         """The trace; ``restart``: then forget what it shows."""
         topology, clock = self._topology, self._clock
         spans, lost_spans = self.spans.read()
-        messages, total = np.zeros(0), 0
+        messages, total = np.zeros(0, dtypes["message"]), 0
         starts = [span.begin for span in spans]
         if self._fabric is not None:
             messages, total = self._fabric.messages()
             starts += messages["rung_ns"].tolist()
         base = min(starts, default=0)
         events = events_of_host(spans, topology.rank, base)
-        if len(messages):
-            events += events_of_messages(messages, topology.rank, topology.rail, base)
+        events += events_of_messages(messages, topology.rank, topology.rail, base)
         if restart:
             self.spans.restart()
             if self._fabric is not None:

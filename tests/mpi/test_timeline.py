@@ -1,4 +1,6 @@
-"""Timelines of the CPU back end: phases of calls, and messages of the emulated NICs between nodes."""
+"""Timelines of the CPU back end: phases of calls, and messages of emulated NICs between nodes."""
+
+from itertools import pairwise
 
 import pytest
 from harness import Case, check, make_buffer
@@ -37,7 +39,7 @@ def test_phases_and_messages_are_in_one_trace(world, tmp_path):
         assert calls == list(range(1, len(calls) + 1))
         assert {"dispatch: store", "combine: reduce at home"} <= {e["name"] for e in phases}
         # They follow each other.
-        for one, other in zip(phases, phases[1:], strict=False):
+        for one, other in pairwise(phases):
             assert one["ts"] + one["dur"] <= other["ts"] + 0.002  # rounding
     messages = [e for e in merged.events if e.get("cat") == "nic" and e["name"] != "wire"]
     begins = [e for e in messages if e["ph"] == "b"]
@@ -88,12 +90,12 @@ def test_what_a_fabric_does_not_tell_is_said(world):
 
 def test_off_by_default_and_said_so(world):
     comm = world(2)
-    with make_buffer(comm, SHAPE) as buffer:
-        with pytest.raises(ValueError, match="timeline: this Buffer notes nothing"):
-            buffer.timeline()
-    with make_buffer(comm, SHAPE, timeline=True) as buffer:
-        with pytest.raises(TypeError, match="restart: expected a bool, got int"):
-            buffer.timeline(restart=1)
+    notes_nothing = pytest.raises(ValueError, match="timeline: this Buffer notes nothing")
+    with make_buffer(comm, SHAPE) as buffer, notes_nothing:
+        buffer.timeline()
+    no_bool = pytest.raises(TypeError, match="restart: expected a bool, got int")
+    with make_buffer(comm, SHAPE, timeline=True) as buffer, no_bool:
+        buffer.timeline(restart=1)
 
 
 def test_an_argument_that_is_no_bool_is_refused(world):

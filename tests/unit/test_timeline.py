@@ -211,7 +211,7 @@ def test_phases_of_the_host_are_spans():
     # perf_counter is the monotonic clock, which messages and other ranks are by.
     assert abs(kept[1].end - time.monotonic_ns()) < 10**9
     events = events_of_host(kept, 5, kept[0].begin)
-    assert [e["ts"] for e in events if e["ph"] == "X"][0] == 0.0
+    assert next(e["ts"] for e in events if e["ph"] == "X") == 0.0
 
 
 def test_the_hosts_ring_keeps_the_newest_and_counts_the_rest():
