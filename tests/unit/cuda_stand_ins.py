@@ -70,6 +70,7 @@ class Gpu:
     waited: int = 0
     events: set[int] = field(default_factory=set)
     stream: int = 0  # the caller's current one
+    clocks: tuple[int, int, int] = (0, 0, 0)  # the GPU's, the host's, the error
     memory: dict[int, np.ndarray] = field(default_factory=dict)
 
     def allocate(self, num_bytes: int) -> int:
@@ -159,6 +160,10 @@ class Library:
         assert event in self.gpu.events
         return 0
 
+    def epcomm_cuda_compare_clocks(self, ns: Any, host_ns: Any, error_ns: Any) -> int:
+        ns._obj.value, host_ns._obj.value, error_ns._obj.value = self.gpu.clocks
+        return 0
+
     def epcomm_cuda_loan_open(self, memory: int, device: int) -> int:
         return self._real.epcomm_cuda_loan_open(memory, -1)
 
@@ -166,23 +171,36 @@ class Library:
 class _Array:
     """Stands for cupy.ndarray."""
 
-    def __init__(self, address: int) -> None:
+    def __init__(self, address: int, shape: Any = (), dtype: Any = np.uint8) -> None:
         self.data = types.SimpleNamespace(ptr=address)
+        self._values = np.empty(shape, dtype)  # for its shape
 
     def set(self, values: np.ndarray) -> None:
         ctypes.memmove(self.data.ptr, values.ctypes.data, values.nbytes)
 
+    def get(self) -> np.ndarray:
+        ctypes.memmove(self._values.ctypes.data, self.data.ptr, self._values.nbytes)
+        return self._values.copy()
+
     def fill(self, value: int) -> None:
-        pass
+        if self.data.ptr != 0:  # of a block of the device's, which nobody looks at
+            self.set(np.full_like(self._values, value))
 
 
 def _fake_cupy(gpu: Gpu) -> dict[str, types.ModuleType]:
     cupy, cuda, runtime = (types.ModuleType(n) for n in ("cupy", "cupy.cuda", "cupy.cuda.runtime"))
 
     def zeros(shape: Any, dtype: Any) -> _Array:
-        return _Array(gpu.allocate(int(np.prod(shape)) * np.dtype(dtype).itemsize))
+        return _Array(gpu.allocate(int(np.prod(shape)) * np.dtype(dtype).itemsize), shape, dtype)
 
-    cupy.__dict__.update(cuda=cuda, zeros=zeros, empty=zeros, ndarray=lambda *_: _Array(0))
+    def asarray(values: np.ndarray) -> _Array:
+        array = zeros(values.shape, values.dtype)
+        array.set(values)
+        return array
+
+    cupy.__dict__.update(
+        cuda=cuda, zeros=zeros, empty=zeros, asarray=asarray, ndarray=lambda *_: _Array(0)
+    )
     cuda.__dict__.update(
         runtime=runtime,
         UnownedMemory=lambda *_: None,
@@ -197,6 +215,7 @@ def _fake_cupy(gpu: Gpu) -> dict[str, types.ModuleType]:
         memset=lambda *_: None,
         memcpy=lambda to, source, n, _: ctypes.memmove(to, source, n),
         deviceSynchronize=lambda: None,
+        getDeviceProperties=lambda _: {"uuid": bytes(range(16))},
         memcpyDeviceToHost=2,
         ipcGetMemHandle=lambda address: address.to_bytes(8, "little"),
         ipcOpenMemHandle=lambda handle: int.from_bytes(handle, "little"),
@@ -221,7 +240,7 @@ class _Bootstrap:
         pass
 
 
-def make_buffer(monkeypatch: Any, gpu: Gpu, **config: int) -> Any:
+def make_buffer(monkeypatch: Any, gpu: Gpu, **config: Any) -> Any:
     """A Buffer of rank RANK of RANKS on one node, on tensors of the host.
 
     The modules that it uses are imported anew, and forgotten when ``monkeypatch`` is undone.

@@ -1,0 +1,120 @@
+"""A CUDA buffer's timeline without a GPU: what kernels are given, and what is made of their notes."""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from epcomm.cuda import abi
+
+if not abi.available:
+    pytest.skip("libepcomm was built without CUDA", allow_module_level=True)
+
+from cuda_stand_ins import RANK, Gpu, make_buffer
+
+from epcomm.clocks import HostClock
+
+pytestmark = pytest.mark.timeout(60)
+
+ROWS = torch.zeros(6, 256, dtype=torch.bfloat16)
+CHOICES = torch.arange(18).view(6, 3) % 16
+
+
+class Rings:
+    """What a kernel finds in ``world.timeline``."""
+
+    def __init__(self, pointer: int) -> None:
+        block = abi.structures["timeline"].from_address(pointer)
+        self.capacity, self.num_blocks = block.capacity, block.num_blocks
+        self._spans, self._counts = block.spans, block.counts
+
+    def note(self, block: int, **fields: Any) -> None:
+        """As a kernel does; a role that is not given is a warp's."""
+        count = ctypes.c_uint64.from_address(self._counts + 8 * block)
+        place = block * self.capacity + count.value % self.capacity
+        span = abi.structures["span"].from_address(
+            self._spans + place * abi.dtypes["span"].itemsize
+        )
+        for name, value in {"node": -1, "chunk": -1, "block": block, **fields}.items():
+            setattr(span, name, value)
+        count.value += 1
+
+
+@pytest.fixture
+def gpu():
+    return Gpu()
+
+
+def test_kernels_are_given_no_timeline_by_default(monkeypatch, gpu):
+    buffer = make_buffer(monkeypatch, gpu)
+    buffer.dispatch(ROWS, CHOICES)
+    assert [launch.block.world.timeline for launch in gpu.launches] == [0] * len(gpu.launches)
+    with pytest.raises(ValueError, match="timeline: this Buffer notes nothing"):
+        buffer.timeline()
+
+
+def test_a_trace_has_what_the_kernels_noted(monkeypatch, gpu):
+    buffer = make_buffer(monkeypatch, gpu, timeline=True)
+    result = buffer.dispatch(ROWS, CHOICES)
+    buffer.combine(buffer.combine_input(result.handle), result.handle)
+    pointers = {launch.block.world.timeline for launch in gpu.launches}
+    assert {launch.name for launch in gpu.launches} == {"dispatch", "combine"}
+    (pointer,) = pointers
+    rings = Rings(pointer)
+    assert rings.num_blocks == 132
+    assert rings.capacity & (rings.capacity - 1) == 0
+    store, arrive = abi.constants["ROLE_STORE"], abi.constants["ROLE_ARRIVE"]
+    rings.note(0, role=store, warp=3, begin=5000, end=9000, epoch=1, items=6)
+    rings.note(131, role=arrive, warp=-1, begin=9500, end=9900, epoch=1)
+    gpu.clocks = (9000, 700_000, 21)
+    trace = buffer.timeline()
+    slices = [e for e in trace.events if e["ph"] == "X"]
+    assert [(e["name"], e["ts"], e["dur"], e["pid"]) for e in slices] == [
+        ("store", 0.0, 4.0, RANK),
+        ("arrive", 4.5, 0.4, RANK),
+    ]
+    assert trace.data["otherData"]["base_ns"] == 5000
+    names = {e["args"]["name"] for e in trace.events if e["name"] == "thread_name"}
+    assert names == {"block 0 warp 3", "block 131"}
+    clock = trace.ranks[0]["clock"]
+    assert clock["domain"] == "GPU " + bytes(range(16)).hex()
+    assert (clock["ns"], clock["host_ns"], clock["error_ns"]) == (9000, 700_000, 21)
+    assert trace.ranks[0]["not_shown"] == []  # one node
+    assert trace.lost == 0
+
+
+def test_what_a_ring_lost_is_counted_and_a_restart_forgets(monkeypatch, gpu):
+    buffer = make_buffer(monkeypatch, gpu, timeline=True)
+    buffer.dispatch(ROWS, CHOICES)
+    rings = Rings(gpu.launches[0].block.world.timeline)
+    store = abi.constants["ROLE_STORE"]
+    for number in range(rings.capacity + 3):
+        rings.note(5, role=store, begin=100 + number, end=101 + number, epoch=1)
+    trace = buffer.timeline(restart=True)
+    slices = [e for e in trace.events if e["ph"] == "X"]
+    assert len(slices) == rings.capacity
+    assert trace.data["otherData"]["base_ns"] == 103
+    assert trace.lost == 3
+    assert not [e for e in buffer.timeline().events if e["ph"] == "X"]
+
+
+def test_every_role_has_a_name(monkeypatch, gpu):
+    """And its numbers are those of the library."""
+    buffer = make_buffer(monkeypatch, gpu, timeline=True)
+    buffer.dispatch(ROWS, CHOICES)
+    rings = Rings(gpu.launches[0].block.world.timeline)
+    roles = {name: n for name, n in abi.constants.items() if name.startswith("ROLE_")}
+    for number in roles.values():
+        rings.note(0, role=number, begin=1 + number, end=2 + number, epoch=1)
+    names = {e["name"] for e in buffer.timeline().events if e["ph"] == "X"}
+    assert names == {name.removeprefix("ROLE_").lower() for name in roles}
+    assert np.all(np.diff(sorted(roles.values())) == 1)
+
+
+def test_hosts_of_all_ranks_are_one_here(monkeypatch, gpu):
+    buffer = make_buffer(monkeypatch, gpu, timeline=True)
+    clock = buffer._backend._timeline._clock
+    assert isinstance(clock, HostClock)
+    assert clock.offset_ns == clock.error_ns == 0
