@@ -57,9 +57,7 @@ class CudaBackend:
         )
         self._timeline: GpuTimeline | None = None
         if options.timeline is not None:
-            self._timeline = GpuTimeline(
-                topology, options.timeline, device.index, device.max_sms, self._scale_out
-            )
+            self._timeline = GpuTimeline(topology, options.timeline, device, self._scale_out)
             self._engine.world.timeline = self._timeline.pointer
         forms = Forms(shape, config.hidden, self._engine.world, self.tuning)
         self._core = Core(topology, config, self._engine, forms, options.timeout)

@@ -13,6 +13,7 @@ from ..timeline import Clock, Trace, make_trace
 from ..topology import Topology
 from ..trace_events import Channels, events_of_kernels, unroll
 from . import abi
+from .device import Device
 from .scaleout import ScaleOut
 
 #: Spans that each thread block keeps; some hundred kilobytes.
@@ -25,8 +26,7 @@ class GpuTimeline:
     Args:
         topology: of the world.
         clock: of the host.
-        device: index of the GPU.
-        num_blocks: most blocks of a call.
+        device: the GPU.
         scale_out: the way to other nodes.
     """
 
@@ -34,13 +34,12 @@ class GpuTimeline:
         self,
         topology: Topology,
         clock: HostClock,
-        device: int,
-        num_blocks: int,
+        device: Device,
         scale_out: ScaleOut | None,
     ) -> None:
         self._topology, self._clock = topology, clock
-        uuid = cupy.cuda.runtime.getDeviceProperties(device)["uuid"]
-        self._domain = f"GPU {bytes(uuid).hex()}"
+        self._domain = f"GPU {device.identity}"
+        num_blocks = device.num_sms  # of a call
         self._spans = cupy.zeros(num_blocks * CAPACITY * abi.dtypes["span"].itemsize, np.uint8)
         self._counts = cupy.zeros(num_blocks, np.uint64)
         block = np.zeros(1, abi.dtypes["timeline"])

@@ -215,7 +215,6 @@ def _fake_cupy(gpu: Gpu) -> dict[str, types.ModuleType]:
         memset=lambda *_: None,
         memcpy=lambda to, source, n, _: ctypes.memmove(to, source, n),
         deviceSynchronize=lambda: None,
-        getDeviceProperties=lambda _: {"uuid": bytes(range(16))},
         memcpyDeviceToHost=2,
         ipcGetMemHandle=lambda address: address.to_bytes(8, "little"),
         ipcOpenMemHandle=lambda handle: int.from_bytes(handle, "little"),
