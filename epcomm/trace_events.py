@@ -14,6 +14,8 @@ JsonObject = dict[str, Any]
 #: Thread numbers of a rank's tracks: a block has 64, its warps and itself; cards come after them.
 _THREADS_OF_BLOCK = 64
 _CALLS = 0
+#: What a warp does within a role.
+_WITHIN = ("put", "credit", "wait")
 
 
 @dataclass(frozen=True)
@@ -192,8 +194,10 @@ def _count_warps(
 ) -> list[JsonObject]:
     """A counter of warps at work, by role."""
     changes: list[tuple[int, str, int]] = []
-    for span in spans[(spans["warp"] >= 0) & (spans["node"] < 0)]:
+    for span in spans[spans["warp"] >= 0]:
         role = roles[int(span["role"])]
+        if role in _WITHIN:
+            continue
         changes += [(int(span["begin"]), role, 1), (int(span["end"]), role, -1)]
     now: dict[str, int] = {role: 0 for _, role, _ in changes}
     events: list[JsonObject] = []

@@ -27,7 +27,7 @@ from epcomm.trace_events import (
 pytestmark = pytest.mark.timeout(60)
 
 #: Names of the roles here; a library without CUDA has none.
-ROLES = {0: "pack", 1: "put", 2: "forward", 3: "wait"}
+ROLES = {0: "pack", 1: "put", 2: "forward", 3: "wait", 4: "credit"}
 SPAN = np.dtype(
     [("begin", "u8"), ("end", "u8"), ("epoch", "u8"), ("role", "i2"), ("block", "i2"),
      ("warp", "i2"), ("node", "i2"), ("chunk", "i4"), ("items", "i4")]
@@ -109,6 +109,16 @@ def test_what_is_saved_is_json_that_viewers_take(tmp_path):
     assert put["args"] == {
         "call": 7, "items": 3, "node": 1, "chunk": 3, "channel": 1, "plane": 1,
     }  # fmt: skip
+
+
+def test_warps_are_counted_by_role():
+    trace = kernels(
+        0, [span(0, 0, 4), span(0, 1, 2, warp=1), span(4, 0, 3), span(1, 1, 2, node=1, chunk=0)]
+    )
+    counts = [(e["ts"], e["args"]) for e in named(trace, "warps")]
+    assert counts[0] == (0.0, {"pack": 1})
+    assert counts[-1] == (0.004, {"pack": 0})
+    assert max(args["pack"] for _, args in counts) == 2
 
 
 def test_a_flight_goes_from_put_to_the_first_arrival():
