@@ -89,11 +89,18 @@ TEST(none_are_kept_unless_asked_for) {
 
 TEST(flushed_requests_have_no_passage) {
     Options options = plain();
-    options.engine.rules.push_back({kKillQueue, kAny, kAny, 2, 2, kAlways, 1, 0});
+    options.num_blocks = options.num_completions = 8;
+    options.engine.rules.push_back({kKillQueue, kAny, kAny, 12, 12, kAlways, 1, 0});
     Rig r(options);
-    r.engine.keep_passages(16);
+    r.engine.keep_passages(32);
     Writer* w = r.pair();
-    for (int i = 0; i < 5; ++i) r.write(w, 0, 0, 800);
+    // Every slot has been used once, so that what is left in it looks like a message.
+    for (int i = 0; i < 12; ++i) {
+        CHECK(r.write(w, 0, 0, 800) != 0);
+        CHECK(r.flush(w));
+    }
+    for (int i = 0; i < 3; ++i) CHECK(r.write(w, 0, 0, 800) != 0);
     r.engine.settle();
-    for (const Passage& passage : r.engine.passages().in_order()) CHECK(passage.position < 2);
+    CHECK_EQUAL(r.count(EventKind::kFailed), size_t(1));
+    CHECK_EQUAL(r.engine.passages().count, 12u);
 }
