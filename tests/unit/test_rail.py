@@ -114,7 +114,8 @@ def test_staging_never_exceeds_its_bound_and_uses_it(nodes, wanted):
             assert length <= wanted
             assert plan.held_chunks >= 4 or length <= 4
             assert length == wanted or length == 4 or records // (2 * length) < 4
-            assert plan.region_bytes()[0] == 8 * (nodes - 1) * (1 + 2 * plan.held_chunks)
+            signals = (nodes - 1) * (1 + 2 * plan.held_chunks)
+            assert plan.region_bytes()[0] == 8 * (signals + 1)
     roomy, _, _ = plan_of(nodes, 1, chunk_records=wanted, cap=cap_for(nodes, 100))
     assert not roomy.bounded
     assert roomy.region_bytes() == plan_of(nodes, 1, chunk_records=wanted)[0].region_bytes()
