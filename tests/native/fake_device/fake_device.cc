@@ -176,6 +176,7 @@ namespace {
 /// What the kernel runs on; see resident.cuh.
 struct HostMachine {
     static constexpr uint32_t kControlWarps = 2, kCopyWarps = 2;
+    static constexpr uint32_t kKept = 8, kStock = 4, kClaim = 4;
     static constexpr uint64_t kSweepsPerLook = 1;
     static constexpr bool kReportsWakes = false;
 
@@ -204,7 +205,7 @@ void run_kernel(const Resident& resident) {
         const uint64_t bytes = (resident_shared_bytes(resident) + 127) / 128 * 128;
         memory.emplace_back(static_cast<uint8_t*>(aligned_alloc(128, bytes)));
         blocks[b].block.x = b;
-        blocks[b].block_dim.x = 32 * (HostMachine::kControlWarps + HostMachine::kCopyWarps);
+        blocks[b].block_dim.x = 32 * kWarps<HostMachine>;
         blocks[b].grid_dim.x = resident.num_blocks;
         blocks[b].kernel = &resident;
         blocks[b].run = run_block;
@@ -233,6 +234,10 @@ uint64_t resident_shared_bytes(const Resident& resident) {
 
 uint64_t resident_traffic_cells(const Resident& resident) {
     return uint64_t(resident.num_blocks) * HostMachine::kControlWarps * resident.num_planes * 32;
+}
+
+uint64_t resident_offer_bytes(const Resident& resident) {
+    return uint64_t(resident.num_blocks) * HostMachine::kControlWarps * kOffers * sizeof(Offer);
 }
 
 int read_timer(int64_t* now) {
