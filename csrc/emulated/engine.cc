@@ -4,6 +4,8 @@
 
 #include <stdio.h>
 
+#include <algorithm>
+
 namespace epcomm::emulated {
 
 Network::Network(uint32_t num_nics, const LineModel& line) : nics_(new Nic[num_nics]()) {
@@ -96,6 +98,14 @@ uint32_t Engine::add_queue(uint32_t nic, const QueueMemory& memory) {
     slot->queue.doorbell_seen = fabric::load_acquire(memory.doorbell);
     slots_.push_back(std::move(slot));
     return number;
+}
+
+void Engine::remove_queue(uint32_t nic, uint32_t number) {
+    fabric::store_release(&find_queue(wire_->nic(nic), number)->state, uint32_t(kReset));
+    const auto is_it = [&](const auto& slot) {
+        return slot->nic == nic && slot->queue.number == number;
+    };
+    slots_.erase(std::remove_if(slots_.begin(), slots_.end(), is_it), slots_.end());
 }
 
 void Engine::connect(uint32_t nic, uint32_t number, uint32_t peer_nic, uint32_t peer_number) {

@@ -59,6 +59,9 @@ class Engine {
     /// Make a queue pair on `nic`; returns its number.
     uint32_t add_queue(uint32_t nic, const QueueMemory& memory);
 
+    /// End a queue pair, whose memory is not looked at any more. While the engine does not run.
+    void remove_queue(uint32_t nic, uint32_t number);
+
     /// Connect a queue pair of this engine to a peer's, which may be another engine's.
     void connect(uint32_t nic, uint32_t number, uint32_t peer_nic, uint32_t peer_number);
 

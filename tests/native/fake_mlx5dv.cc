@@ -193,9 +193,8 @@ int obj_destroy(devx::Object* handle) {
     if (object->is_queue_pair) {
         // Its memory will end.
         world->pause([object] {
-            epcomm::emulated::Nic& nic = world->network().wire()->nic(object->card->nic);
-            return epcomm::emulated::find_queue(nic, object->number)->state =
-                       epcomm::emulated::kReset;
+            world->engine().remove_queue(object->card->nic, object->number);
+            return 0;
         });
     }
     now().change(object->is_queue_pair ? "queue pair" : "completion queue", -1);
