@@ -77,8 +77,9 @@ EPCOMM_HD inline void fail(epcomm_fabric_state* state, const epcomm_fabric_error
     store_release(&state->failed, uint32_t(error.status));
 }
 
-EPCOMM_HD inline void fail(const epcomm_fabric& fabric, epcomm_fabric_status status,
-                           const Command& command, uint64_t position) {
+/// What a command has met before a queue pair had anything to do with it.
+EPCOMM_HD inline epcomm_fabric_error error_of(epcomm_fabric_status status, const Command& command,
+                                              uint64_t position) {
     epcomm_fabric_error error;
     error.status = status;
     error.vendor = 0;
@@ -88,7 +89,12 @@ EPCOMM_HD inline void fail(const epcomm_fabric& fabric, epcomm_fabric_status sta
     error.queue_pair = 0;
     error.bytes = command.bytes;
     error.position = position;
-    fail(fabric.state, error);
+    return error;
+}
+
+EPCOMM_HD inline void fail(const epcomm_fabric& fabric, epcomm_fabric_status status,
+                           const Command& command, uint64_t position) {
+    fail(fabric.state, error_of(status, command, position));
 }
 
 /// Put a command into its channel's ring.

@@ -116,16 +116,7 @@ EPCOMM_HD inline void report(const Ibgda& fabric, const mlx5::SendQueue* queue, 
 }
 
 EPCOMM_HD inline void report_bad_command(const Ibgda& fabric, const Command& command) {
-    epcomm_fabric_error error;
-    error.status = EPCOMM_FABRIC_BAD_TRIGGER;
-    error.vendor = 0;
-    error.peer = command.peer;
-    error.channel = command.channel;
-    error.op = command.op;
-    error.queue_pair = 0;
-    error.bytes = command.bytes;
-    error.position = 0;
-    fail(fabric.state, error);
+    fail(fabric.state, error_of(EPCOMM_FABRIC_BAD_TRIGGER, command, 0));
     stop_all(fabric);
 }
 
