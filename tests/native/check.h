@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include <map>
+#include <stdexcept>
 #include <string>
 
 inline std::map<std::string, void (*)()>& tests() {
@@ -16,6 +17,21 @@ inline std::map<std::string, void (*)()>& tests() {
 struct Test {
     Test(const char* name, void (*run)()) { tests()[name] = run; }
 };
+
+/// What a call that must be refused throws; empty: it was not.
+template <class Call>
+std::string refusal(const Call& call) {
+    try {
+        call();
+    } catch (const std::runtime_error& error) {
+        return error.what();
+    }
+    return "";
+}
+
+inline bool has(const std::string& text, const std::string& part) {
+    return text.find(part) != std::string::npos;
+}
 
 #define TEST(name)                              \
     static void name();                         \

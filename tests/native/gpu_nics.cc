@@ -198,18 +198,6 @@ void exchange(const Ends& ends, int rounds) {
     }
 }
 
-template <class Call>
-std::string refusal(const Call& call) {
-    try {
-        call();
-    } catch (const std::runtime_error& error) {
-        return error.what();
-    }
-    return "";
-}
-
-bool has(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
-
 }  // namespace
 
 TEST(ranks_exchange_chunks) {

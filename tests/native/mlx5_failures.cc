@@ -13,10 +13,6 @@ using epcomm::fabric::devx::Step;
 
 namespace {
 
-bool has(const std::string& text, const std::string& part) {
-    return text.find(part) != std::string::npos;
-}
-
 void expect_text(const std::string& text, const std::vector<std::string>& parts) {
     for (const std::string& part : parts) {
         if (has(text, part)) continue;

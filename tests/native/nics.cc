@@ -67,18 +67,6 @@ class Tree {
     std::vector<std::string> devices_ = {"mlx5_10", "mlx5_2", "mlx5_3", "mlx5_4", "rxe0"};
 };
 
-template <class Call>
-std::string refusal(const Call& call) {
-    try {
-        call();
-    } catch (const std::runtime_error& error) {
-        return error.what();
-    }
-    return "";
-}
-
-bool has(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
-
 GidEntry gid(int32_t index, const char* address, const char* type) {
     GidEntry entry{index, {}, type};
     inet_pton(AF_INET6, address, entry.gid.raw);
