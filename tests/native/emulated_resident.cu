@@ -36,9 +36,13 @@ __device__ void count(uint64_t* result, int which, uint64_t amount) {
     if (amount != 0) atomicAdd(reinterpret_cast<unsigned long long*>(&result[which]), amount);
 }
 
-__device__ bool wait_for(const Ibgda& fabric, const uint64_t* signal, uint64_t expected) {
+/// Who waits for a peer looks at the own queue meanwhile, as the kernels do: nobody else learns that
+/// it has failed.
+__device__ bool wait_for(const Ibgda& fabric, Lane lane, const uint64_t* signal,
+                         uint64_t expected) {
     fabric::FabricWait wait(fabric, fabric.timeout_ns);
     while (fabric::load_acquire(signal) < expected) {
+        fabric::look(fabric, lane);
         if (!wait.again()) return false;
     }
     return true;
@@ -63,8 +67,9 @@ __global__ void exchange_chunks(const __grid_constant__ Exchange x) {
                                                              {kSend, 0, at}, bytes, channel);
             count(x.result, 1, ticket == 0);
         }
-        goes_on = __syncthreads_or(threadIdx.x == 0 && wait_for(fabric, &x.signals[node][channel],
-                                                                uint64_t(epoch) * warps));
+        goes_on = __syncthreads_or(
+            threadIdx.x == 0 &&
+            wait_for(fabric, there, &x.signals[node][channel], uint64_t(epoch) * warps));
         if (goes_on == 0) break;
         uint64_t different = 0;
         for (uint32_t k = 0; x.check != 0 && k < warps; ++k) {
@@ -79,7 +84,7 @@ __global__ void exchange_chunks(const __grid_constant__ Exchange x) {
         // The chunks have been read; once the peer says so too, they may be overwritten.
         goes_on = __syncthreads_or(
             threadIdx.x == 0 && fabric::signal_add(fabric, there, kAcks + channel, 1) != 0 &&
-            wait_for(fabric, &x.signals[node][kAcks + channel], uint64_t(epoch)));
+            wait_for(fabric, there, &x.signals[node][kAcks + channel], uint64_t(epoch)));
         if (goes_on == 0) break;
     }
     if (threadIdx.x != 0) return;
@@ -98,7 +103,7 @@ __global__ void put_and_flush(const __grid_constant__ Ibgda fabric, Lane lane, u
         count(result, 1, !ok);
         if (!ok) return;
         uint64_t different = 0;
-        for (uint64_t w = 0; w < bytes / 8; ++w) {
+        for (uint64_t w = bytes / 8; w-- > 0;) {  // the last ones come last
             different += fabric::load_relaxed(&theirs[w]) != i * 1000 + w;
         }
         count(result, 0, different);
@@ -339,6 +344,7 @@ TEST(after_a_flush_the_bytes_are_there) {
 TEST(an_early_completion_is_seen) {
     Options options;
     options.server.rules = {everywhere(kEarlyCompletion, 0, kAlways)};
+    options.line.latency_ns = 50'000;
     Running world(options);
     Node& node = world.nodes[0];
     put_and_flush<<<1, 1, 0, world.stream>>>(

@@ -95,8 +95,7 @@ struct Timed : World {
         start();
     }
     ~Timed() {
-        // Freeing memory waits for the engines.
-        for (Node& node : nodes) node.server.reset();
+        stop_engines();  // freeing memory waits for them
         cudaEventDestroy(begin);
         cudaEventDestroy(end);
     }

@@ -113,14 +113,22 @@ class World {
         CUDA(cudaDeviceSynchronize());
     }
     ~World() {
+        stop_engines();
         for (Node& node : nodes) {
-            node.server.reset();
             cudaFreeHost(node.state);
             cudaFreeHost(node.host);
         }
         cudaFreeHost(pinned_);
         cudaStreamDestroy(side);
         cudaStreamDestroy(stream);
+    }
+
+    /// All of them, before memory is freed: that waits for every kernel of the process.
+    void stop_engines() {
+        for (Node& node : nodes) {
+            if (node.server != nullptr) node.server->stop(kStop, 5 * kSecond);
+        }
+        for (Node& node : nodes) node.server.reset();
     }
 
     uint32_t nic(int32_t node, int32_t plane) const {
