@@ -78,7 +78,8 @@ def draw_rows(rows: int, case: Case, rng: np.random.Generator) -> torch.Tensor:
             rng.integers(0, 12, shape)
         )
         scale = 2.0**exponent * (rng.random(shape) > 0.1)
-        values = (values * scale.reshape(rows, -1)[:, : case.hidden]).astype(np.float32)
+        scale = scale.reshape(rows, shape[1] * TILE)[:, : case.hidden]
+        values = (values * scale).astype(np.float32)
     return torch.from_numpy(values).to(case.dtype)
 
 
