@@ -196,15 +196,24 @@ class Phase:
     """The data of single calls, in the model's time.
 
     Attributes:
-        seconds: from the first departure on any rank to the last arrival; median over calls.
-        late: part of the messages that the copier placed later than the model.
+        seconds: from a rank's first departure to the last arrival of what it sent, of the rank
+            whose rate is the lowest; median over calls, as all of these.
+        rate: that rank's bytes on the wire in a second.
+        together: seconds from the first departure on any rank to the last arrival on any.
+        late: part of the messages that took effect later than the model says.
+        late_copies: part of them whose bytes were copied too late.
+        lateness: seconds by which a message took effect later than the model says, mean.
         copier: whether the copier was the limit, on some rank in most calls.
         messages: of a rank, the most of a call.
         line: what the NICs model.
     """
 
     seconds: float
+    rate: float
+    together: float
     late: float
+    late_copies: float
+    lateness: float
     copier: bool
     messages: int
     line: Line
@@ -230,21 +239,39 @@ def data_phase(
         assert counted is not None
         if turn:  # the first warms up
             seen.append(comm.allgather(counted))
-    spans = []
-    for counted_R in seen:
-        moved = [one for one in counted_R if one["data_arrive_ns"]]
-        first = min((int(one["data_depart_ns"]) for one in moved), default=0)
-        last = max((int(one["data_arrive_ns"]) for one in moved), default=0)
-        spans.append((last - first) * 1e-9)
+    spans = np.array([_spans(counted_R) for counted_R in seen])
     everything = [one for counted_R in seen for one in counted_R]
     messages = [int(one["messages"]) for one in everything]
+
+    def mean(name: str) -> float:
+        return sum(int(one[name]) for one in everything) / max(1, sum(messages))
+
+    seconds, rate, together = np.median(spans, axis=0)
     return Phase(
-        seconds=float(np.median(spans)),
-        late=sum(int(one["late_messages"]) for one in everything) / max(1, sum(messages)),
+        seconds=float(seconds),
+        rate=float(rate),
+        together=float(together),
+        late=mean("late_messages"),
+        late_copies=mean("late_copies"),
+        lateness=mean("total_late_ns") * 1e-9,
         copier=float(np.median([_copier_limits(counted_R) for counted_R in seen])) > 0.5,
         messages=max(messages),
         line=Line.of(everything[0]),
     )
+
+
+def _spans(counted_R: list[np.ndarray]) -> tuple[float, float, float]:
+    """Of one call: see ``seconds``, ``rate`` and ``together`` of :class:`Phase`."""
+    first = np.array([int(one["data_depart_ns"]) for one in counted_R])
+    last = np.array([int(one["data_arrive_ns"]) for one in counted_R])
+    sent = np.array([int(one["wire_bytes"]) for one in counted_R])
+    moved = last != 0  # there were data
+    if not moved.any():
+        return 0.0, 0.0, 0.0
+    seconds = (last - first)[moved] * 1e-9
+    rate = sent[moved] / seconds
+    together = (last[moved].max() - first[moved].min()) * 1e-9
+    return float(seconds[rate.argmin()]), float(rate.min()), float(together)
 
 
 def _copier_limits(counted_R: list[np.ndarray]) -> bool:
@@ -311,16 +338,19 @@ def _over_line(
         return None
     model = phase.line
     busiest = between.crossing.busiest_bytes(timed.record.bytes, counters.chunk_records, model)
-    data_share = model.share(busiest, phase.seconds)
+    data_share = phase.rate / model.bytes_per_second
     over_ideal = seconds / model.ideal_seconds(busiest)
     more |= {
         "call GB/s": busiest / seconds / 1e9,
-        "data GB/s": busiest / phase.seconds / 1e9,
+        "data GB/s": phase.rate / 1e9,
         "data us": phase.seconds * 1e6,
+        "all data us": phase.together * 1e6,
         "data % of line": 100 * data_share,
         "call % of line": 100 * model.share(busiest, seconds),
         "call over ideal": over_ideal,
+        "late copies %": 100 * phase.late_copies,
         "late %": 100 * phase.late,
+        "mean late us": phase.lateness * 1e6,
         "messages": float(phase.messages),
     }
     out.add(case, exchange, timed.name, seconds, floor, **more)

@@ -6,8 +6,8 @@ from .figures import Figure
 from .network import is_modelled
 
 #: What a figure has more of, by name.
-_SHARE, _LATE, _BYTES = "data % of line", "late %", "message KB"
-#: Percent of late messages above which the copier was the limit.
+_SHARE, _LATE, _BYTES = "data % of line", "late copies %", "message KB"
+#: Percent of messages that were copied too late, above which the copier was the limit.
 _MOST_LATE = 1.0
 
 
@@ -15,8 +15,8 @@ def compare(figures: Sequence[Figure]) -> list[str]:
     """A Markdown table of one case's figures; nothing where there are not two modelled networks.
 
     A line for each call and size of message, a column for each fabric with its options, and behind
-    them the time of each over that of the first. Messages that the copier placed later than the
-    model are named where there are too many.
+    them the time of each over that of the first. Messages that were copied later than the model
+    says are named where there are too many.
     """
     modelled = [f for f in figures if is_modelled(f.fabric) and _BYTES in f.more]
     fabrics = list(dict.fromkeys(f.fabric for f in modelled))

@@ -14,6 +14,8 @@ inline void fill_counts(const Traffic& seen, const LineModel& line, int64_t epoc
     into->payload_bytes = seen.payload_bytes;
     into->wire_bytes = seen.wire_bytes;
     into->late_messages = seen.late_messages;
+    into->late_copies = seen.late_copies;
+    into->total_late_ns = seen.total_late / kNanosecond;
     into->worst_late_ns = seen.worst_late / kNanosecond;
     if (seen.data_arrive != 0) {
         into->data_depart_ns = epoch_ns + int64_t(seen.data_depart / kNanosecond);

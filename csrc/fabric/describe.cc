@@ -112,6 +112,8 @@ constexpr epcomm_field kFields[] = {
     FIELD(traffic, payload_bytes),
     FIELD(traffic, wire_bytes),
     FIELD(traffic, late_messages),
+    FIELD(traffic, late_copies),
+    FIELD(traffic, total_late_ns),
     FIELD(traffic, worst_late_ns),
     FIELD(traffic, data_depart_ns),
     FIELD(traffic, data_arrive_ns),

@@ -57,7 +57,9 @@ typedef struct {
     uint64_t messages;
     uint64_t payload_bytes;
     uint64_t wire_bytes;     ///< headers included
-    uint64_t late_messages;  ///< placed later than the model says
+    uint64_t late_messages;  ///< placed later than the model says, by more than a tolerance
+    uint64_t late_copies;    ///< of these, because their bytes were copied too late
+    uint64_t total_late_ns;  ///< of all messages together
     uint64_t worst_late_ns;
     int64_t data_depart_ns;        ///< the first left; 0: there were no data
     int64_t data_arrive_ns;        ///< the last arrived

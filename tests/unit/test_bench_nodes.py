@@ -250,8 +250,8 @@ def test_networks_stand_side_by_side_by_the_size_of_a_message() -> None:
     share = "data % of line"
     kernels = [_message("emulated x=1", kb, us, **{share: 90.0}) for kb, us in ((16, 20), (64, 50))]
     proxies = [
-        _message("proxy/emulated x=1", 16.0, 30, **{share: 60.4, "late %": 0.9}),
-        _message("proxy/emulated x=1", 64.0, 50, **{share: 90.0, "late %": 7.0}),
+        _message("proxy/emulated x=1", 16.0, 30, **{share: 60.4, "late copies %": 0.9}),
+        _message("proxy/emulated x=1", 64.0, 50, **{share: 90.0, "late copies %": 7.0}),
         _message("proxy/emulated x=1", 99.0, 70),
         _message("proxy/local", 64.0, 1),
     ]
