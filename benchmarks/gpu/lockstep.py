@@ -8,6 +8,8 @@ from typing import Any
 
 #: A failing rank waits so long for the others, which a Buffer's deadline frees sooner than that.
 _GRACE_SECONDS = 120.0
+#: ... and after so long says why it does.
+_TELL_SECONDS = 5.0
 
 
 class Lockstep:
@@ -33,10 +35,14 @@ class Lockstep:
             failure = f"{type(error).__name__}: {error}"
             details = traceback.format_exc()
         request = self._comm.Ibarrier()
-        deadline = time.monotonic() + _GRACE_SECONDS
+        begin, told = time.monotonic(), False
         while not request.Test():
-            if failure and time.monotonic() > deadline:
-                print(f"rank {self._comm.rank}, {name}, others wait:\n{details}", file=sys.stderr)
+            waited = time.monotonic() - begin
+            if failure and waited > _TELL_SECONDS and not told:
+                words = f"rank {self._comm.rank}, {name}, others wait:\n{details}"
+                print(words, file=sys.stderr, flush=True)
+                told = True
+            if failure and waited > _GRACE_SECONDS:
                 self._comm.Abort(1)
             time.sleep(2e-4)
         failures = self._comm.allgather(failure)

@@ -60,7 +60,8 @@ class GpuTimeline:
         spans = self._spans.get().view(abi.dtypes["span"]).reshape(len(counts), CAPACITY)
         spans, lost = unroll(spans, counts)
         if restart:
-            self._counts.fill(0)
+            # A fill of CuPy's would first have to compile a kernel.
+            cupy.cuda.runtime.memset(self._counts.data.ptr, 0, counts.nbytes)
             cupy.cuda.runtime.deviceSynchronize()
         topology = self._topology
         base = int(spans["begin"].min()) if len(spans) else 0

@@ -212,7 +212,7 @@ def _fake_cupy(gpu: Gpu) -> dict[str, types.ModuleType]:
         hostAlloc=lambda n, _: gpu.allocate(n),
         free=lambda _: None,
         freeHost=lambda _: None,
-        memset=lambda *_: None,
+        memset=lambda to, value, n: ctypes.memset(to, value, n) if to else None,
         memcpy=lambda to, source, n, _: ctypes.memmove(to, source, n),
         deviceSynchronize=lambda: None,
         memcpyDeviceToHost=2,
