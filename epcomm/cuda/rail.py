@@ -22,7 +22,9 @@ from ..topology import Topology
 CHUNK_RECORDS = 64
 #: Longer where each costs CUDA calls of the rank's carrier.
 CHUNK_RECORDS_OVER = {"local-cuda": 256}
-CHANNELS = 4
+#: Queue pairs of a rank, at least; a card serves several at once, and one only so fast.
+_QUEUE_PAIRS = 16
+_FEWEST_CHANNELS = 4
 #: A kernel cannot wake a proxy thread, so a nap adds to the first trigger's latency.
 _LONGEST_NAP = 50e-6
 _ALIGN = constants["limit_window_align"]
@@ -108,9 +110,15 @@ def plan_rail(
     config: Config,
     *,
     chunk_records: int = CHUNK_RECORDS,
-    num_channels: int = CHANNELS,
+    num_channels: int | None = None,
 ) -> RailPlan:
     """Plan staging and signals for a world of several nodes.
+
+    Args:
+        topology: of the world.
+        config: of the Buffer.
+        chunk_records: records of a chunk, if signals and staging allow.
+        num_channels: lanes to each peer; None: :func:`channels_to`.
 
     Raises:
         ValueError: more than the fabric can number or address; ``max_staging_bytes`` hold less than
@@ -118,7 +126,8 @@ def plan_rail(
     """
     chunking = np.zeros((), dtypes["chunking"])
     chunking["num_nodes"], chunking["node"] = topology.num_nodes, topology.node
-    chunking["max_records"], chunking["num_channels"] = max(1, config.max_tokens), num_channels
+    chunking["max_records"] = max(1, config.max_tokens)
+    chunking["num_channels"] = num_channels or channels_to(topology.num_nodes - 1)
     record, most = largest_record(config), config.max_staging_bytes
     result = library.epcomm_make_chunking(chunking.ctypes.data, record, chunk_records, most or 0)
     plan = RailPlan(chunking, announcement_bytes(topology, config.num_experts))
@@ -221,17 +230,28 @@ def fill_record(block: np.ndarray, record: object) -> None:
         block[name] = getattr(record, name)
 
 
+def channels_to(num_peers: int) -> int:
+    """Lanes to each of so many other nodes: where they are few, more to each.
+
+    A power of two, so that planes get as many each.
+    """
+    most = max(_FEWEST_CHANNELS, _QUEUE_PAIRS // num_peers)
+    return 1 << (most.bit_length() - 1)
+
+
 def chunk_records_of(transport: str) -> int:
     """C, unless signals or ``max_staging_bytes`` make it another."""
     return CHUNK_RECORDS_OVER.get(transport, CHUNK_RECORDS)
 
 
-def fabric_options(transport: str, arguments: str, *, threads: int, spin: int) -> FabricOptions:
+def fabric_options(
+    transport: str, arguments: str, *, num_channels: int, threads: int, spin: int
+) -> FabricOptions:
     """How the fabric between GPUs runs, but for its timeout."""
     return FabricOptions(
         transport,
         arguments,
-        num_channels=CHANNELS,
+        num_channels=num_channels,
         num_rings=2,
         num_threads=threads,
         spin=spin,
@@ -277,7 +297,13 @@ def report_staging(
             "per handle alive: records, and the rows they became here",
         ),
         **report_fabric(
-            fabric_options(transport, "", threads=1, spin=0), topology.num_nodes, plan.num_signals
+            fabric_options(
+                *(transport, ""),
+                num_channels=int(plan.chunking["num_channels"]),
+                threads=1,
+                spin=0,
+            ),
+            *(topology.num_nodes, plan.num_signals),
         ),
     }
 

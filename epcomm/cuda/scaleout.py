@@ -125,6 +125,7 @@ class ScaleOut:
         how = fabric_options(
             transport,
             arguments,
+            num_channels=int(self.plan.chunking["num_channels"]),
             threads=2 if options.own_core and options.num_threads >= 4 else 1,
             spin=1000 if options.own_core else 0,
         )

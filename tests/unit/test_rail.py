@@ -227,7 +227,9 @@ def test_memory_of_scale_out_is_what_is_allocated(fabric, cap):
     assert report["scale-out routes"][0] == sum(
         np.zeros(shape, dtype).nbytes for shape, dtype in hops.values()
     )
-    options = rail.fabric_options("local-cuda", "", threads=2, spin=1000)
+    options = rail.fabric_options(
+        "local-cuda", "", num_channels=rail.channels_to(1), threads=2, spin=1000
+    )
     assert report["fabric rings"][0] == sum(RingMemory.sizes(options))
     assert rail.report_staging(make_topology(0, [0] * 4, 4), config) == {}
 
