@@ -36,8 +36,8 @@ __device__ void count(uint64_t* result, int which, uint64_t amount) {
     if (amount != 0) atomicAdd(reinterpret_cast<unsigned long long*>(&result[which]), amount);
 }
 
-/// Who waits for a peer looks at the own queue meanwhile, as the kernels do: nobody else learns that
-/// it has failed.
+/// Who waits for a peer looks at the own queue meanwhile, as the kernels do: nobody else learns
+/// that it has failed.
 __device__ bool wait_for(const Ibgda& fabric, Lane lane, const uint64_t* signal,
                          uint64_t expected) {
     fabric::FabricWait wait(fabric, fabric.timeout_ns);
@@ -67,9 +67,9 @@ __global__ void exchange_chunks(const __grid_constant__ Exchange x) {
                                                              {kSend, 0, at}, bytes, channel);
             count(x.result, 1, ticket == 0);
         }
-        goes_on = __syncthreads_or(
-            threadIdx.x == 0 &&
-            wait_for(fabric, there, &x.signals[node][channel], uint64_t(epoch) * warps));
+        goes_on =
+            __syncthreads_or(threadIdx.x == 0 && wait_for(fabric, there, &x.signals[node][channel],
+                                                          uint64_t(epoch) * warps));
         if (goes_on == 0) break;
         uint64_t different = 0;
         for (uint32_t k = 0; x.check != 0 && k < warps; ++k) {
