@@ -65,7 +65,8 @@ struct Noting {
     }
 
     static __device__ __noinline__ void begin_role(int role) {
-        open_spans().role = {now_ns(), 0, -1, int16_t(role)};
+        // Where a warp begins, shared memory may hold anything.
+        open_spans() = {{now_ns(), 0, -1, int16_t(role)}, {0, 0, 0, 0}};
     }
 
     static __device__ __noinline__ void end_role(const epcomm_cuda_world& world, int warp) {
