@@ -145,12 +145,13 @@ def _define(out: Table) -> None:
         "  the slowest rank's kernel had all announcements and had moved its rows; one call.\n"
         "copies us: of all those copies at the copy rate. Where it comes near the line's time, the "
         "GPU's memory is the limit.\n"
-        "Modelled network: data % of line: wire bytes of the busiest rank's records (headers "
-        "included) over the time from the\n"
-        "  first departure to the last arrival of data, as its NICs count, over their rate; single "
-        "calls, median. call %: over the\n"
-        "  time of a call. call over ideal: that time over bytes / rate + 2 latencies. late: "
-        "messages the copier placed after the model."
+        "Modelled network: data % of line: wire bytes that a rank sent (headers included) over the "
+        "time from its first departure\n"
+        "  until its last data had in fact been copied, over the NICs' rate; single calls, median, "
+        "the rank with the least.\n"
+        "  call %: over the time of a call. call over ideal: that time over bytes / rate + 2 "
+        "latencies. late: messages that took\n"
+        "  effect, or were copied, after the time of the model: the engine only ever adds time."
     )
 
 

@@ -196,10 +196,10 @@ class Phase:
     """The data of single calls, in the model's time.
 
     Attributes:
-        seconds: from a rank's first departure to the last arrival of what it sent, of the rank
-            whose rate is the lowest; median over calls, as all of these.
+        seconds: from a rank's first departure until the last of what it sent was there in fact,
+            of the rank whose rate is the lowest; median over calls, as all of these.
         rate: that rank's bytes on the wire in a second.
-        together: seconds from the first departure on any rank to the last arrival on any.
+        together: likewise, from the first departure on any rank to the last arrival on any.
         late: part of the messages that took effect later than the model says.
         late_copies: part of them whose bytes were copied too late.
         lateness: seconds by which a message took effect later than the model says, mean.
@@ -263,7 +263,8 @@ def data_phase(
 def _spans(counted_R: list[np.ndarray]) -> tuple[float, float, float]:
     """Of one call: see ``seconds``, ``rate`` and ``together`` of :class:`Phase`."""
     first = np.array([int(one["data_depart_ns"]) for one in counted_R])
-    last = np.array([int(one["data_arrive_ns"]) for one in counted_R])
+    # In fact: where the copier is behind the model, this is less than the line's rate.
+    last = np.array([int(one["data_placed_ns"]) for one in counted_R])
     sent = np.array([int(one["wire_bytes"]) for one in counted_R])
     moved = last != 0  # there were data
     if not moved.any():
@@ -287,7 +288,7 @@ class LineFigure:
         sms: of each rank.
         data_share: of the line's rate, during the data phase.
         over_ideal: time of the whole call over the ideal.
-        copier: whether the copier was the limit, so that the numbers are not the network's.
+        copier: whether the copier was the limit: the network itself would take less time.
     """
 
     name: str
@@ -354,7 +355,7 @@ def _over_line(
         "messages": float(phase.messages),
     }
     out.add(case, exchange, timed.name, seconds, floor, **more)
-    limit = "copier: these times say nothing about the network" if phase.copier else "model"
+    limit = "copier: the network itself would take less time" if phase.copier else "model"
     out.say(f"    modelled network, limit: {limit}")
     return LineFigure(timed.name, exchange.sms, data_share, over_ideal, phase.copier)
 
@@ -367,26 +368,27 @@ def judge_line(goals: Goals, place: str, nodes: int, found: list[LineFigure]) ->
         what = f"{name}, line rate during the data phase, at most {_MOST_SMS} SMs a rank"
         best = _best(figures, lambda figure: figure.data_share)
         seen = None if best is None else 100 * best.data_share
-        goals.add(Goal(place, what, 100 * share, False, "%", seen, _note(best, figures)))
+        goals.add(Goal(place, what, 100 * share, False, "%", seen, _note(best)))
         what = f"{name}, SMs a rank for {_FEWEST_SHARE:.0%} of the line rate"
-        reaching = [f for f in figures if f.data_share >= _FEWEST_SHARE and not f.copier]
+        reaching = [f for f in figures if f.data_share >= _FEWEST_SHARE]
         fewest = min((figure.sms for figure in reaching), default=None)
-        never = fewest is None and not all(figure.copier for figure in figures)
+        never = fewest is None and bool(figures)
         goals.add(Goal(place, what, _FEWEST_SMS, True, "SMs", fewest, never=never))
     for name in ("first dispatch FP8 pair", "combine BF16"):
         figures = [figure for figure in found if figure.name == name]
         what = f"{name}, whole call over bytes / rate + 2 latencies"
         best = _best(figures, lambda figure: -figure.over_ideal)
         seen = None if best is None else best.over_ideal
-        goals.add(Goal(place, what, _OVER_IDEAL, True, "", seen, _note(best, figures)))
+        goals.add(Goal(place, what, _OVER_IDEAL, True, "", seen, _note(best)))
 
 
 def _best(figures: list[LineFigure], value: Callable[[LineFigure], float]) -> LineFigure | None:
-    """With few SMs, and not limited by the copier, whose times are not the network's."""
-    return max((f for f in figures if f.sms <= _MOST_SMS and not f.copier), key=value, default=None)
+    """With few SMs."""
+    return max((f for f in figures if f.sms <= _MOST_SMS), key=value, default=None)
 
 
-def _note(best: LineFigure | None, figures: list[LineFigure]) -> str:
-    if best is not None:
-        return f"{best.sms} SMs"
-    return "the copier was the limit" if any(f.copier for f in figures) else ""
+def _note(best: LineFigure | None) -> str:
+    """A late copier only ever adds time, so what is reached in spite of it is."""
+    if best is None:
+        return ""
+    return f"{best.sms} SMs" + (", the copier was late" if best.copier else "")

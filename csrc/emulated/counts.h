@@ -20,6 +20,7 @@ inline void fill_counts(const Traffic& seen, const LineModel& line, int64_t epoc
     if (seen.data_arrive != 0) {
         into->data_depart_ns = epoch_ns + int64_t(seen.data_depart / kNanosecond);
         into->data_arrive_ns = epoch_ns + int64_t(seen.data_arrive / kNanosecond);
+        into->data_placed_ns = epoch_ns + int64_t(seen.data_placed / kNanosecond);
     }
     into->copier_was_the_limit = seen.model_was_the_limit() ? 0 : 1;
     into->bytes_per_ns = line.bytes_per_ns;

@@ -21,7 +21,8 @@ struct Traffic {
     Picoseconds last_placed = 0;  ///< in fact
     // Of messages of more than a packet, which carry data: announcements go ahead of them.
     Picoseconds data_depart = kNever;
-    Picoseconds data_arrive = 0;
+    Picoseconds data_arrive = 0;  ///< in the model
+    Picoseconds data_placed = 0;  ///< in fact
 
     /// A message has landed.
     EPCOMM_HD void add(const Context& context, const Flight& flight, uint64_t tolerance_ns) {
@@ -35,6 +36,7 @@ struct Traffic {
         if (flight.request.bytes > context.own().line.packet_bytes) {
             if (times.depart < data_depart) data_depart = times.depart;
             if (times.arrive > data_arrive) data_arrive = times.arrive;
+            if (context.now > data_placed) data_placed = context.now;
         }
         // Atomics copy nothing; pieces are late on purpose.
         if (flight.request.is_atomic() || flight.num_pieces > 1) return;
@@ -62,6 +64,7 @@ struct Traffic {
         if (other.last_placed > last_placed) last_placed = other.last_placed;
         if (other.data_depart < data_depart) data_depart = other.data_depart;
         if (other.data_arrive > data_arrive) data_arrive = other.data_arrive;
+        if (other.data_placed > data_placed) data_placed = other.data_placed;
     }
 
     /// Where the copier was the limit, times say nothing about the modelled network. A message that

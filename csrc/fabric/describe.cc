@@ -117,6 +117,7 @@ constexpr epcomm_field kFields[] = {
     FIELD(traffic, worst_late_ns),
     FIELD(traffic, data_depart_ns),
     FIELD(traffic, data_arrive_ns),
+    FIELD(traffic, data_placed_ns),
     FIELD(traffic, copier_was_the_limit),
     FIELD(traffic, num_nics),
     FIELD(traffic, bytes_per_ns),

@@ -62,7 +62,8 @@ typedef struct {
     uint64_t total_late_ns;  ///< of all messages together
     uint64_t worst_late_ns;
     int64_t data_depart_ns;        ///< the first left; 0: there were no data
-    int64_t data_arrive_ns;        ///< the last arrived
+    int64_t data_arrive_ns;        ///< the last arrived, in the model
+    int64_t data_placed_ns;        ///< and in fact, which is never earlier
     int32_t copier_was_the_limit;  ///< then times say nothing about the network
     int32_t num_nics;              ///< of the rank; each has the rate
     uint32_t bytes_per_ns;         ///< on the wire; 0: without limit

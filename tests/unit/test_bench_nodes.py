@@ -320,9 +320,10 @@ def test_more_nodes_need_less_of_the_line(capsys: pytest.CaptureFixture[str]) ->
     assert goals[f"combine BF16, {share}"].outcome == "reached"
 
 
-def test_times_that_the_copier_made_reach_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_reached_in_spite_of_a_late_copier_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     goals = _judged(_figures("combine BF16", {4: 0.99}, copier=True), capsys)
-    for what, goal in goals.items():
-        if what.startswith("combine") and "SMs a rank for" not in what:
-            assert (goal.outcome, goal.note) == ("not measured", "the copier was the limit")
-        assert goal.outcome == "not measured"
+    share = "line rate during the data phase, at most 8 SMs a rank"
+    goal = goals[f"combine BF16, {share}"]
+    assert (goal.outcome, goal.note) == ("reached", "4 SMs, the copier was late")
