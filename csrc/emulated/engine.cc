@@ -56,10 +56,11 @@ class Engine::Copier {
     static void settle(mlx5::OneThread, bool) {}
     static void place(uint8_t* to, const uint8_t* from, uint32_t bytes) { memcpy(to, from, bytes); }
 
-    void landed(const Context& context, const Flight& flight) const {
+    void landed(const Context& context, const QueuePair& queue, uint64_t position,
+                const Flight& flight) const {
         traffic_->add(context, flight, engine_->options_.tolerance_ns);
         if (!engine_->passages_.wanted()) return;
-        slot_->moments.landed[size_t(&flight - slot_->flights.data())] = context.now;
+        slot_->moments.landed[position & (queue.num_blocks - 1)] = context.now;
     }
 
     void refresh(mlx5::OneThread, Context* context) const { context->now = engine_->now(); }

@@ -23,6 +23,15 @@ struct Event {
     uint8_t code;
 };
 
+/// Count one more, among any threads of one side; returns the count before.
+EPCOMM_HD inline uint64_t increase(uint64_t* counter) {
+#ifdef __CUDA_ARCH__
+    return atomicAdd(reinterpret_cast<unsigned long long*>(counter), 1ull);
+#else
+    return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
+#endif
+}
+
 /// Events beyond the capacity are counted, not kept. Violations are counted apart as well.
 struct Journal {
     Event* events;
@@ -34,15 +43,6 @@ struct Journal {
         const uint64_t slot = increase(&count);
         if (event.kind == EventKind::kViolation) increase(&violations);
         if (slot < capacity) events[slot] = event;
-    }
-
- private:
-    EPCOMM_HD static uint64_t increase(uint64_t* counter) {
-#ifdef __CUDA_ARCH__
-        return atomicAdd(reinterpret_cast<unsigned long long*>(counter), 1ull);
-#else
-        return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
-#endif
     }
 };
 

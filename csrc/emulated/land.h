@@ -9,7 +9,8 @@
 //     settle(group, needed)      if it is for any lane: what other threads placed is visible before
 //                                what follows
 //     place(to, from, bytes)     at once; aligned to 8 bytes or not
-//     landed(context, flight)    for the account
+//     landed(context, queue, position, flight)
+//                                for the account
 //     refresh(group, context)    the time, again
 //     kWindow                    at most so many requests are between `started` and `landed`
 //     kCopiesAhead               it may be given long bodies before they depart (copy_ahead)
@@ -372,14 +373,15 @@ EPCOMM_HD inline Picoseconds landing_of(Context* context, uint64_t position, Fli
 }
 
 template <class Copier>
-EPCOMM_HD inline void finish_landing(const Context& context, Flight* flight, Copier& copier) {
+EPCOMM_HD inline void finish_landing(const Context& context, const QueuePair& queue,
+                                     uint64_t position, Flight* flight, Copier& copier) {
     flight->landed = 1;
     // The later of model and copier, for the acknowledgement too.
     if (flight->copied_at > flight->times.arrive && flight->num_pieces <= 1) {
         const Picoseconds back = flight->times.complete - flight->times.arrive;
         flight->times.complete = flight->copied_at + back;
     }
-    if (flight->request.opcode != mlx5::kNop) copier.landed(context, *flight);
+    if (flight->request.opcode != mlx5::kNop) copier.landed(context, queue, position, *flight);
 }
 
 /// How a window of requests stands after a look at it.
@@ -462,7 +464,7 @@ EPCOMM_HD inline Window land_window(Group group, Context* context, QueuePair* qu
                 copier.place(place.to + body, place.from + body, tail);
             }
     }
-    if (goes) finish_landing(*context, flight, copier);
+    if (goes) finish_landing(*context, *queue, position, flight, copier);
     context->progress = true;
     group.sync();
     return {end, false, false};

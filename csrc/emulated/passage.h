@@ -1,5 +1,6 @@
 // What became of every message of an engine's queue pairs, and when: for a timeline. Kept only
-// where somebody asked for it, in a ring whose oldest entries are written over.
+// where somebody asked for it, in a ring whose oldest entries are written over. The host engine
+// keeps Passages; what the GPU-resident engine keeps is in passage_ring.h.
 #pragma once
 
 #include <vector>
@@ -8,14 +9,14 @@
 
 namespace epcomm::emulated {
 
-/// A message that has completed. `depart` and `arrive` are the model's, the other times are those
-/// at which the engine did it.
+/// A message that has landed or completed. `depart` and `arrive` are the model's, the other times
+/// are those at which the engine did it.
 struct Passage {
-    Picoseconds rung;  ///< the doorbell was seen
+    Picoseconds rung;  ///< the doorbell was seen; 0: not noted
     Picoseconds depart;
     Picoseconds arrive;
     Picoseconds landed;     ///< its last bytes were placed; 0: it completed before that
-    Picoseconds completed;  ///< its completion was written, if it asked for one
+    Picoseconds completed;  ///< its completion was written, if it asked for one; 0: not noted
     uint64_t position;
     uint32_t queue;
     uint32_t bytes;

@@ -119,6 +119,7 @@ struct ResidentCopier {
     Offer* offers;
     Traffic* traffic;  ///< of this lane
     uint64_t tolerance_ns;
+    PassageRing* passages;  ///< or null
     Machine* machine;
 
     __device__ uint32_t start(mlx5::WarpLanes group, bool wants, uint64_t position,
@@ -227,8 +228,20 @@ struct ResidentCopier {
         }
     }
 
-    __device__ void landed(const Context& context, const Flight& flight) const {
+    __device__ void landed(const Context& context, const QueuePair& queue, uint64_t position,
+                           const Flight& flight) const {
         traffic->add(context, flight, tolerance_ns);
+        if (passages == nullptr) return;
+        note(passages, &queue, position, &flight, context.nic, context.now);
+    }
+
+    /// Not inlined, for the registers: the kernel mostly runs without a timeline. Doorbell and
+    /// completion would have to be remembered with each request, and are not noted.
+    __device__ static __noinline__ void note(PassageRing* into, const QueuePair* queue,
+                                             uint64_t position, const Flight* flight, uint32_t nic,
+                                             Picoseconds now) {
+        into->add({0, flight->times.depart, flight->times.arrive, now, 0, position, queue->number,
+                   flight->request.bytes, nic});
     }
 
     __device__ void refresh(mlx5::WarpLanes group, Context* context) const {
@@ -367,6 +380,7 @@ class ControlWarp {
             offers_of<Machine>(resident_, blockIdx.x, 1).first + warp_ * kOffers,
             &block_.traffic[(warp_ * resident_.num_planes + block_.plane[i]) * 32 + group_.lane()],
             resident_.tolerance_ns,
+            resident_.passages,
             &machine_};
         context_.nic = block_.nic[i];
         context_.wake = kNever;

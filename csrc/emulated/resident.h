@@ -6,6 +6,7 @@
 #pragma once
 
 #include "host_queues.h"
+#include "passage_ring.h"
 #include "step.h"
 #include "traffic.h"
 
@@ -61,8 +62,9 @@ struct Resident {
     uint32_t max_queues;  ///< of a block, at most
     uint32_t strict;
     uint64_t tolerance_ns;
-    uint64_t patience_ns;  ///< without a sign of the host's life the kernel ends; 0: never
-    HostBells bells;       ///< where host threads fill queues
+    uint64_t patience_ns;   ///< without a sign of the host's life the kernel ends; 0: never
+    HostBells bells;        ///< where host threads fill queues
+    PassageRing* passages;  ///< where messages are noted; null: nowhere
 };
 
 /// Shared memory of a block; counters, and bytes of offers, of all of them.

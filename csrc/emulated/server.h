@@ -33,9 +33,10 @@ struct ServerOptions {
     std::vector<FaultRule> rules;
     uint64_t journal_capacity = 4096;
     uint64_t tolerance_ns = kToleranceNs;
-    uint64_t patience_ns = 0;  ///< without a sign of life for so long the kernel ends; 0: never
-    int64_t epoch_ns = 0;      ///< of the device's timer, the same for all NICs
-    HostBells bells = {};      ///< where host threads fill queues
+    uint64_t patience_ns = 0;   ///< without a sign of life for so long the kernel ends; 0: never
+    int64_t epoch_ns = 0;       ///< of the device's timer, the same for all NICs
+    HostBells bells = {};       ///< where host threads fill queues
+    uint64_t max_passages = 0;  ///< messages that are kept, the newest; 0: none are noted
 };
 
 /// What the kernel said when it was last looked at.
@@ -81,6 +82,13 @@ class Server {
     void kill_nic(uint32_t nic);
 
     std::vector<Event> events();
+
+    /// Messages that have landed, oldest first; `total`: all since forget_passages. Others may be
+    /// landing meanwhile.
+    std::vector<Passage> passages(uint64_t* total);
+
+    /// From now on `passages` has none that landed before.
+    void forget_passages();
 
  private:
     struct Parts;

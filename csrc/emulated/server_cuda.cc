@@ -67,6 +67,7 @@ struct Server::Parts {
     void* pinned = nullptr;  ///< what copies go through
     uint64_t pinned_bytes = 0;
     uint64_t signs = 0, countings = 0;
+    uint64_t first_passage = 0;
     std::vector<Nic*> nics;
     bool runs = false;
 
@@ -91,6 +92,11 @@ struct Server::Parts {
         resident.offers =
             reinterpret_cast<Offer*>(memory.take<uint8_t>(resident_offer_bytes(resident)));
         events = memory.take<Event>(options.journal_capacity);
+        if (options.max_passages != 0) {
+            resident.passages = memory.take<PassageRing>(1);
+            passages = memory.take<Passage>(options.max_passages);
+            marks = memory.take<uint64_t>(options.max_passages);
+        }
         flights = memory.take<Flight>(total_blocks);
         shadows = memory.take<mlx5::Block>(total_blocks);
     }
@@ -133,6 +139,8 @@ struct Server::Parts {
     }
 
     Event* events = nullptr;
+    Passage* passages = nullptr;
+    uint64_t* marks = nullptr;
     Flight* flights = nullptr;
     mlx5::Block* shadows = nullptr;
 };
@@ -185,6 +193,10 @@ Server::Server(const ServedWire& wire, const std::vector<ServedQueue>& queues,
     upload(resident.queues, rows);
     upload(resident.first, first);
     upload(resident.journal, std::vector<Journal>{{parts.events, options.journal_capacity, 0, 0}});
+    if (resident.passages != nullptr) {
+        upload(resident.passages,
+               std::vector<PassageRing>{{parts.passages, parts.marks, options.max_passages, 0}});
+    }
     parts.pinned_bytes = std::max<uint64_t>(65536, sizeof(Event));
     require(cudaHostAlloc(&parts.pinned, parts.pinned_bytes, cudaHostAllocDefault),
             "cudaHostAlloc");
@@ -292,6 +304,26 @@ std::vector<Event> Server::events() {
     std::vector<Event> events(std::min(journal.count, journal.capacity));
     parts_->read(parts_->events, events.size(), events.data());
     return events;
+}
+
+std::vector<Passage> Server::passages(uint64_t* total) {
+    *total = 0;
+    if (parts_->resident.passages == nullptr) return {};
+    const auto read = [this](const auto* from, uint64_t count, auto* into) {
+        parts_->read(from, count, into);
+    };
+    uint64_t end = 0;
+    const uint64_t first = parts_->first_passage;
+    const std::vector<Passage> all = read_ring(parts_->resident.passages, first, read, &end);
+    *total = end - first;
+    return all;
+}
+
+void Server::forget_passages() {
+    if (parts_->resident.passages == nullptr) return;
+    PassageRing ring;
+    parts_->read(parts_->resident.passages, 1, &ring);
+    parts_->first_passage = ring.count;
 }
 
 }  // namespace epcomm::emulated

@@ -161,6 +161,22 @@ class ResidentEngine {
     }
     bool is_abandoned() const { return status_[0].state == kAbandoned; }
 
+    /// From now on keep the last `capacity` messages' passages; 0: none.
+    void keep_passages(uint64_t capacity) {
+        end(kStop);
+        passages_.resize(capacity);
+        marks_.assign(capacity, 0);
+        ring_ = {passages_.data(), marks_.data(), capacity, 0};
+    }
+    PassageRing* ring() { return &ring_; }
+    /// Those from number `first` on; the kernel may run meanwhile.
+    std::vector<Passage> passages(uint64_t first, uint64_t* total) const {
+        const auto read = [](const auto* from, uint64_t count, auto* into) {
+            std::copy(from, from + count, into);
+        };
+        return read_ring(&ring_, first, read, total);
+    }
+
     uint64_t violations() const { return journal_.violations; }
     std::vector<Event> events() const {
         const uint64_t kept =
@@ -206,10 +222,23 @@ class ResidentEngine {
         cells_.assign(size_t(kBlocks) * TestMachine::kControlWarps * planes * 32, Traffic());
         const FaultPlan faults{options_.rules.data(), uint32_t(options_.rules.size()), 0,
                                options_.seed};
-        resident_ = {*wire_,    faults,  &journal_,       rows_.data(),          first_.data(),
-                     &mailbox_, status_, cells_.data(),   offers_.data(),        kBlocks,
-                     planes,    most,    options_.strict, options_.tolerance_ns, patience_ns_,
-                     bells_};
+        resident_ = {*wire_,
+                     faults,
+                     &journal_,
+                     rows_.data(),
+                     first_.data(),
+                     &mailbox_,
+                     status_,
+                     cells_.data(),
+                     offers_.data(),
+                     kBlocks,
+                     planes,
+                     most,
+                     options_.strict,
+                     options_.tolerance_ns,
+                     patience_ns_,
+                     bells_,
+                     ring_.capacity == 0 ? nullptr : &ring_};
         arrived_ = 0;
         for (uint32_t b = 0; b < kBlocks; ++b) {
             const uint64_t bytes = shared_bytes(*wire_, TestMachine::kControlWarps, planes, most);
@@ -305,6 +334,9 @@ class ResidentEngine {
     Picoseconds now_ = 1000 * kNanosecond;
     uint64_t patience_ns_ = 0;
     HostBells bells_ = {};
+    std::vector<Passage> passages_;
+    std::vector<uint64_t> marks_;
+    PassageRing ring_ = {};
     std::set<std::pair<uint32_t, uint32_t>> bell_lookers_;
     bool runs_ = false;
     // Between the warps and a step.

@@ -9,6 +9,7 @@ import pytest
 
 LINKED = [*native_programs.KERNELS_ON_THE_HOST, *native_programs.library("emulated")]
 PROGRAMS = {
+    "emulated_landings": LINKED,
     "emulated_lanes": LINKED,
     "emulated_offers": LINKED,
     "emulated_requests": LINKED,
