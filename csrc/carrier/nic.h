@@ -11,6 +11,7 @@
 
 #include "../emulated/host_queues.h"
 #include "../emulated/options.h"
+#include "../emulated/passage.h"
 #include "../emulated/step.h"
 #include "../emulated/traffic.h"
 #include "../fabric/ibgda.h"
@@ -21,14 +22,15 @@ namespace epcomm::carrier {
 constexpr uint32_t kQueueDepth = 1024;  ///< requests of a send queue
 constexpr int32_t kMaxPlanes = 8;
 
-/// What the layout of an arena depends on; the same on all ranks of a rail but for `node`.
+/// What layouts of memory depend on; the same on all ranks of a rail but for `node`.
 struct NicShape {
     int32_t num_nodes;
     int32_t node;
     int32_t num_channels;
     int32_t num_planes;
     int32_t num_signals;
-    int32_t by_host;  ///< 1: host threads fill the send queues
+    int32_t by_host;       ///< 1: host threads fill the send queues
+    int32_t max_messages;  ///< that are kept for a timeline; 0: none is noted
 
     int32_t num_queues() const { return num_nodes * num_channels; }
     uint32_t nic(int32_t of_node, int32_t plane) const {
@@ -104,27 +106,39 @@ struct NicSetup {
     uint64_t seed;
 };
 
+/// What a rank asks of its carrier.
+enum NicQuestion : uint64_t {
+    kCount = 0,
+    kCountAnew = 1,       ///< count; later counts begin here
+    kTellMessages = 2,    ///< those kept
+    kForgetMessages = 3,  ///< those that landed so far
+};
+
 /// At the start of the memory that the carrier shares with its rank.
 struct NicReport {
-    uint64_t asked;     ///< rank: one more than before, please count
-    uint64_t restart;   ///< rank: 1: then begin anew
+    uint64_t asked;     ///< rank: one more than before
+    uint64_t question;  ///< rank: NicQuestion
     uint64_t answered;  ///< carrier: `asked`, once what follows is there
     emulated::Traffic traffic;
     uint64_t violations;
-    uint64_t heartbeat_ns;  ///< of the kernel's slowest block, device's timer
+    uint64_t num_messages;    ///< that are told
+    uint64_t total_messages;  ///< that landed since they were forgotten
+    uint64_t heartbeat_ns;    ///< of the kernel's slowest block, device's timer
 };
 
-/// Places in that memory; it is pinned if there are queues in it.
+/// Places in that memory; it is pinned if there are queues in it. Messages are
+/// emulated::Passage[max_messages].
 struct NicShared {
     static constexpr uint64_t kQueuesAt = 4096;
     static_assert(sizeof(NicReport) <= kQueuesAt, "queues come behind the report");
 
     emulated::HostQueues queues;
-    uint64_t bytes;
+    uint64_t messages, bytes;
 
     explicit NicShared(const NicShape& shape)
         : queues(uint32_t(shape.num_queues()), kQueueDepth),
-          bytes(shape.by_host != 0 ? kQueuesAt + queues.bytes : sizeof(NicReport)) {}
+          messages(shape.by_host != 0 ? kQueuesAt + queues.bytes : sizeof(NicReport)),
+          bytes(messages + sizeof(emulated::Passage) * uint64_t(shape.max_messages)) {}
 };
 
 /// Call `use(queue, peer, channel, plane, number)` for every queue pair, in the order in which an

@@ -4,6 +4,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <memory>
 #include <stdexcept>
 
@@ -86,6 +87,7 @@ class Nics {
         options.seed = parts.setup.seed;
         options.rules = parts.rules;
         options.patience_ns = kPatienceNs;
+        options.max_passages = uint64_t(shape_.max_messages);
         options.epoch_ns = parts.setup.epoch_ns;
         if (pinned_ != nullptr) options.bells = bells();
         server_ = std::make_unique<Server>(wire_, queues(), options);
@@ -167,16 +169,30 @@ class Nics {
 
     void answer() {
         const uint64_t asked = fabric::load_acquire(&report_->asked);
+        switch (report_->question) {
+            case kTellMessages: tell_messages(); break;
+            case kForgetMessages: server_->forget_passages(); break;
+            default: count(report_->question == kCountAnew);
+        }
+        fabric::store_release(&report_->answered, asked);
+    }
+
+    void tell_messages() {
+        const std::vector<emulated::Passage> kept = server_->passages(&report_->total_messages);
+        report_->num_messages = kept.size();
+        auto* into = reinterpret_cast<uint8_t*>(report_) + shared_.messages;
+        std::copy(kept.begin(), kept.end(), reinterpret_cast<emulated::Passage*>(into));
+    }
+
+    void count(bool anew) {
         usleep(kCountUs);
         const emulated::ServerReport seen = server_->look();
         report_->traffic = emulated::Traffic();
         for (const emulated::Traffic& traffic : seen.traffic) report_->traffic.add(traffic);
         report_->violations = seen.violations;
-        if (report_->restart != 0) {
-            server_->forget_counts();
-            usleep(kCountUs);
-        }
-        fabric::store_release(&report_->answered, asked);
+        if (!anew) return;
+        server_->forget_counts();
+        usleep(kCountUs);
     }
 
     NicShape shape_;

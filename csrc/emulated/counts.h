@@ -1,7 +1,8 @@
-// What an NIC sent, as the fabric's users are told.
+// What an NIC sent, and what became of each message, as the fabric's users are told.
 #pragma once
 
 #include "../protocol/fabric.h"
+#include "passage.h"
 #include "traffic.h"
 
 namespace epcomm::emulated {
@@ -27,6 +28,23 @@ inline void fill_counts(const Traffic& seen, const LineModel& line, int64_t epoc
     into->latency_ns = line.latency_ns;
     into->packet_bytes = line.packet_bytes;
     into->header_bytes = line.header_bytes;
+}
+
+/// All but `peer`, `channel` and `plane`.
+inline epcomm_fabric_message message_of(const Passage& passage, int64_t epoch_ns) {
+    const auto ns = [epoch_ns](Picoseconds time) {
+        return time == 0 ? 0 : epoch_ns + int64_t(time / kNanosecond);
+    };
+    epcomm_fabric_message message{};
+    message.rung_ns = ns(passage.rung);
+    message.depart_ns = ns(passage.depart);
+    message.arrive_ns = ns(passage.arrive);
+    message.landed_ns = ns(passage.landed);
+    message.completed_ns = ns(passage.completed);
+    message.position = passage.position;
+    message.bytes = passage.bytes;
+    message.queue_pair = passage.queue;
+    return message;
 }
 
 }  // namespace epcomm::emulated

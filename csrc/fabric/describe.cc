@@ -24,6 +24,7 @@ constexpr epcomm_field kFields[] = {
     FIELD(config, max_in_flight),
     FIELD(config, spin),
     FIELD(config, device_fills),
+    FIELD(config, max_messages),
     FIELD(config, longest_nap_ns),
     FIELD(config, timeout_ns),
     FIELD(config, host_memory),

@@ -22,7 +22,6 @@ namespace epcomm::fabric {
 namespace {
 
 using emulated::Engine;
-using emulated::kNanosecond;
 
 constexpr uint32_t kDepth = 256;  ///< blocks of a send queue
 
@@ -276,18 +275,7 @@ class Emulated : public Transport {
     }
 
     epcomm_fabric_message message_of(const emulated::Passage& passage) const {
-        const auto ns = [this](emulated::Picoseconds time) {
-            return time == 0 ? 0 : epoch_ + int64_t(time / kNanosecond);
-        };
-        epcomm_fabric_message message{};
-        message.rung_ns = ns(passage.rung);
-        message.depart_ns = ns(passage.depart);
-        message.arrive_ns = ns(passage.arrive);
-        message.landed_ns = ns(passage.landed);
-        message.completed_ns = ns(passage.completed);
-        message.position = passage.position;
-        message.bytes = passage.bytes;
-        message.queue_pair = passage.queue;
+        epcomm_fabric_message message = emulated::message_of(passage, epoch_);
         const auto found =
             std::find_if(queues_.begin(), queues_.end(), [&](const mlx5::SendQueue& queue) {
                 return queue.ring != nullptr && queue.number == passage.queue;

@@ -39,6 +39,8 @@ class EmulatedGpu : public Transport {
     std::string address(int32_t peer) override;
     void connect(const std::vector<std::string>& addresses) override;
     bool count(epcomm_fabric_traffic* into, bool restart) override;
+    bool keep_messages(uint64_t capacity) override;
+    std::vector<epcomm_fabric_message> messages(uint64_t* total) override;
     bool peer_gone(int32_t node) override { return peers_[size_t(node)].gone(); }
     std::string error_text(const Completion& completion) const override;
     int64_t memory_bytes(int32_t num_nodes, int32_t num_channels,
@@ -97,6 +99,9 @@ class EmulatedGpu : public Transport {
 
  private:
     carrier::NicReport* said() const { return static_cast<carrier::NicReport*>(shared_->start()); }
+    /// Wait for the carrier's answer.
+    void ask(carrier::NicQuestion question);
+    epcomm_fabric_message message_of(const emulated::Passage& passage) const;
     void register_regions();
     carrier::NicAddress checked(int32_t node, const std::string& bytes) const;
     Tables fill_tables(const std::vector<carrier::NicAddress>& all);
@@ -112,6 +117,7 @@ class EmulatedGpu : public Transport {
     std::vector<PeerProcess> peers_;
     std::unique_ptr<carrier::Carrier> carrier_;
     int64_t epoch_ns_ = 0;
+    uint64_t kept_messages_ = 0;  ///< at most
     uint64_t beat_ = 0;
     int64_t beat_at_ns_ = 0;
 };

@@ -21,7 +21,7 @@ namespace {
 
 /// Without a sign of the kernel for so long, it counts as dead.
 constexpr int64_t kStallNs = 10'000'000'000;
-constexpr int64_t kCountNs = 2'000'000'000;
+constexpr int64_t kAnswerNs = 2'000'000'000;
 
 }  // namespace
 
@@ -50,8 +50,8 @@ void EmulatedGpu::open(const Plan& plan) {
     require_range("blocks", options_.num_blocks, 1, 64);
     check(options_);
     const uint64_t signals = signals_in(mine_.regions[EPCOMM_FABRIC_SIGNALS].bytes);
-    shape_ = {plan.num_nodes,   plan.node,       plan.num_channels, int32_t(options_.num_planes),
-              int32_t(signals), by_host_ ? 1 : 0};
+    shape_ = {plan.num_nodes,   plan.node,        plan.num_channels, int32_t(options_.num_planes),
+              int32_t(signals), by_host_ ? 1 : 0, plan.max_messages};
     arena_ = std::make_unique<DeviceMemory>(places().bytes);
     shared_ = std::make_unique<carrier::SharedMemory>(NicShared(shape_).bytes);
     nics_.resize(size_t(shape_.num_planes));
@@ -95,19 +95,56 @@ void EmulatedGpu::connect(const std::vector<std::string>& addresses) {
     start_carrier(all);
 }
 
-bool EmulatedGpu::count(epcomm_fabric_traffic* into, bool restart) {
+void EmulatedGpu::ask(carrier::NicQuestion question) {
     NicReport* report = said();
-    report->restart = restart ? 1 : 0;
+    report->question = question;
     const uint64_t asked = report->asked + 1;
     store_release(&report->asked, asked);
-    const int64_t until = now_ns() + kCountNs;
+    const int64_t until = now_ns() + kAnswerNs;
     while (load_acquire(&report->answered) != asked) {
         if (now_ns() > until) throw std::runtime_error("the emulated NICs do not answer");
         usleep(200);
     }
-    emulated::fill_counts(report->traffic, options_.line, epoch_ns_, into);
+}
+
+bool EmulatedGpu::count(epcomm_fabric_traffic* into, bool restart) {
+    ask(restart ? carrier::kCountAnew : carrier::kCount);
+    emulated::fill_counts(said()->traffic, options_.line, epoch_ns_, into);
     into->num_nics = shape_.num_planes;
     return true;
+}
+
+bool EmulatedGpu::keep_messages(uint64_t capacity) {
+    if (capacity > uint64_t(shape_.max_messages)) return false;
+    ask(carrier::kForgetMessages);
+    kept_messages_ = capacity;
+    return true;
+}
+
+std::vector<epcomm_fabric_message> EmulatedGpu::messages(uint64_t* total) {
+    ask(carrier::kTellMessages);
+    const NicReport* report = said();
+    const auto* kept = reinterpret_cast<const emulated::Passage*>(
+        static_cast<const uint8_t*>(shared_->start()) + NicShared(shape_).messages);
+    const uint64_t count = report->num_messages;
+    std::vector<epcomm_fabric_message> all;
+    for (uint64_t i = count > kept_messages_ ? count - kept_messages_ : 0; i < count; ++i) {
+        all.push_back(message_of(kept[i]));
+    }
+    *total = report->total_messages;
+    return all;
+}
+
+epcomm_fabric_message EmulatedGpu::message_of(const emulated::Passage& passage) const {
+    epcomm_fabric_message message = emulated::message_of(passage, epoch_ns_);
+    message.plane = int32_t(passage.nic - shape_.nic(shape_.node, 0));
+    carrier::for_each_queue(
+        shape_, [&](int32_t, int32_t peer, int32_t channel, int32_t plane, uint32_t number) {
+            if (plane != message.plane || number != passage.queue) return;
+            message.peer = peer;
+            message.channel = channel;
+        });
+    return message;
 }
 
 std::string EmulatedGpu::error_text(const Completion& completion) const {
@@ -117,7 +154,8 @@ std::string EmulatedGpu::error_text(const Completion& completion) const {
 /// Of one plane.
 int64_t EmulatedGpu::memory_bytes(int32_t num_nodes, int32_t num_channels,
                                   int32_t num_signals) const {
-    const carrier::NicShape shape = {num_nodes, 0, num_channels, 1, num_signals, by_host_ ? 1 : 0};
+    const carrier::NicShape shape = {num_nodes,        0, num_channels, 1, num_signals,
+                                     by_host_ ? 1 : 0, 0};
     return int64_t(NicArena(shape).bytes + NicShared(shape).bytes);
 }
 

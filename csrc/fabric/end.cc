@@ -47,6 +47,7 @@ void check_config(const epcomm_fabric_config& config) {
     require((config.num_slots & (config.num_slots - 1)) == 0,
             "num_slots: expected a power of two, got " + std::to_string(config.num_slots));
     check_range("max_in_flight", config.max_in_flight, 1, 1 << 20);
+    check_range("max_messages", config.max_messages, 0, 1 << 24);
     require(config.host_memory != nullptr && config.producer_memory != nullptr,
             "host_memory, producer_memory: expected memory, got null");
 }
@@ -154,7 +155,8 @@ epcomm_fabric_end* epcomm_fabric_create(const epcomm_fabric_config* config, cons
                      config->max_in_flight,
                      options,
                      static_cast<epcomm_fabric_state*>(config->host_memory),
-                     config->timeout_ns};
+                     config->timeout_ns,
+                     config->max_messages};
         end->transport = make_transport(transport);
         lay_out(end.get());
         return end.release();

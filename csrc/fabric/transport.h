@@ -73,6 +73,8 @@ struct Plan {
     /// For transports that are direct: what their producers are given.
     epcomm_fabric_state* state;
     int64_t timeout_ns;
+    /// For NICs on a GPU: messages that keep_messages may ask for.
+    int32_t max_messages;
 
     int32_t lane_of(int32_t channel) const { return channel % num_rings % num_lanes; }
 };

@@ -30,7 +30,9 @@ typedef struct {
     int32_t max_in_flight;  ///< operations a thread may have under way
     int32_t spin;           ///< empty rounds of a thread before it naps; 0 where cores are few
     int32_t device_fills;   ///< kernels fill the rings, so no producer can wake a thread
-    int32_t reserved;
+    /// Of a modelled network whose NICs are on a GPU: messages that epcomm_fabric_keep_messages may
+    /// ask for. The same on all ranks.
+    int32_t max_messages;
     int64_t longest_nap_ns;
     int64_t timeout_ns;     ///< how long a producer waits for a free slot
     void* host_memory;      ///< epcomm_fabric_host_bytes zeros; pinned where kernels fill the rings
@@ -91,7 +93,7 @@ EPCOMM_API int epcomm_fabric_count(epcomm_fabric_end* end, epcomm_fabric_traffic
                                    int32_t restart);
 
 /// Keep the last `capacity` messages from now on, and forget older ones. Returns 1 where the
-/// transport keeps none, because it models no network or cannot tell.
+/// transport keeps none, because it models no network or cannot tell, or has no room for so many.
 EPCOMM_API int epcomm_fabric_keep_messages(epcomm_fabric_end* end, uint64_t capacity);
 
 /// Copy the kept messages, oldest first, at most `capacity`; returns how many, or -1. `total`: all

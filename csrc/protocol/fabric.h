@@ -73,13 +73,14 @@ typedef struct {
 } epcomm_fabric_traffic;
 
 /// A message of a modelled network, from doorbell to completion. Times are of the host's monotonic
-/// clock; `depart` and `arrive` are in the model, the others in fact.
+/// clock, or of the GPU's timer where the NICs are on it; `depart` and `arrive` are in the model,
+/// the others in fact.
 typedef struct {
-    int64_t rung_ns;       ///< the NIC saw the doorbell
+    int64_t rung_ns;       ///< the NIC saw the doorbell; 0: not noted
     int64_t depart_ns;     ///< its first byte leaves
     int64_t arrive_ns;     ///< its last byte arrives
     int64_t landed_ns;     ///< its last bytes were placed; 0: it completed before that
-    int64_t completed_ns;  ///< its completion was written, if it asked for one
+    int64_t completed_ns;  ///< its completion was written, if it asked for one; 0: not noted
     uint64_t position;     ///< of the request in its send queue
     uint64_t bytes;
     uint32_t queue_pair;  ///< its number on this rank's side

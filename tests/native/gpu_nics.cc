@@ -4,9 +4,11 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/carrier/carrier.h"
@@ -32,7 +34,8 @@ const char* const kTransports[] = {"emulated-cuda", "emulated-cuda-proxy"};
 /// One rank's end of the fabric over memory of the device.
 class End {
  public:
-    End(const std::string& transport, const std::string& options, int32_t node)
+    End(const std::string& transport, const std::string& options, int32_t node,
+        int32_t max_messages = 0)
         : node_(node),
           host_(size_t(epcomm_fabric_host_bytes(kSlots, kRings)) / 8 + 16),
           producers_(size_t(epcomm_fabric_producer_bytes(kRings)) / 8 + 16) {
@@ -45,6 +48,7 @@ class End {
         config.max_in_flight = 32;
         config.timeout_ns = 80 * kSecond;
         config.longest_nap_ns = 1'000'000;
+        config.max_messages = max_messages;
         config.host_memory = aligned(host_);
         config.producer_memory = aligned(producers_);
         end_ = epcomm_fabric_create(&config, transport.c_str(), options.c_str());
@@ -118,6 +122,24 @@ class End {
         CHECK_EQUAL(epcomm_fabric_count(end_, &traffic, 0), 0);
         return traffic;
     }
+    bool keeps(uint64_t capacity) const { return epcomm_fabric_keep_messages(end_, capacity) == 0; }
+    std::vector<epcomm_fabric_message> messages(uint64_t* total) const {
+        std::vector<epcomm_fabric_message> all(1 << 12);
+        const int64_t count = epcomm_fabric_messages(end_, all.data(), int64_t(all.size()), total);
+        CHECK(count >= 0);
+        all.resize(size_t(count));
+        return all;
+    }
+    /// Once so many have been told of.
+    std::vector<epcomm_fabric_message> messages_of(uint64_t expected) const {
+        const int64_t until = fabric::now_ns() + 20 * kSecond;
+        while (true) {
+            uint64_t total = 0;
+            const std::vector<epcomm_fabric_message> all = messages(&total);
+            if (total == expected) return all;
+            CHECK(total < expected && fabric::now_ns() < until);
+        }
+    }
     void kill_carrier() const {
         const std::string text = describe();
         kill(std::stoi(text.substr(text.rfind(' ') + 1)), SIGKILL);
@@ -144,10 +166,11 @@ class End {
 
 using Ends = std::vector<std::unique_ptr<End>>;
 
-Ends connected(const std::string& transport, const std::string& options = "") {
+Ends connected(const std::string& transport, const std::string& options = "",
+               int32_t max_messages = 0) {
     Ends ends;
     for (int32_t n = 0; n < kNodes; ++n) {
-        ends.push_back(std::make_unique<End>(transport, options, n));
+        ends.push_back(std::make_unique<End>(transport, options, n, max_messages));
     }
     for (int32_t n = 0; n < kNodes; ++n) {
         std::vector<std::string> all(kNodes);
@@ -173,10 +196,11 @@ void for_lanes(const Use& use) {
     }
 }
 
-/// Chunks from everybody to everybody on every channel, each compared when its signal comes.
-void exchange(const Ends& ends, int rounds) {
+/// Chunks from everybody to everybody on every channel, each compared when its signal comes. There
+/// have been `before` rounds.
+void exchange(const Ends& ends, int rounds, int before = 0) {
     std::vector<uint8_t> wanted(kChunk);
-    for (int round = 1; round <= rounds; ++round) {
+    for (int round = before + 1; round <= before + rounds; ++round) {
         const auto fill = [&](uint8_t* into, int32_t from, int32_t to, int32_t channel) {
             memset(into, round * 7 + from * 50 + to * 11 + channel, kChunk);
         };
@@ -211,6 +235,51 @@ TEST(ranks_exchange_chunks) {
         while (ends[0]->count().messages < expected) CHECK(fabric::now_ns() < until);
         CHECK_EQUAL(ends[0]->count().messages, expected);
         CHECK_EQUAL(ends[0]->count().num_nics, 1);
+    }
+}
+
+TEST(messages_are_told_by_lane_and_plane) {
+    constexpr int32_t kPlanes = 2, kRounds = 3;
+    constexpr uint64_t kAll = 2 * (kNodes - 1) * kChannels;  // of a round: chunks and signals
+    for (const char* transport : kTransports) {
+        const Ends ends = connected(transport, "planes=2", 1 << 10);
+        for (const auto& end : ends) CHECK(end->keeps(1 << 10));
+        const int64_t begin = fabric::now_ns();
+        exchange(ends, kRounds);
+        for (const auto& end : ends) {
+            const std::vector<epcomm_fabric_message> seen = end->messages_of(kRounds * kAll);
+            CHECK_EQUAL(seen.size(), kRounds * kAll);
+            const int64_t now = fabric::now_ns();
+            std::map<std::pair<int32_t, int32_t>, uint64_t> next;  // by lane
+            std::map<std::pair<int32_t, uint32_t>, std::pair<int32_t, int32_t>> lanes;
+            for (const epcomm_fabric_message& message : seen) {
+                const std::pair<int32_t, int32_t> lane{message.peer, message.channel};
+                CHECK(message.peer >= 0 && message.peer < kNodes);
+                CHECK(message.peer != &end - ends.data());
+                CHECK(message.channel >= 0 && message.channel < kChannels);
+                CHECK_EQUAL(message.plane, message.channel % kPlanes);
+                CHECK(lanes.insert({{message.plane, message.queue_pair}, lane}).first->second ==
+                      lane);
+                CHECK_EQUAL(message.position, next[lane]);
+                CHECK_EQUAL(message.bytes, next[lane] % 2 == 0 ? kChunk : 8);
+                CHECK(message.depart_ns >= begin && message.arrive_ns > message.depart_ns);
+                CHECK(message.landed_ns >= message.arrive_ns && message.landed_ns <= now);
+                CHECK_EQUAL(message.rung_ns, 0);
+                CHECK_EQUAL(message.completed_ns, 0);
+                next[lane] += 1;
+            }
+            CHECK_EQUAL(next.size(), (kNodes - 1) * kChannels);
+            CHECK_EQUAL(lanes.size(), next.size());
+        }
+        // Forgotten; then more than are to be kept.
+        CHECK(ends[0]->keeps(4));
+        CHECK_EQUAL(ends[0]->messages_of(0).size(), 0);
+        exchange(ends, 1, kRounds);
+        const std::vector<epcomm_fabric_message> last = ends[0]->messages_of(kAll);
+        CHECK_EQUAL(last.size(), 4);
+        for (const auto& message : last) CHECK(message.position >= 2 * kRounds);
+        CHECK(!ends[0]->keeps((1 << 10) + 1));
+        CHECK(!connected(transport)[0]->keeps(1));
     }
 }
 
