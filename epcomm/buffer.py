@@ -429,10 +429,10 @@ class Buffer:
         """What this rank's last calls did, and when. Waits for the calls made so far. Local.
 
         "cuda": what thread blocks and warps did, and when each chunk for another node was put and
-        waited for. "cpu": the phases of each call. With emulated network cards whose engine is on
-        the host (fabric "proxy/emulated" on the CPU) also each of their messages. What is not shown
-        stands in the trace. A rank keeps a bounded number of spans, the newest; how many older
-        ones were lost stands there too.
+        waited for. "cpu": the phases of each call. With emulated network cards (on the CPU fabric
+        "proxy/emulated") also each of their messages. What is not shown stands in the trace. A
+        rank keeps a bounded number of spans and messages, the newest; how many older ones were
+        lost stands there too.
 
         Args:
             restart: forget what the trace shows, so that the next one shows later calls only.
@@ -444,6 +444,7 @@ class Buffer:
         Raises:
             TypeError: ``restart`` is not a bool.
             ValueError: the Buffer was made without ``timeline=True``.
+            FabricError: emulated network cards on the GPU do not answer any more.
             BufferClosedError: the buffer is closed.
         """
         backend = self._open()

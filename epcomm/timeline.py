@@ -26,6 +26,8 @@ from typing import Any
 
 from .trace_events import JsonObject, name_process, note_loss
 
+#: Messages of network cards that a rank keeps.
+MAX_MESSAGES = 1 << 14
 #: Keys of a rank in "otherData".
 _RANK_KEYS = ("rank", "node", "local_rank", "lost_spans", "lost_messages", "not_shown", "clock")
 

@@ -132,6 +132,11 @@ def events_of_host(spans: Iterable[Span], rank: int, base: int) -> list[JsonObje
     return events
 
 
+def begins_of_messages(messages: np.ndarray) -> np.ndarray:
+    """When messages begin, in nanoseconds: at the doorbell or, if not noted, at the departure."""
+    return np.where(messages["rung_ns"] != 0, messages["rung_ns"], messages["depart_ns"])
+
+
 def events_of_messages(
     messages: np.ndarray, rank: int, rail: Sequence[int], base: int
 ) -> list[JsonObject]:
@@ -139,7 +144,7 @@ def events_of_messages(
 
     A message is an asynchronous event from the doorbell to its completion, because several of a
     queue pair are under way together; within it "wire" is the time on the modelled line and until
-    its last bytes were placed.
+    its last bytes were placed. Where doorbell and completion were not noted, it is that time alone.
 
     Args:
         messages: ``epcomm_fabric_message``, structured array [n].
@@ -148,6 +153,7 @@ def events_of_messages(
         base: nanoseconds.
     """
     events: list[JsonObject] = []
+    begins = begins_of_messages(messages)
     for number, message in enumerate(messages):
         peer = rail[int(message["peer"])]
         name = (
@@ -155,22 +161,25 @@ def events_of_messages(
             f"(channel {message['channel']} to rank {peer})"
         )
         same = {"cat": "nic", "id": f"{rank}.{number}", "pid": rank, "tid": _CALLS}
-        moments = {
-            moment: (int(message[f"{moment}_ns"]) - base) / 1e3
-            for moment in ("rung", "depart", "arrive", "landed", "completed")
-        }
-        details = {
+        depart, arrive, landed, completed = (
+            int(message[f"{moment}_ns"]) - base
+            for moment in ("depart", "arrive", "landed", "completed")
+        )
+        details: JsonObject = {
             "bytes": int(message["bytes"]),
             "request": int(message["position"]),
-            "arrive in the model, us": moments["arrive"],
+            "in the model, us": (arrive - depart) / 1e3,
         }
-        landed = max(moments["depart"], moments["landed"])
-        completed = max(landed, moments["completed"])
+        if message["landed_ns"] != 0:
+            details["late, us"] = max(0, landed - arrive) / 1e3
+        landed = max(depart, landed)
+        completed = max(landed, completed)
+        begin = int(begins[number]) - base
         events += [
-            {**same, "ph": "b", "name": name, "ts": moments["rung"], "args": details},
-            {**same, "ph": "b", "name": "wire", "ts": moments["depart"]},
-            {**same, "ph": "e", "name": "wire", "ts": landed},
-            {**same, "ph": "e", "name": name, "ts": completed},
+            {**same, "ph": "b", "name": name, "ts": begin / 1e3, "args": details},
+            {**same, "ph": "b", "name": "wire", "ts": depart / 1e3},
+            {**same, "ph": "e", "name": "wire", "ts": landed / 1e3},
+            {**same, "ph": "e", "name": name, "ts": completed / 1e3},
         ]
     return events
 

@@ -5,15 +5,12 @@ import numpy as np
 from ..clocks import HostClock
 from ..fabric.abi import dtypes
 from ..fabric.fabric import Fabric
-from ..timeline import Clock, Trace, make_trace
+from ..timeline import MAX_MESSAGES, Clock, Trace, make_trace
 from ..topology import Topology
-from ..trace_events import events_of_host, events_of_messages
+from ..trace_events import begins_of_messages, events_of_host, events_of_messages
 from .phases import HostSpans
 from .scaleout import ScaleOut
 from .scaleout_fabric import FabricScaleOut
-
-#: Messages that are kept.
-_MESSAGES = 1 << 14
 
 
 class HostTimeline:
@@ -32,7 +29,7 @@ class HostTimeline:
         self._topology, self._clock = topology, clock
         self._fabric: Fabric | None = None
         self._not_shown: list[str] = []
-        if isinstance(scale_out, FabricScaleOut) and scale_out.fabric.keep_messages(_MESSAGES):
+        if isinstance(scale_out, FabricScaleOut) and scale_out.fabric.keep_messages(MAX_MESSAGES):
             self._fabric = scale_out.fabric
         elif topology.num_nodes > 1:
             self._not_shown.append(
@@ -47,14 +44,14 @@ class HostTimeline:
         starts = [span.begin for span in spans]
         if self._fabric is not None:
             messages, total = self._fabric.messages()
-            starts += messages["rung_ns"].tolist()
+            starts += begins_of_messages(messages).tolist()
         base = min(starts, default=0)
         events = events_of_host(spans, topology.rank, base)
         events += events_of_messages(messages, topology.rank, topology.rail, base)
         if restart:
             self.spans.restart()
             if self._fabric is not None:
-                self._fabric.keep_messages(_MESSAGES)
+                self._fabric.keep_messages(MAX_MESSAGES)
         return make_trace(
             events,
             base,

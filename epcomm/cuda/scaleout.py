@@ -20,6 +20,7 @@ from ..errors import FabricError
 from ..fabric.fabric import Fabric, FabricOptions, RegionMemory, RingMemory
 from ..fabric.ladder import resolve
 from ..native import combine_record, constants, dispatch_record
+from ..timeline import MAX_MESSAGES
 from ..topology import Topology
 from ..traffic import LinkTraffic, Traffic
 from . import abi
@@ -129,7 +130,8 @@ class ScaleOut:
             threads=2 if options.own_core and options.num_threads >= 4 else 1,
             spin=1000 if options.own_core else 0,
         )
-        return replace(how, timeout=options.timeout)
+        kept = MAX_MESSAGES if options.timeline is not None else 0
+        return replace(how, timeout=options.timeout, max_messages=kept)
 
     @staticmethod
     def _ring_memory(options: FabricOptions) -> RingMemory:

@@ -1,4 +1,4 @@
-"""The timeline of a rank of the CUDA back end: its rings on the GPU, and the trace of them."""
+"""The timeline of a rank of the CUDA back end: rings on the GPU, its NICs' messages, the trace."""
 
 import ctypes
 from typing import Any
@@ -9,9 +9,16 @@ import numpy as np
 from .. import native
 from ..clocks import HostClock
 from ..fabric.abi import dtypes as fabric_dtypes
-from ..timeline import Clock, Trace, make_trace
+from ..fabric.fabric import Fabric
+from ..timeline import MAX_MESSAGES, Clock, Trace, make_trace
 from ..topology import Topology
-from ..trace_events import Channels, events_of_kernels, unroll
+from ..trace_events import (
+    Channels,
+    begins_of_messages,
+    events_of_kernels,
+    events_of_messages,
+    unroll,
+)
 from . import abi
 from .device import Device
 from .scaleout import ScaleOut
@@ -21,7 +28,7 @@ CAPACITY = 1 << 12
 
 
 class GpuTimeline:
-    """Rings that kernels note into.
+    """Rings that kernels note into, and what the NICs tell of messages.
 
     Args:
         topology: of the world.
@@ -47,7 +54,17 @@ class GpuTimeline:
         block["capacity"], block["num_blocks"] = CAPACITY, num_blocks
         self._block = cupy.asarray(block.view(np.uint8))
         cupy.cuda.runtime.deviceSynchronize()
-        self._channels, self._not_shown = _channels_of(scale_out)
+        self._channels = _channels_of(scale_out)
+        self._fabric: Fabric | None = None
+        self._not_shown: list[str] = []
+        if scale_out is not None and scale_out.fabric.keep_messages(MAX_MESSAGES):
+            self._fabric = scale_out.fabric
+        elif scale_out is not None:
+            transport = scale_out.fabric.options.transport
+            self._not_shown.append(
+                f"messages on the network: transport {transport!r} does not tell when it carries "
+                "them; the flight of a chunk goes from its put to the first end of a wait for it"
+            )
 
     @property
     def pointer(self) -> int:
@@ -59,20 +76,30 @@ class GpuTimeline:
         counts = self._counts.get()
         spans = self._spans.get().view(abi.dtypes["span"]).reshape(len(counts), CAPACITY)
         spans, lost = unroll(spans, counts)
+        messages, total = np.zeros(0, fabric_dtypes["message"]), 0
+        if self._fabric is not None:
+            messages, total = self._fabric.messages()
         if restart:
             # A fill of CuPy's would first have to compile a kernel.
             cupy.cuda.runtime.memset(self._counts.data.ptr, 0, counts.nbytes)
             cupy.cuda.runtime.deviceSynchronize()
+            if self._fabric is not None:
+                self._fabric.keep_messages(MAX_MESSAGES)
         topology = self._topology
-        base = int(spans["begin"].min()) if len(spans) else 0
+        # Both are by the GPU's timer.
+        starts = [*spans["begin"].tolist(), *begins_of_messages(messages).tolist()]
+        base = min(starts, default=0)
+        events = events_of_kernels(spans, _ROLES, topology.rank, self._channels, base)
+        events += events_of_messages(messages, topology.rank, topology.rail, base)
         return make_trace(
-            events_of_kernels(spans, _ROLES, topology.rank, self._channels, base),
+            events,
             base,
             self._compare(),
             rank=topology.rank,
             node=topology.node,
             local_rank=topology.local_rank,
             lost_spans=lost,
+            lost_messages=total - len(messages),
             not_shown=self._not_shown,
         )
 
@@ -100,17 +127,13 @@ _ROLES = {
 }
 
 
-def _channels_of(scale_out: ScaleOut | None) -> tuple[Channels, list[str]]:
-    """Channels of chunks, and what the trace cannot show."""
+def _channels_of(scale_out: ScaleOut | None) -> Channels:
+    """Channels of chunks."""
     if scale_out is None:
-        return Channels(), []
+        return Channels()
     fabric, plan = scale_out.fabric, scale_out.plan
     planes, ibgda = 1, fabric.ibgda
     if ibgda is not None:
         fields: Any = np.frombuffer(ibgda, fabric_dtypes["ibgda"])[0]
         planes = int(fields["num_planes"])
-    channels = Channels(int(plan.chunking["num_channels"]), plan.held_chunks, planes)
-    return channels, [
-        f"messages on the network: transport {fabric.options.transport!r} does not tell when it "
-        "carries them; the flight of a chunk goes from its put to the first end of a wait for it"
-    ]
+    return Channels(int(plan.chunking["num_channels"]), plan.held_chunks, planes)

@@ -40,6 +40,8 @@ class FabricOptions:
         device_fills: kernels fill the rings.
         longest_nap: seconds; where kernels fill the rings also what a nap adds to a latency.
         timeout: seconds a producer waits for a free slot.
+        max_messages: that ``keep_messages`` may ask for where emulated NICs are on a GPU, 0 to
+            2**24; NICs of the host's threads need not be told before. The same on all ranks.
     """
 
     transport: str
@@ -53,6 +55,7 @@ class FabricOptions:
     device_fills: bool = False
     longest_nap: float = 0.02
     timeout: float = 60.0
+    max_messages: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,10 @@ class Fabric:
         options, topology = self.options, self.topology
         config = np.zeros((), dtypes["config"])
         config["node"], config["num_nodes"] = topology.node, topology.num_nodes
-        for name in ("num_channels", "num_rings", "num_threads", "num_slots", "max_in_flight"):
+        for name in (
+            *("num_channels", "num_rings", "num_threads", "num_slots", "max_in_flight"),
+            "max_messages",
+        ):
             config[name] = getattr(options, name)
         config["spin"], config["device_fills"] = options.spin, options.device_fills
         config["longest_nap_ns"] = int(options.longest_nap * 1e9)
@@ -280,7 +286,7 @@ class Fabric:
     def keep_messages(self, capacity: int) -> bool:
         """Keep the last ``capacity`` messages of a modelled network from now on, and no older ones.
 
-        False where the transport models no network, or does not tell.
+        False where the transport models no network, does not tell, or has no room for so many.
         """
         result = library.epcomm_fabric_keep_messages(self._end, capacity)
         self._require(result)

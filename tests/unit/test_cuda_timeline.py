@@ -1,6 +1,8 @@
 """A CUDA buffer's timeline without a GPU: what kernels are given, and what their notes become."""
 
 import ctypes
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,9 @@ if not abi.available:
 
 from cuda_stand_ins import RANK, Gpu, make_buffer
 
+from epcomm.backend import Options
 from epcomm.clocks import HostClock
+from epcomm.fabric.abi import dtypes as fabric_dtypes
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -40,6 +44,34 @@ class Rings:
         for name, value in {"node": -1, "chunk": -1, "block": block, **fields}.items():
             setattr(span, name, value)
         count.value += 1
+
+
+@dataclass
+class Nics:
+    """A fabric of two nodes over emulated NICs on the GPU, or one that tells nothing."""
+
+    tells: bool = True
+    total: int = 0
+    told: np.ndarray = field(default_factory=lambda: np.zeros(0, fabric_dtypes["message"]))
+    kept: list[int] = field(default_factory=list)
+    options = SimpleNamespace(transport="some-nics")
+    ibgda = None
+
+    def keep_messages(self, capacity: int) -> bool:
+        self.kept.append(capacity)
+        return self.tells
+
+    def messages(self) -> tuple[np.ndarray, int]:
+        return self.told, self.total
+
+
+def timeline_over(buffer: Any, nics: Nics) -> Any:
+    """A timeline as that of ``buffer``, of rank 1 of 4 on two nodes."""
+    own = buffer._backend._timeline
+    plan = SimpleNamespace(chunking={"num_channels": 4}, held_chunks=0)
+    topology = SimpleNamespace(rank=RANK, node=0, local_rank=1, rail=(1, 3))
+    device = SimpleNamespace(identity="a GPU", num_sms=16)
+    return type(own)(topology, own._clock, device, SimpleNamespace(fabric=nics, plan=plan))
 
 
 @pytest.fixture
@@ -98,6 +130,58 @@ def test_what_a_ring_lost_is_counted_and_a_restart_forgets(monkeypatch, gpu):
     assert trace.data["otherData"]["base_ns"] == 103
     assert trace.lost == 3
     assert not [e for e in buffer.timeline().events if e["ph"] == "X"]
+
+
+def test_messages_of_nics_on_the_gpu_are_in_the_trace(monkeypatch, gpu):
+    nics = Nics(total=7, told=np.zeros(2, fabric_dtypes["message"]))
+    timeline = timeline_over(make_buffer(monkeypatch, gpu, timeline=True), nics)
+    store = abi.constants["ROLE_STORE"]
+    Rings(timeline.pointer).note(0, role=store, warp=3, begin=5000, end=9000, epoch=1)
+    nics.told["depart_ns"], nics.told["arrive_ns"] = (4000, 6000), (5500, 7500)
+    nics.told["landed_ns"], nics.told["bytes"] = (5600, 7500), (4096, 8)
+    nics.told["queue_pair"], nics.told["peer"], nics.told["channel"] = 0x102, 1, 3
+    nics.told["plane"], nics.told["position"] = 1, (0, 1)
+    trace = timeline.read(restart=True)
+    # By the same clock as the kernels' spans.
+    assert trace.data["otherData"]["base_ns"] == 4000
+    assert [e["ts"] for e in trace.events if e["name"] == "store"] == [1.0]
+    name = "NIC plane 1 queue pair 0x102 (channel 3 to rank 3)"
+    named = [(e["ph"], round(e["ts"], 3)) for e in trace.events if e["name"] == name]
+    assert named == [("b", 0.0), ("e", 1.6), ("b", 2.0), ("e", 3.5)]
+    assert [e["args"]["bytes"] for e in trace.events if e["name"] == name and e["ph"] == "b"] == [
+        4096,
+        8,
+    ]
+    assert trace.ranks[0]["not_shown"] == []
+    assert trace.ranks[0]["lost_messages"] == trace.lost == 5
+    # Asked for when it was made, and forgotten with the spans.
+    assert len(nics.kept) == 2
+    assert nics.kept[0] == nics.kept[1] > 0
+
+
+def test_a_network_that_tells_nothing_is_named(monkeypatch, gpu):
+    nics = Nics(tells=False)
+    timeline = timeline_over(make_buffer(monkeypatch, gpu, timeline=True), nics)
+    (words,) = timeline.read(restart=True).ranks[0]["not_shown"]
+    assert "transport 'some-nics' does not tell" in words
+    assert len(nics.kept) == 1
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_nics_are_told_beforehand_whether_messages_are_wanted(monkeypatch, gpu, wanted):
+    """Their kernel runs all the time: nothing can be allocated beside it."""
+    backend = make_buffer(monkeypatch, gpu, timeline=wanted)._backend
+    scale_out = type(backend).__init__.__globals__["ScaleOut"]
+    clock = HostClock("here", 0, 0) if wanted else None
+    own = SimpleNamespace(plan=SimpleNamespace(chunking={"num_channels": 4}))
+    how = Options(timeout=1.0, num_threads=1, own_core=False, timeline=clock)
+    options = scale_out._fabric_options(own, how, "emulated-cuda", "")
+    if wanted:
+        nics = Nics()
+        timeline_over(make_buffer(monkeypatch, gpu, timeline=True), nics)
+        assert nics.kept == [options.max_messages]
+    else:
+        assert options.max_messages == 0
 
 
 def test_every_role_has_a_name(monkeypatch, gpu):

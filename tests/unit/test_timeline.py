@@ -201,6 +201,17 @@ def test_messages_are_named_by_plane_and_queue_pair():
     assert wires == [("b", 1.0), ("e", 3.5), ("b", 1.1), ("e", 3.5)]
 
 
+def test_a_message_of_which_only_the_landing_is_noted_takes_that_time():
+    messages = np.zeros(1, fabric_dtypes["message"])
+    messages["depart_ns"], messages["arrive_ns"], messages["landed_ns"] = 11_000, 13_000, 13_500
+    events = events_of_messages(messages, 0, (0, 1), 10_000)
+    check_schema(make_trace(events, 10_000, Clock("a GPU"), rank=0, node=0, local_rank=0).data)
+    assert [e["ts"] for e in events] == [1.0, 1.0, 3.5, 3.5]
+    assert events[0]["args"] == {
+        "bytes": 0, "request": 0, "in the model, us": 2.0, "late, us": 0.5,
+    }  # fmt: skip
+
+
 def test_a_message_that_completed_before_it_landed_does_not_run_backwards():
     messages = np.zeros(1, fabric_dtypes["message"])
     messages["rung_ns"], messages["depart_ns"], messages["completed_ns"] = 1000, 1200, 1100
