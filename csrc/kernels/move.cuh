@@ -1,13 +1,13 @@
 // Moving a row's bytes from one place to several by 16-byte loads and stores. Enough loads of a
-// warp are in flight that 16 warps keep an SM's share of the memory busy; nothing has to drain
-// between two rows.
+// warp are in flight that 16 warps keep an SM's share of the memory busy: a packed row of H = 7168
+// takes two trips to memory, its scales come with the first. Nothing has to drain between two rows.
 #pragma once
 
 #include "quantize.cuh"
 
 namespace epcomm {
 
-constexpr int kMoveUnroll = 4;  ///< 16-byte loads a lane has in flight
+constexpr int kMoveUnroll = 7;  ///< 16-byte loads a lane has in flight
 
 __device__ __forceinline__ uint8_t* shuffle_pointer(uint8_t* pointer, int lane) {
     return reinterpret_cast<uint8_t*>(
@@ -82,16 +82,38 @@ __device__ __forceinline__ void pack_and_move_row(const uint8_t* from, int eleme
     __syncwarp();
 }
 
-/// Copy a row's scales, `count` words. The whole warp.
-__device__ __forceinline__ void move_words(const uint32_t* from, int count, unsigned lanes,
-                                           uint8_t* to) {
-    for (int first = 0; first < count; first += 32) {
+/// A lane's words of a row's scales, of the first so many.
+constexpr int kHeldWords = 2;
+
+/// Store `held`, and copy what is behind it, of `count` words. The whole warp.
+__device__ __forceinline__ void store_words(const uint32_t (&held)[kHeldWords],
+                                            const uint32_t* from, int count, unsigned lanes,
+                                            uint8_t* to) {
+#pragma unroll
+    for (int i = 0; i < kHeldWords; ++i) {
+        const int w = i * 32 + lane_id();
+        if (i * 32 >= count) return;
+        for (unsigned left = lanes; left != 0; left &= left - 1) {
+            auto* base = reinterpret_cast<uint32_t*>(shuffle_pointer(to, __ffs(int(left)) - 1));
+            if (w < count) base[w] = held[i];
+        }
+    }
+    for (int first = kHeldWords * 32; first < count; first += 32) {
         const int w = first + lane_id();
         const uint32_t word = w < count ? from[w] : 0;
         for (unsigned left = lanes; left != 0; left &= left - 1) {
             auto* base = reinterpret_cast<uint32_t*>(shuffle_pointer(to, __ffs(int(left)) - 1));
             if (w < count) base[w] = word;
         }
+    }
+}
+
+__device__ __forceinline__ void load_words(uint32_t (&held)[kHeldWords], const uint32_t* from,
+                                           int count) {
+#pragma unroll
+    for (int i = 0; i < kHeldWords; ++i) {
+        const int w = i * 32 + lane_id();
+        held[i] = w < count ? from[w] : 0;
     }
 }
 
@@ -109,13 +131,16 @@ struct Move {
 template <int packing>
 __device__ __forceinline__ void move_with_scales(const Move& move, int bytes, int scale_words,
                                                  bool power_of_two, uint32_t* area) {
+    uint32_t held[kHeldWords];
     if constexpr (packing == 0) {
+        load_words(held, move.words, scale_words);
         move_row(move.rows, bytes, move.lanes, move.to);
-        if (scale_words > 0) move_words(move.words, scale_words, move.lanes, move.scales_to);
+        store_words(held, move.words, scale_words, move.lanes, move.scales_to);
     } else {
         pack_and_move_row<packing == 2>(move.rows, bytes / (packing == 2 ? 4 : 2), power_of_two,
                                         move.lanes, move.to, area);
-        move_words(area, scale_words, move.lanes, move.scales_to);
+        load_words(held, area, scale_words);
+        store_words(held, area, scale_words, move.lanes, move.scales_to);
         __syncwarp();
     }
 }

@@ -114,6 +114,44 @@ __device__ __forceinline__ bool far_records(const TwoHopSum& sum, int token, Arr
     return true;
 }
 
+/// A lane's columns of a record whose payload is like the rows.
+struct RawColumns {
+    uint4 column[kSumColumns];
+
+    /// Of the i-th of a token's records.
+    __device__ __forceinline__ void load(const FarRecords& far, int i, int first, int row_bytes) {
+        const uint8_t* record = shuffle_pointer(const_cast<uint8_t*>(far.record), i);
+#pragma unroll
+        for (int u = 0; u < kSumColumns; ++u) {
+            const int at = column_at(first, u);
+            column[u] = at < row_bytes ? load_once(record + at) : uint4{};
+        }
+    }
+};
+
+/// Sum columns of a token over the nodes in their order, where the wire has the rows' format: the
+/// first record's loads are on their way while the node's own rows are summed, each other's while
+/// the one before it is added.
+template <bool f32, bool weighted>
+__device__ __forceinline__ void sum_nodes(const NearRows& rows, const FarRecords& far, int before,
+                                          int first, int row_bytes, Sums<f32>* total) {
+    RawColumns next;
+    if (far.count != 0) next.load(far, 0, first, row_bytes);
+    Sums<f32> part;
+    part.clear();
+    sum_near<f32, weighted, true>(rows, first, row_bytes, &part);
+    for (int i = 0; i <= far.count; ++i) {
+        if (i == before && rows.lanes != 0) total->add(part);
+        if (i == far.count) break;
+        const RawColumns raw = next;
+        if (i + 1 < far.count) next.load(far, i + 1, first, row_bytes);
+#pragma unroll
+        for (int u = 0; u < kSumColumns; ++u) {
+            accumulate<f32, false>(raw.column[u], 1.0f, total->column[u]);
+        }
+    }
+}
+
 /// Sum one token over the nodes in their order, add the biases and store the result.
 template <class Formats, bool weighted>
 __device__ __forceinline__ void finish_token(const TwoHopSum& sum, int token,
@@ -127,7 +165,11 @@ __device__ __forceinline__ void finish_token(const TwoHopSum& sum, int token,
     for (int first = 0; first < call.row_bytes; first += kSumColumns * 32 * 16) {
         Sums<f32> total;
         total.clear();
-        for (int i = 0; i <= far.count; ++i) {
+        constexpr bool own = Formats::wire == (f32 ? EPCOMM_FORMAT_F32 : EPCOMM_FORMAT_BF16);
+        if constexpr (own) {
+            sum_nodes<f32, weighted>(rows, far, before, first, call.row_bytes, &total);
+        }
+        for (int i = 0; !own && i <= far.count; ++i) {
             if (i == before && rows.lanes != 0) {
                 Sums<f32> part;
                 part.clear();
