@@ -16,9 +16,11 @@ CASES = [
     BASE,
     replace(BASE, quantize="fp8", layout="expert", alignment=4, row_weights=True),
     replace(BASE, packed="ue8m0", routing="sparse", tokens=(5, 0)),
-    replace(BASE, dtype=torch.float32, fixed_rows=90),
     replace(BASE, dtype=torch.float32, quantize="fp8"),
 ]
+#: In a buffer of its own: under compute-sanitizer torch does not let go of tensors made over a
+#: window, and such calls cannot wait for another one.
+FIXED = replace(BASE, dtype=torch.float32, fixed_rows=90)
 
 
 #: Every kind of kernel between nodes.
@@ -41,8 +43,9 @@ def main() -> None:
     comm = MPI.COMM_WORLD
     if sys.argv[1:] != ["nodes"]:
         run(comm, CASES, comm.size)
+        run(comm, [FIXED], comm.size)
         return
-    cases = [CASES[0], CASES[1], replace(BASE, wire="logfmt10"), CASES[4]]
+    cases = [CASES[0], CASES[1], replace(BASE, wire="logfmt10"), CASES[3]]
     for fabric in FABRICS:
         run(comm, cases, 1, fabric=fabric)
     run(comm, cases[:1], 1, fabric="emulated", max_staging_bytes=bound_for(BASE, comm.size, 9))
