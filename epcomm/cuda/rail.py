@@ -22,7 +22,7 @@ from ..topology import Topology
 CHUNK_RECORDS = 64
 #: Longer where each costs CUDA calls of the rank's carrier.
 CHUNK_RECORDS_OVER = {"local-cuda": 256}
-#: Queue pairs of a rank, at least; a card serves several at once, and one only so fast.
+#: Queue pairs of a rank with one or two peers; a card serves several at once, each only so fast.
 _QUEUE_PAIRS = 16
 _FEWEST_CHANNELS = 4
 #: A kernel cannot wake a proxy thread, so a nap adds to the first trigger's latency.
