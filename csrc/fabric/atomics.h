@@ -56,6 +56,15 @@ EPCOMM_HD inline uint32_t load_relaxed(const uint32_t* address) {
 #endif
 }
 
+/// What an earlier fence orders, or nothing does.
+EPCOMM_HD inline void store_relaxed(uint64_t* address, uint64_t value) {
+#ifdef __CUDA_ARCH__
+    asm volatile("st.relaxed.sys.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+#else
+    __atomic_store_n(address, value, __ATOMIC_RELAXED);
+#endif
+}
+
 EPCOMM_HD inline void store_release(uint64_t* address, uint64_t value) {
 #ifdef __CUDA_ARCH__
     asm volatile("st.release.sys.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");

@@ -41,16 +41,19 @@ EPCOMM_HD inline void keep_error(SendQueue* queue, const Completion* entry, uint
 
 /// Read what completions there are. False: the queue has failed.
 EPCOMM_HD inline bool poll(SendQueue* queue) {
-    while (works(*queue)) {
+    while (true) {
+        // Mostly there is nothing, so as few loads as that takes wait for each other.
+        const uint32_t failed = fabric::load_relaxed(&queue->failed);
         const uint64_t count = fabric::load_acquire(&queue->polled);
-        // Between this load and the exchange below nobody reads an entry, so `done` is not past
-        // the request of this one, and its distance is less than the ring.
-        const uint64_t done = fabric::load_acquire(&queue->done);
+        if (failed != kQueueWorks) return works(*queue);
         const Completion* entry = &queue->completions[count & (queue->num_completions - 1)];
         const Tail tail = load_tail(entry);
         if (!is_valid(tail, count, queue->num_completions)) return true;
-        // If `count` has been read meanwhile, the entry may be of a later lap; who is late by a
-        // whole lap fails the exchange, and must not judge the entry.
+        const uint64_t done = fabric::load_acquire(&queue->done);
+        fabric::interleave();
+        // If nobody has read this entry yet, nobody had when `done` was loaded: it is not past the
+        // request of this one, and the distance is less than the ring. If somebody has, the entry
+        // may be of a later lap; who is late by a whole lap fails the exchange, and must not judge.
         if (fabric::load_acquire(&queue->polled) != count) continue;
         const uint16_t distance = uint16_t(tail.index - uint16_t(done));
         if (opcode_of(tail.opcode_owner) != kCompleted) {
@@ -62,7 +65,6 @@ EPCOMM_HD inline bool poll(SendQueue* queue) {
             raise_to(&queue->done, done + distance + 1);
         }
     }
-    return false;
 }
 
 }  // namespace epcomm::mlx5

@@ -28,16 +28,6 @@ EPCOMM_HD inline void fence() {
 #endif
 }
 
-/// Also orders a store before a later load of another address. Two threads that each store, fence
-/// and load what the other stores: at least one sees the other's store.
-EPCOMM_HD inline void fence_store_load() {
-#ifdef __CUDA_ARCH__
-    asm volatile("fence.sc.gpu;" ::: "memory");
-#else
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
-#endif
-}
-
 #ifdef __CUDACC__
 /// Bulk stores (cp.async.bulk from shared to global memory) of the calling thread become visible
 /// like plain stores of it: complete, not only read out of shared memory, and ordered between the
@@ -77,8 +67,7 @@ EPCOMM_HD inline void store_record(Be32* record, uint16_t next) {
 /// Raise a counter that several threads raise to different values; releases at device scope.
 EPCOMM_HD inline void raise_to(uint64_t* counter, uint64_t value) {
 #ifdef __CUDA_ARCH__
-    fence<Scope::kDevice>();
-    atomicMax(reinterpret_cast<unsigned long long*>(counter), value);
+    asm volatile("red.release.gpu.max.u64 [%0], %1;" ::"l"(counter), "l"(value) : "memory");
 #else
     uint64_t seen = __atomic_load_n(counter, __ATOMIC_RELAXED);
     while (seen < value && !__atomic_compare_exchange_n(counter, &seen, value, true,
@@ -87,27 +76,44 @@ EPCOMM_HD inline void raise_to(uint64_t* counter, uint64_t value) {
 #endif
 }
 
-/// Exchange if equal, among threads in the scope; acquires and releases.
-template <Scope scope = Scope::kDevice>
-EPCOMM_HD inline bool exchange_if(uint64_t* word, uint64_t expected, uint64_t value) {
+/// What an exchange orders among threads in its scope. Who has fenced needs no release.
+enum class Order { kAcquire, kAcquireRelease };
+
+/// Exchange if the word is `*seen`; if not, `*seen` is what it is, acquired too.
+template <Order order, Scope scope = Scope::kDevice>
+EPCOMM_HD inline bool exchange_seen(uint64_t* word, uint64_t* seen, uint64_t value) {
 #ifdef __CUDA_ARCH__
-    auto* at = reinterpret_cast<unsigned long long*>(word);
-    fence<scope>();
-    bool won;
-    if constexpr (scope == Scope::kDevice) {
-        won = atomicCAS(at, expected, value) == expected;
+    const uint64_t expected = *seen;
+    if constexpr (scope == Scope::kSystem) {
+        asm volatile("atom.acq_rel.sys.cas.b64 %0, [%1], %2, %3;"
+                     : "=l"(*seen)
+                     : "l"(word), "l"(expected), "l"(value)
+                     : "memory");
+    } else if constexpr (order == Order::kAcquire) {
+        asm volatile("atom.acquire.gpu.cas.b64 %0, [%1], %2, %3;"
+                     : "=l"(*seen)
+                     : "l"(word), "l"(expected), "l"(value)
+                     : "memory");
     } else {
-        won = atomicCAS_system(at, expected, value) == expected;
+        asm volatile("atom.acq_rel.gpu.cas.b64 %0, [%1], %2, %3;"
+                     : "=l"(*seen)
+                     : "l"(word), "l"(expected), "l"(value)
+                     : "memory");
     }
-    fence<scope>();
-    return won;
+    return *seen == expected;
 #else
     fabric::interleave();
-    const bool won = __atomic_compare_exchange_n(word, &expected, value, false, __ATOMIC_ACQ_REL,
-                                                 __ATOMIC_ACQUIRE);
+    const bool won =
+        __atomic_compare_exchange_n(word, seen, value, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
     fabric::interleave();
     return won;
 #endif
+}
+
+/// Exchange if equal; acquires and releases.
+template <Scope scope = Scope::kDevice>
+EPCOMM_HD inline bool exchange_if(uint64_t* word, uint64_t expected, uint64_t value) {
+    return exchange_seen<Order::kAcquireRelease, scope>(word, &expected, value);
 }
 
 }  // namespace epcomm::mlx5

@@ -23,8 +23,12 @@ EPCOMM_HD inline bool wait_on(SendQueue* queue, Wait& wait) {
 /// queue can't be used any more, or `count` is too much for it.
 template <class Wait>
 EPCOMM_HD inline bool reserve(SendQueue* queue, uint32_t count, Wait& wait, uint64_t* first) {
-    if (!works(*queue) || count > max_at_once(*queue)) return false;
+    // `done` only grows, so what it was before will do, and both loads wait together.
+    const uint32_t failed = fabric::load_relaxed(&queue->failed);
+    const uint64_t done = fabric::load_acquire(&queue->done);
+    if (failed != kQueueWorks || count > max_at_once(*queue)) return false;
     *first = fabric::fetch_add(&queue->reserved, count);
+    if (*first + count - done <= queue->num_blocks) return true;
     while (!has_room(*queue, *first + count)) {
         if (wait_on(queue, wait)) continue;
         // The reserved positions will never be published.
@@ -45,24 +49,8 @@ EPCOMM_HD inline bool take_turn(SendQueue* queue, uint64_t first, Wait& wait) {
     return true;
 }
 
-/// Publish what this thread, or the other threads of its group before a sync, have stored.
-template <class Wait>
-EPCOMM_HD inline bool publish(SendQueue* queue, uint64_t first, uint32_t count, Wait& wait) {
-    if (!take_turn(queue, first, wait)) return false;
-    end_turn(queue, first + count);
-    return true;
-}
-
 /// When to ring.
 enum class Ring { kWhenDue, kNow };
-
-EPCOMM_HD inline void ring(SendQueue* queue, Ring when) {
-    if (when == Ring::kNow) {
-        ring(queue);
-    } else {
-        ring_if_due(queue);
-    }
-}
 
 /// Post `count` requests: `make(i, position)` returns the i-th block, with
 /// `header_of(queue, position, ...)` in it. Returns the position behind the last one; 0: failed.
@@ -79,8 +67,8 @@ EPCOMM_HD inline uint64_t post(Group group, SendQueue* queue, uint32_t count, Ri
         store_request(queue, first + i, make(i, first + i));
     }
     group.sync();
-    ok = group.lane() != 0 || publish(queue, first, count, wait);
-    if (group.lane() == 0 && ok) ring(queue, when);
+    ok = group.lane() != 0 || take_turn(queue, first, wait);
+    if (group.lane() == 0 && ok) end_turn(queue, first, first + count, when == Ring::kNow);
     ok = group.from_first(int(ok)) != 0;
     return ok ? first + count : 0;
 }
@@ -95,9 +83,9 @@ EPCOMM_HD inline uint64_t post_in_turn(SendQueue* queue, uint32_t count, Ring wh
     for (uint32_t i = 0; i < count; ++i) store_request(queue, first + i, make(i, first + i));
     if (!take_turn(queue, first, wait)) return 0;
     store_request(queue, first + count, last(first + count));
-    end_turn(queue, first + count + 1);
-    ring(queue, when);
-    return first + count + 1;
+    const uint64_t end = first + count + 1;
+    end_turn(queue, first, end, when == Ring::kNow);
+    return end;
 }
 
 /// See to it that a completion will come that covers every position below `end`, which the caller

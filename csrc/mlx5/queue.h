@@ -3,7 +3,8 @@
 //     reserve   take positions; wait until the NIC is done with what lies in their slots
 //     store     write the requests, any thread any of them
 //     publish   in order, a turn each: positions become `ready` once all before them are
-//     ring      doorbell record, then doorbell, for everything ready; one thread at a time
+//     ring      doorbell record, then doorbell, for everything ready; one thread at a time, which
+//               takes that upon itself with the exchange that publishes
 //     poll      (completion.h) read completions; raise `done`
 //
 // Positions are 64-bit and never wrap; the hardware sees their low 16 bits. A request takes one
@@ -36,17 +37,16 @@ struct SendQueue {
     Completion* completions;  ///< its own completion ring
     Be32* record;             ///< doorbell record, kRecordWords
     uint64_t* doorbell;
-    uint32_t num_blocks;       ///< a power of two, at most kMaxBlocks
-    uint32_t num_completions;  ///< a power of two, at least num_blocks: it cannot overrun
-    uint32_t number;           ///< queue pair number
-    uint32_t completion_interval;
-    uint32_t doorbell_interval;  ///< ring at the latest with so many requests ready
+    uint32_t num_blocks;           ///< a power of two, at most kMaxBlocks
+    uint32_t num_completions;      ///< a power of two, at least num_blocks: it cannot overrun
+    uint32_t number;               ///< queue pair number
+    uint32_t completion_interval;  ///< a power of two
+    uint32_t doorbell_interval;    ///< ring at the latest with so many requests ready
 
     // Positions. Each is changed by other operations than its neighbours.
     alignas(64) uint64_t reserved;    ///< next free
-    alignas(64) uint64_t ready;       ///< see ready_of
-    alignas(64) uint64_t rung;        ///< below: the doorbell rang
-    uint64_t ringing;                 ///< 1: a thread is between record and doorbell
+    alignas(64) uint64_t ready;       ///< and three bits, see ready_of
+    alignas(64) uint64_t rung;        ///< below: the doorbell rang; changed by the one who rings
     alignas(64) uint64_t done;        ///< below: completed
     uint64_t polled;                  ///< completions read, counted from the start
     alignas(64) uint64_t asked;       ///< below: a completion was asked for
@@ -66,7 +66,7 @@ struct SendQueue {
 /// Start all counters at `position`, the hardware's at its low 16 bits (0 for a real one).
 EPCOMM_HD inline void start_at(SendQueue* queue, uint64_t position) {
     queue->reserved = queue->ready = queue->rung = queue->done = queue->asked = position;
-    queue->polled = queue->ringing = queue->error_kept = queue->failed = 0;
+    queue->polled = queue->error_kept = queue->failed = 0;
     queue->successor = queue->judged = queue->moved = 0;
     queue->completion_interval = queue->num_blocks < 4 ? 1 : queue->num_blocks / 4;
     queue->doorbell_interval = queue->completion_interval;
@@ -91,7 +91,7 @@ EPCOMM_HD inline uint32_t max_at_once(const SendQueue& queue) {
 
 /// Whether the request at `position` asks for a completion even if its writer needs none.
 EPCOMM_HD inline bool completion_due(const SendQueue& queue, uint64_t position) {
-    return (position + 1) % queue.completion_interval == 0;
+    return ((position + 1) & (queue.completion_interval - 1)) == 0;
 }
 
 EPCOMM_HD inline Header header_of(const SendQueue& queue, uint64_t position, bool completion) {
@@ -111,24 +111,30 @@ EPCOMM_HD inline void store_request(SendQueue* queue, uint64_t position, const B
     }
 }
 
-/// Bits of `ready` above the position: a writer has its turn; nobody gets it any more.
+/// Bits of `ready` above the position: a writer has its turn; nobody gets it any more; a thread
+/// rings for everything that is ready, also for what others publish until it clears the bit.
 constexpr uint64_t kTurnTaken = uint64_t(1) << 63;
 constexpr uint64_t kClosed = uint64_t(1) << 62;
+constexpr uint64_t kRinging = uint64_t(1) << 61;
+
+EPCOMM_HD inline uint64_t position_of(uint64_t ready) {
+    return ready & ~(kTurnTaken | kClosed | kRinging);
+}
 
 /// Below: written, may be rung for.
 EPCOMM_HD inline uint64_t ready_of(const SendQueue& queue) {
-    return fabric::load_acquire(&queue.ready) & ~(kTurnTaken | kClosed);
+    return position_of(fabric::load_acquire(&queue.ready));
 }
 
 /// Once everything before `first` is published it is the turn of who has reserved that: of one
-/// writer after the other, in the order of their positions, until `end_turn`.
+/// writer after the other, in the order of their positions, until `end_turn`. Acquires what the
+/// ones before stored.
 EPCOMM_HD inline bool try_turn(SendQueue* queue, uint64_t first) {
-    return exchange_if(&queue->ready, first, first | kTurnTaken);
-}
-
-/// Publish.
-EPCOMM_HD inline void end_turn(SendQueue* queue, uint64_t end) {
-    fabric::store_release(&queue->ready, end);
+    uint64_t seen = first;
+    while ((seen & ~kRinging) == first) {
+        if (exchange_seen<Order::kAcquire>(&queue->ready, &seen, seen | kTurnTaken)) return true;
+    }
+    return false;
 }
 
 /// Let nobody publish any more. False: a writer has its turn.
@@ -138,31 +144,52 @@ EPCOMM_HD inline bool try_close(SendQueue* queue) {
     return (ready & kTurnTaken) == 0 && exchange_if(&queue->ready, ready, ready | kClosed);
 }
 
-/// Ring for everything ready. If another thread is ringing, that one sees to it.
-EPCOMM_HD inline void ring(SendQueue* queue) {
+/// Ring for `ready`, whose kRinging bit this thread has set, and for what others publish meanwhile.
+/// Requests before that position, and the bytes they speak of, are behind a fence at system scope.
+EPCOMM_HD inline void ring_for(SendQueue* queue, uint64_t ready) {
     while (true) {
-        fence_store_load();  // a caller's publication, or the release below, before these loads
-        const uint64_t target = ready_of(*queue);
-        if (fabric::load_acquire(&queue->rung) >= target) return;
-        if (!exchange_if(&queue->ringing, 0, 1)) return;
-        const uint64_t next = ready_of(*queue);
-        if (fabric::load_relaxed(&queue->rung) < next) {
-            fence<Scope::kSystem>();  // requests, and the bytes they speak of, before the record
-            store_record(&queue->record[kSendRecord], uint16_t(next));
-            fence<Scope::kSystem>();  // the record before the doorbell
-            const Doorbell value = next_index_doorbell(queue->number, uint16_t(next));
-            store_doorbell(queue->doorbell, value);
-            fabric::store_release(&queue->rung, next);
-        }
-        fabric::store_release(&queue->ringing, uint64_t(0));
-        // Who published meanwhile and found the lock taken has left: look again.
+        const uint64_t next = position_of(ready);
+        store_record(&queue->record[kSendRecord], uint16_t(next));
+        fence<Scope::kSystem>();  // the record before the doorbell
+        store_doorbell(queue->doorbell, next_index_doorbell(queue->number, uint16_t(next)));
+        fabric::store_relaxed(&queue->rung, next);
+        // Who published and found the bit set has left. The exchange fails then: again, for him.
+        do {
+            if (exchange_seen<Order::kAcquireRelease>(&queue->ready, &ready, ready & ~kRinging)) {
+                return;
+            }
+        } while (position_of(ready) == next);
+        fence<Scope::kSystem>();
     }
 }
 
-/// Ring if so many requests are ready that the NIC should start on them.
-EPCOMM_HD inline void ring_if_due(SendQueue* queue) {
-    const uint64_t rung = fabric::load_acquire(&queue->rung);
-    if (ready_of(*queue) - rung >= queue->doorbell_interval) ring(queue);
+/// Publish up to `end`, and see to it that it is rung for: at once, or once so many requests are
+/// ready that the NIC should start on them.
+EPCOMM_HD inline void end_turn(SendQueue* queue, uint64_t first, uint64_t end, bool at_once) {
+    const bool rings =
+        at_once || end - fabric::load_relaxed(&queue->rung) >= queue->doorbell_interval;
+    // Releases what this turn acquired and stored: to the next writer, or to the NIC.
+    if (rings) {
+        fence<Scope::kSystem>();
+    } else {
+        fence<Scope::kDevice>();
+    }
+    // The doorbell behind that of who rang before: hence acquire.
+    uint64_t seen = first | kTurnTaken, next;
+    do {
+        next = end | (rings ? kRinging : seen & kRinging);
+    } while (!exchange_seen<Order::kAcquire>(&queue->ready, &seen, next));
+    if (rings && (seen & kRinging) == 0) ring_for(queue, next);
+}
+
+/// Ring for everything ready. If another thread is ringing, that one sees to it.
+EPCOMM_HD inline void ring(SendQueue* queue) {
+    uint64_t seen = fabric::load_acquire(&queue->ready);
+    while ((seen & kRinging) == 0 && fabric::load_relaxed(&queue->rung) < position_of(seen)) {
+        if (!exchange_seen<Order::kAcquire>(&queue->ready, &seen, seen | kRinging)) continue;
+        fence<Scope::kSystem>();  // requests, and the bytes they speak of, before the record
+        return ring_for(queue, seen | kRinging);
+    }
 }
 
 }  // namespace epcomm::mlx5

@@ -38,6 +38,7 @@ class Chunks {
     explicit Chunks(const ChunkOptions& o) : options(o), rig(grown(o)) {
         for (uint32_t q = 0; q < o.num_queues; ++q) {
             queues.push_back(rig.pair());
+            queues.back()->queue.doorbell_interval = ~0u;  // `ring_wrongly` does it
             Lane lane;
             lane.left = o.num_chunks;
             lanes.push_back(lane);
@@ -209,7 +210,7 @@ class Chunks {
             case Phase::kHasRoom:
                 if (options.mistake == Mistake::kPublishBeforeStore) {
                     if (!mlx5::try_turn(queue, actor->first)) return;
-                    mlx5::end_turn(queue, end_of(*actor));
+                    mlx5::end_turn(queue, actor->first, end_of(*actor), false);
                 } else if (options.mistake != Mistake::kStoreBeforeRoom) {
                     store(*actor);
                 }
@@ -221,7 +222,8 @@ class Chunks {
                 } else if (options.mistake == Mistake::kPublishOutOfOrder) {
                     mlx5::raise_to(&queue->ready, end_of(*actor));
                 } else if (mlx5::try_turn(queue, actor->first)) {
-                    mlx5::end_turn(queue, end_of(*actor));
+                    const bool rings = options.mistake == Mistake::kNone && actor->chunk % 2 == 0;
+                    mlx5::end_turn(queue, actor->first, end_of(*actor), rings);
                 } else {
                     return;
                 }

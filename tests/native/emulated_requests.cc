@@ -86,16 +86,18 @@ TEST(one_thread_rings_at_a_time) {
     Rig r;
     Writer* w = r.pair();
     r.memory[0][0] = 5;
-    w->queue.ringing = 1;  // another thread is between record and doorbell
+    w->queue.ready |= mlx5::kRinging;  // another thread is between record and doorbell
     CHECK(r.write(w, 0, 9, 8) != 0);
     r.engine.settle();
     CHECK_EQUAL(w->record_word(mlx5::kSendRecord), 0);
     CHECK_EQUAL(r.memory[1][9], 0);
-    w->queue.ringing = 0;  // which then looks again
-    mlx5::ring(&w->queue);
+    mlx5::ring(&w->queue);  // nor does who only waits
+    CHECK_EQUAL(w->record_word(mlx5::kSendRecord), 0);
+    mlx5::ring_for(&w->queue, mlx5::kRinging);  // which rang for nothing yet, and finds it
     r.engine.settle();
     CHECK_EQUAL(r.memory[1][9], 5);
-    CHECK_EQUAL(w->queue.ringing, 0);
+    CHECK_EQUAL(w->queue.ready, 1);
+    CHECK_EQUAL(w->queue.rung, 1);
     r.expect_clean();
 }
 
