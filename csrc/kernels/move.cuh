@@ -85,26 +85,28 @@ __device__ __forceinline__ void pack_and_move_row(const uint8_t* from, int eleme
 /// A lane's words of a row's scales, of the first so many.
 constexpr int kHeldWords = 2;
 
+/// Store `word` as word `w` of `count` at the `to` of every lane in `lanes`. The whole warp.
+__device__ __forceinline__ void store_word(uint32_t word, int w, int count, unsigned lanes,
+                                           uint8_t* to) {
+    for (unsigned left = lanes; left != 0; left &= left - 1) {
+        auto* base = reinterpret_cast<uint32_t*>(shuffle_pointer(to, __ffs(int(left)) - 1));
+        if (w < count) base[w] = word;
+    }
+}
+
 /// Store `held`, and copy what is behind it, of `count` words. The whole warp.
 __device__ __forceinline__ void store_words(const uint32_t (&held)[kHeldWords],
                                             const uint32_t* from, int count, unsigned lanes,
                                             uint8_t* to) {
 #pragma unroll
     for (int i = 0; i < kHeldWords; ++i) {
-        const int w = i * 32 + lane_id();
         if (i * 32 >= count) return;
-        for (unsigned left = lanes; left != 0; left &= left - 1) {
-            auto* base = reinterpret_cast<uint32_t*>(shuffle_pointer(to, __ffs(int(left)) - 1));
-            if (w < count) base[w] = held[i];
-        }
+        store_word(held[i], i * 32 + lane_id(), count, lanes, to);
     }
     for (int first = kHeldWords * 32; first < count; first += 32) {
         const int w = first + lane_id();
         const uint32_t word = w < count ? from[w] : 0;
-        for (unsigned left = lanes; left != 0; left &= left - 1) {
-            auto* base = reinterpret_cast<uint32_t*>(shuffle_pointer(to, __ffs(int(left)) - 1));
-            if (w < count) base[w] = word;
-        }
+        store_word(word, w, count, lanes, to);
     }
 }
 
