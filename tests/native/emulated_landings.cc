@@ -3,23 +3,11 @@
 
 #include <thread>
 
-#include "rig.h"
+#include "plain_line.h"
 
 using namespace rig;
 
 namespace {
-
-constexpr LineModel kPlain = {10, 4096, 0, 0, 0, 1000, 500'000, 0};
-
-Options plain(uint64_t seed = 0) {
-    Options options;
-    options.engine.seed = seed;
-    options.engine.shuffle = seed != 0;
-    options.line = kPlain;
-    options.num_blocks = options.num_completions = 64;
-    options.memory_bytes = 1 << 20;
-    return options;
-}
 
 struct Posted {
     uint64_t position;
@@ -72,7 +60,10 @@ std::vector<uint64_t> positions(const std::vector<Passage>& passages) {
 
 TEST(passages_are_the_messages_that_were_posted) {
     for (uint64_t seed = 0; seed < 12; ++seed) {
-        Rig r(plain(seed));
+        Options options = plain();
+        options.engine.seed = seed;
+        options.engine.shuffle = seed != 0;
+        Rig r(options);
         r.engine.keep_passages(1 << 10);
         std::vector<Writer*> writers;
         std::map<uint32_t, std::vector<Posted>> posted;  // by queue pair
@@ -132,10 +123,7 @@ TEST(a_full_ring_keeps_the_newest_and_all_are_counted) {
     Rig r(plain());
     r.engine.keep_passages(8);
     Writer* w = r.pair();
-    for (int i = 0; i < 50; ++i) {
-        CHECK(r.write(w, 0, 0, 800) != 0);
-        CHECK(r.flush(w));
-    }
+    write_in_turn(r, w, 50);
     uint64_t total = 0;
     CHECK(positions(r.engine.passages(0, &total)) ==
           std::vector<uint64_t>({42, 43, 44, 45, 46, 47, 48, 49}));
@@ -155,10 +143,7 @@ TEST(nothing_is_noted_unless_asked_for) {
     const PassageRing there = *r.engine.ring();
     r.engine.ring()->capacity = 0;
     Writer* w = r.pair();
-    for (int i = 0; i < 20; ++i) {
-        CHECK(r.write(w, 0, 0, 800) != 0);
-        CHECK(r.flush(w));
-    }
+    write_in_turn(r, w, 20);
     r.expect_clean();
     CHECK_EQUAL(r.engine.ring()->count, 0);
     for (uint64_t i = 0; i < 8; ++i) {
@@ -169,7 +154,7 @@ TEST(nothing_is_noted_unless_asked_for) {
 
 TEST(flushed_requests_are_not_noted) {
     Options options = plain();
-    options.engine.rules.push_back({kKillQueue, kAny, kAny, 12, 12, kAlways, 1, 0});
+    options.engine.rules.push_back(once(kKillQueue, 12));
     Rig r(options);
     r.engine.keep_passages(32);
     Writer* w = r.pair();

@@ -1,22 +1,8 @@
 // What the host engine keeps of every message, for a timeline.
 
-#include "rig.h"
+#include "plain_line.h"
 
 using namespace rig;
-
-namespace {
-
-constexpr LineModel kPlain = {10, 4096, 0, 0, 0, 1000, 500'000, 0};
-
-Options plain() {
-    Options options;
-    options.line = kPlain;
-    options.num_blocks = options.num_completions = 64;
-    options.memory_bytes = 1 << 20;
-    return options;
-}
-
-}  // namespace
 
 TEST(a_passage_has_the_models_times_and_the_engines) {
     Rig r(plain());
@@ -49,10 +35,7 @@ TEST(the_oldest_are_written_over_and_all_are_counted) {
     r.engine.keep_passages(4);
     Writer* w = r.pair();
     // More than there are slots, so that every slot's moments are used again.
-    for (int i = 0; i < 150; ++i) {
-        CHECK(r.write(w, 0, 0, 800) != 0);
-        CHECK(r.flush(w));
-    }
+    write_in_turn(r, w, 150);
     CHECK_EQUAL(r.engine.passages().count, 150u);
     const std::vector<Passage> seen = r.engine.passages().in_order();
     CHECK_EQUAL(seen.size(), size_t(4));
@@ -72,8 +55,7 @@ TEST(what_was_under_way_before_has_none) {
     CHECK(r.write(w, 0, 0, 800) != 0);
     CHECK(r.engine.step());
     r.engine.keep_passages(4);
-    CHECK(r.write(w, 0, 0, 800) != 0);
-    CHECK(r.flush(w));
+    write_in_turn(r, w);
     CHECK_EQUAL(r.engine.passages().count, 1u);
     CHECK_EQUAL(r.engine.passages().in_order()[0].position, 1u);
 }
@@ -81,8 +63,7 @@ TEST(what_was_under_way_before_has_none) {
 TEST(none_are_kept_unless_asked_for) {
     Rig r(plain());
     Writer* w = r.pair();
-    CHECK(r.write(w, 0, 0, 800) != 0);
-    CHECK(r.flush(w));
+    write_in_turn(r, w);
     CHECK(!r.engine.passages().wanted());
     CHECK_EQUAL(r.engine.passages().count, 0u);
 }
@@ -90,15 +71,12 @@ TEST(none_are_kept_unless_asked_for) {
 TEST(flushed_requests_have_no_passage) {
     Options options = plain();
     options.num_blocks = options.num_completions = 8;
-    options.engine.rules.push_back({kKillQueue, kAny, kAny, 12, 12, kAlways, 1, 0});
+    options.engine.rules.push_back(once(kKillQueue, 12));
     Rig r(options);
     r.engine.keep_passages(32);
     Writer* w = r.pair();
     // Every slot has been used once, so that what is left in it looks like a message.
-    for (int i = 0; i < 12; ++i) {
-        CHECK(r.write(w, 0, 0, 800) != 0);
-        CHECK(r.flush(w));
-    }
+    write_in_turn(r, w, 12);
     for (int i = 0; i < 3; ++i) CHECK(r.write(w, 0, 0, 800) != 0);
     r.engine.settle();
     CHECK_EQUAL(r.count(EventKind::kFailed), size_t(1));
