@@ -85,7 +85,8 @@ class Options:
         return max(shape.ranks for shape in self.shapes)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An argument that counts something."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
@@ -99,14 +100,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--ranks", type=_positive, default=8, help="ranks to launch")
-    add("--nodes", type=_positive, default=2, help="nodes the ranks form, real or virtual")
-    add("--tokens", type=_positive, nargs="+", default=[4096, 128], help="tokens per rank")
-    add("--hidden", type=_positive, default=7168)
-    add("--experts", type=_positive, default=256, help="experts of all ranks together")
-    add("--topk", type=_positive, default=8, help="experts per token")
-    add("--groups", type=_positive, default=8, help="groups of experts of the gate")
-    add("--topk-groups", type=_positive, default=4, help="groups a token may use")
+    add("--ranks", type=positive, default=8, help="ranks to launch")
+    add("--nodes", type=positive, default=2, help="nodes the ranks form, real or virtual")
+    add("--tokens", type=positive, nargs="+", default=[4096, 128], help="tokens per rank")
+    add("--hidden", type=positive, default=7168)
+    add("--experts", type=positive, default=256, help="experts of all ranks together")
+    add("--topk", type=positive, default=8, help="experts per token")
+    add("--groups", type=positive, default=8, help="groups of experts of the gate")
+    add("--topk-groups", type=positive, default=4, help="groups a token may use")
     add(
         "--routing",
         default="profile:prefill_in4096",
@@ -115,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dispatch-format", choices=DISPATCH_FORMATS, default="fp8")
     add("--combine-format", choices=COMBINE_FORMATS, default="bf16", help="between nodes")
     add("--layout", choices=("rank", "expert"), default="rank", help="of epcomm's received rows")
-    add("--repeats", type=_positive, default=5, help="timed calls of each kind")
+    add("--repeats", type=positive, default=5, help="timed calls of each kind")
     add("--seed", type=int, default=0)
     add("--json", metavar="FILE", help="write all numbers")
     add("--plot", metavar="FILE", help="draw them (.png or .svg)")

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from epcomm.cuda.nics import nic_sms
 
-from ..options import Shape
-from .options import Gpus, positive
+from ..options import Shape, positive
+from .options import Gpus
 
 CASES = ("proxy", "line", "messages", "triggers")
 #: SMs of a rank: where the copies are the limit, and where the line should be.

@@ -8,7 +8,7 @@ import argparse
 import sys
 from dataclasses import dataclass, replace
 
-from ..options import Shape
+from ..options import Shape, positive
 
 CASES = ("table", "sizes", "sms", "skew", "host", "gemm", "graph")
 #: Tokens of a rank in the case "sizes", beside those asked for.
@@ -92,14 +92,6 @@ def default_settings(gpus: Gpus | None) -> list[Setting]:
     if gpus is not None:
         settings = [replace(s, sms=min(s.sms, gpus.most_sms(s.ranks))) for s in settings]
     return list(dict.fromkeys(s for s in settings if s.sms > 0))
-
-
-def positive(text: str) -> int:
-    """An argument that counts something."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def _parser() -> argparse.ArgumentParser:
