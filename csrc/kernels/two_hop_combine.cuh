@@ -88,6 +88,11 @@ struct FarRecords {
     int count;
     int node;
     const uint8_t* record;
+
+    /// The i-th record's address. The whole warp.
+    __device__ __forceinline__ uint8_t* at(int i) const {
+        return shuffle_pointer(const_cast<uint8_t*>(record), i);
+    }
 };
 
 /// Load a token's records once they have come. The whole warp; false: gave up.
@@ -114,13 +119,11 @@ __device__ __forceinline__ bool far_records(const TwoHopSum& sum, int token, Arr
     return true;
 }
 
-/// A lane's columns of a record whose payload is like the rows.
+/// A lane's columns of a record that holds the row as it is.
 struct RawColumns {
     uint4 column[kSumColumns];
 
-    /// Of the i-th of a token's records.
-    __device__ __forceinline__ void load(const FarRecords& far, int i, int first, int row_bytes) {
-        const uint8_t* record = shuffle_pointer(const_cast<uint8_t*>(far.record), i);
+    __device__ __forceinline__ void load(const uint8_t* record, int first, int row_bytes) {
 #pragma unroll
         for (int u = 0; u < kSumColumns; ++u) {
             const int at = column_at(first, u);
@@ -131,12 +134,12 @@ struct RawColumns {
 
 /// Sum columns of a token over the nodes in their order, where the wire has the rows' format: the
 /// first record's loads are on their way while the node's own rows are summed, each other's while
-/// the one before it is added.
+/// the one before it is added. `before`: how many nodes are before this one.
 template <bool f32, bool weighted>
-__device__ __forceinline__ void sum_nodes(const NearRows& rows, const FarRecords& far, int before,
+__device__ __forceinline__ void sum_ahead(const NearRows& rows, const FarRecords& far, int before,
                                           int first, int row_bytes, Sums<f32>* total) {
     RawColumns next;
-    if (far.count != 0) next.load(far, 0, first, row_bytes);
+    if (far.count != 0) next.load(far.at(0), first, row_bytes);
     Sums<f32> part;
     part.clear();
     sum_near<f32, weighted, true>(rows, first, row_bytes, &part);
@@ -144,7 +147,7 @@ __device__ __forceinline__ void sum_nodes(const NearRows& rows, const FarRecords
         if (i == before && rows.lanes != 0) total->add(part);
         if (i == far.count) break;
         const RawColumns raw = next;
-        if (i + 1 < far.count) next.load(far, i + 1, first, row_bytes);
+        if (i + 1 < far.count) next.load(far.at(i + 1), first, row_bytes);
 #pragma unroll
         for (int u = 0; u < kSumColumns; ++u) {
             accumulate<f32, false>(raw.column[u], 1.0f, total->column[u]);
@@ -165,20 +168,21 @@ __device__ __forceinline__ void finish_token(const TwoHopSum& sum, int token,
     for (int first = 0; first < call.row_bytes; first += kSumColumns * 32 * 16) {
         Sums<f32> total;
         total.clear();
-        constexpr bool own = Formats::wire == (f32 ? EPCOMM_FORMAT_F32 : EPCOMM_FORMAT_BF16);
-        if constexpr (own) {
-            sum_nodes<f32, weighted>(rows, far, before, first, call.row_bytes, &total);
-        }
-        for (int i = 0; !own && i <= far.count; ++i) {
-            if (i == before && rows.lanes != 0) {
-                Sums<f32> part;
-                part.clear();
-                sum_near<f32, weighted, kFrugal<Formats::wire>>(rows, first, call.row_bytes, &part);
-                total.add(part);
+        if constexpr (Formats::kRaw) {
+            sum_ahead<f32, weighted>(rows, far, before, first, call.row_bytes, &total);
+        } else {
+            for (int i = 0; i <= far.count; ++i) {
+                if (i == before && rows.lanes != 0) {
+                    Sums<f32> part;
+                    part.clear();
+                    sum_near<f32, weighted, kFrugal<Formats::wire>>(rows, first, call.row_bytes,
+                                                                    &part);
+                    total.add(part);
+                }
+                if (i == far.count) break;
+                const WireRecord record = wire_record(sum, far.at(i));
+                add_wire<f32, Formats::wire>(record, first, call.row_bytes, &total);
             }
-            if (i == far.count) break;
-            uint8_t* record = shuffle_pointer(const_cast<uint8_t*>(far.record), i);
-            add_wire<f32, Formats::wire>(wire_record(sum, record), first, call.row_bytes, &total);
         }
 #pragma unroll
         for (int u = 0; u < kSumColumns; ++u) {
@@ -199,7 +203,7 @@ __device__ __forceinline__ void finish_weights(const TwoHopSum& sum, int token,
     float weight = 0.0f;
     near_weight(copies, sum.offers, K, call.layout, &weight);
     for (int i = 0; i < far.count; ++i) {
-        const uint8_t* record = shuffle_pointer(const_cast<uint8_t*>(far.record), i);
+        const uint8_t* record = far.at(i);
         if (__shfl_sync(kWarp, far.node, i) != node || node < 0) continue;
         weight = reinterpret_cast<const float*>(record + sum.all.record.weight)[k];
     }

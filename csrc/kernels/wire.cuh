@@ -188,6 +188,8 @@ template <bool f32_rows, int wire_format>
 struct Formats {
     static constexpr bool f32 = f32_rows;
     static constexpr int wire = wire_format;
+    /// A record holds the row as it is.
+    static constexpr bool kRaw = wire == (f32 ? EPCOMM_FORMAT_F32 : EPCOMM_FORMAT_BF16);
 };
 
 /// Call `with` with the `Formats` of the kernel for such rows and such a wire. `few`: without the
