@@ -48,13 +48,7 @@ std::string Resources::describe() const {
     std::string text = "mlx5:";
     for (const auto& plane : planes) text += " " + plane->describe() + ";";
     text += " sl " + std::to_string(options.card.service_level) + " tc " +
-            std::to_string(options.card.traffic_class) + ", regions:";
-    std::string before;
-    for (const RegisteredRegion& region : regions) {
-        if (region.wire == nullptr || region.report == before) continue;
-        text += " " + region.report;
-        before = region.report;
-    }
+            std::to_string(options.card.traffic_class) + ", regions:" + reports_of(regions);
     return text;
 }
 

@@ -157,4 +157,14 @@ void unregister_region(RegisteredRegion* region) {
     region->mirror.reset();
 }
 
+std::string reports_of(const std::vector<RegisteredRegion>& regions) {
+    std::string text, before;
+    for (const RegisteredRegion& region : regions) {
+        if (region.wire == nullptr || region.report == before) continue;
+        text += " " + region.report;
+        before = region.report;
+    }
+    return text;
+}
+
 }  // namespace epcomm::fabric

@@ -34,6 +34,10 @@ RegisteredRegion register_region(const Region& region, const std::vector<Nic>& n
 
 void unregister_region(RegisteredRegion* region);
 
+/// The reports of those that are registered, a space before each; what follows its like is left
+/// out.
+std::string reports_of(const std::vector<RegisteredRegion>& regions);
+
 /// Address of the GPU that the regions are on, such as 0000:1b:00.0; empty if all are the host's.
 std::string gpu_of(const std::vector<Region>& regions);
 

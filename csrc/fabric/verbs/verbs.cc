@@ -393,13 +393,7 @@ std::string Verbs::describe() const {
             std::to_string(options_.traffic_class) + ", signals by " +
             (notices_ ? "notices (" + (why_notices_.empty() ? "a peer's need" : why_notices_) + ")"
                       : "fetch-add") +
-            ", memory:";
-    std::string before;
-    for (const RegisteredRegion& region : regions_) {
-        if (region.wire == nullptr || region.report == before) continue;
-        text += " " + region.report;
-        before = region.report;
-    }
+            ", memory:" + reports_of(regions_);
     return text;
 }
 
