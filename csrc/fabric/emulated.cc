@@ -14,6 +14,7 @@
 #include "../emulated/options.h"
 #include "peer_memory.h"
 #include "peer_process.h"
+#include "plain_address.h"
 #include "posting.h"
 #include "transport.h"
 
@@ -133,7 +134,7 @@ class Emulated : public Transport {
         for (int32_t channel = 0; peer != plan_.node && channel < plan_.num_channels; ++channel) {
             mine_.queue_pairs[channel] = queue_of(fabric_, {peer, channel})->number;
         }
-        return std::string(reinterpret_cast<const char*>(&mine_), sizeof mine_);
+        return bytes_of(mine_);
     }
 
     void connect(const std::vector<std::string>& addresses) override {
@@ -248,12 +249,7 @@ class Emulated : public Transport {
     }
 
     void connect_peer(int32_t node, const std::string& bytes) {
-        Address theirs;
-        if (bytes.size() != sizeof theirs) {
-            throw std::runtime_error("transport emulated: node " + std::to_string(node) +
-                                     " uses another transport or version");
-        }
-        memcpy(&theirs, bytes.data(), sizeof theirs);
+        const auto theirs = address_of<Address>(bytes, "emulated", node);
         Peer& peer = peers_[size_t(node)];
         const std::string owner = "node " + std::to_string(node);
         peer.process.watch(theirs.nic.pid);

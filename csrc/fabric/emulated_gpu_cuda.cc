@@ -6,6 +6,7 @@
 #include "../emulated/counts.h"
 #include "../emulated/server.h"
 #include "emulated_gpu.h"
+#include "plain_address.h"
 
 namespace epcomm::fabric {
 
@@ -78,7 +79,7 @@ std::string EmulatedGpu::address(int32_t peer) {
                             [&](int32_t, int32_t to, int32_t channel, int32_t, uint32_t number) {
                                 if (to == peer) theirs.numbers[channel] = number;
                             });
-    return std::string(reinterpret_cast<const char*>(&theirs), sizeof theirs);
+    return bytes_of(theirs);
 }
 
 void EmulatedGpu::connect(const std::vector<std::string>& addresses) {
@@ -280,7 +281,7 @@ void EmulatedGpu::start_carrier(const std::vector<NicAddress>& all) {
     // Time 0 is a little in the past, because 0 stands for "not yet" in places.
     setup.epoch_ns = epoch_ns_ = all[0].clock_ns - 1'000'000;
     setup.seed = options_.seed;
-    std::string bytes(reinterpret_cast<const char*>(&setup), sizeof setup);
+    std::string bytes = bytes_of(setup);
     bytes.append(reinterpret_cast<const char*>(options_.rules.data()),
                  options_.rules.size() * sizeof(emulated::FaultRule));
     bytes.append(reinterpret_cast<const char*>(all.data()), all.size() * sizeof(NicAddress));

@@ -11,6 +11,7 @@
 #include "atomics.h"
 #include "peer_memory.h"
 #include "peer_process.h"
+#include "plain_address.h"
 #include "transport.h"
 
 namespace epcomm::fabric {
@@ -51,9 +52,7 @@ class Local : public Transport {
         lanes_.resize(size_t(plan.num_lanes));
     }
 
-    std::string address(int32_t) override {
-        return std::string(reinterpret_cast<const char*>(&mine_), sizeof mine_);
-    }
+    std::string address(int32_t) override { return bytes_of(mine_); }
 
     void connect(const std::vector<std::string>& addresses) override {
         for (int32_t n = 0; n < plan_.num_nodes; ++n) {
@@ -107,12 +106,7 @@ class Local : public Transport {
     };
 
     void map_peer(int32_t node, const std::string& bytes) {
-        Address address;
-        if (bytes.size() != sizeof address) {
-            throw std::runtime_error("transport local: node " + std::to_string(node) +
-                                     " uses another transport or version");
-        }
-        memcpy(&address, bytes.data(), sizeof address);
+        const auto address = address_of<Address>(bytes, "local", node);
         Peer& peer = peers_[size_t(node)];
         peer.process.watch(address.pid);
         for (int id = 0; id < EPCOMM_FABRIC_MAX_REGIONS; ++id) {

@@ -5,7 +5,6 @@
 // for a kernel of this rank that waits for them.
 
 #include <linux/futex.h>
-#include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -17,6 +16,7 @@
 #include "../carrier/copies.h"
 #include "../carrier/shared_memory.h"
 #include "peer_process.h"
+#include "plain_address.h"
 #include "transport.h"
 
 namespace epcomm::fabric {
@@ -57,22 +57,15 @@ class LocalCuda : public Transport {
         for (int32_t i = 0; i < plan.num_lanes; ++i) lanes_[size_t(i)].shared = places.lane(i);
     }
 
-    std::string address(int32_t) override {
-        return std::string(reinterpret_cast<const char*>(&mine_), sizeof mine_);
-    }
+    std::string address(int32_t) override { return bytes_of(mine_); }
 
     void connect(const std::vector<std::string>& addresses) override {
         const CopySetup setup = {device_,         plan_.node, plan_.num_nodes, plan_.num_channels,
                                  plan_.num_lanes, num_slots_};
-        std::string bytes(reinterpret_cast<const char*>(&setup), sizeof setup);
+        std::string bytes = bytes_of(setup);
         for (int32_t n = 0; n < plan_.num_nodes; ++n) {
             const std::string& theirs = n == plan_.node ? address(n) : addresses[size_t(n)];
-            CopyAddress address;
-            if (theirs.size() != sizeof address) {
-                throw std::runtime_error("transport local-cuda: node " + std::to_string(n) +
-                                         " uses another transport or version");
-            }
-            memcpy(&address, theirs.data(), sizeof address);
+            const auto address = address_of<CopyAddress>(theirs, "local-cuda", n);
             if (n != plan_.node) peers_[size_t(n)].watch(address.pid);
             bytes += theirs;
         }
