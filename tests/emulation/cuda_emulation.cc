@@ -135,4 +135,22 @@ void run_block(Block& of) {
     }
 }
 
+void run_blocks(int count, int warps, uint64_t seed, const void* kernel,
+                void (*run)(const void* kernel)) {
+    std::vector<std::unique_ptr<Block>> blocks;
+    std::vector<std::thread> threads;
+    for (int b = 0; b < count; ++b) {
+        auto one = std::make_unique<Block>();
+        one->block.x = unsigned(b);
+        one->block_dim.x = unsigned(32 * warps);
+        one->grid_dim.x = unsigned(count);
+        one->random.seed(seed * 31 + unsigned(b));
+        one->kernel = kernel;
+        one->run = run;
+        threads.emplace_back([of = one.get()] { run_block(*of); });
+        blocks.push_back(std::move(one));
+    }
+    for (std::thread& thread : threads) thread.join();
+}
+
 }  // namespace emulation

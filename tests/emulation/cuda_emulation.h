@@ -119,6 +119,10 @@ void run_once(Block& of);
 /// A block from beginning to end, on this thread of the operating system.
 void run_block(Block& of);
 
+/// A launch from beginning to end, a thread of the operating system for each block.
+void run_blocks(int count, int warps, uint64_t seed, const void* kernel,
+                void (*run)(const void* kernel));
+
 /// Meet with value; all members get to see the values of all.
 inline const std::vector<uint64_t>& meet(Meeting& meeting, int place, int kind, uint64_t value) {
     if (meeting.arrived == 0) meeting.kind = kind;

@@ -54,20 +54,7 @@ void run_launch(const node_launch& launch, uint64_t seed) {
     const bool packs = launch.call->announcement.format != launch.call->input_format;
     arguments.plan.scale_bytes = packs ? launch.call->row.scale_bytes : 0;
     arguments.plan.layout_warps = launch.layout_warps;
-    std::vector<std::unique_ptr<emulation::Block>> blocks;
-    std::vector<std::thread> threads;
-    for (int b = 0; b < launch.blocks; ++b) {
-        auto block = std::make_unique<emulation::Block>();
-        block->block.x = unsigned(b);
-        block->block_dim.x = unsigned(32 * launch.warps);
-        block->grid_dim.x = unsigned(launch.blocks);
-        block->random.seed(seed * 31 + unsigned(b));
-        block->kernel = &arguments;
-        block->run = kernel_of(*launch.call);
-        threads.emplace_back([of = block.get()] { emulation::run_block(*of); });
-        blocks.push_back(std::move(block));
-    }
-    for (std::thread& thread : threads) thread.join();
+    emulation::run_blocks(launch.blocks, launch.warps, seed, &arguments, kernel_of(*launch.call));
 }
 
 }  // namespace

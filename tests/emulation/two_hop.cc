@@ -65,21 +65,9 @@ const epcomm_cuda_rail& rail_of(const emulated_launch& launch) {
 }
 
 void run_launch(const emulated_launch& launch, uint64_t seed) {
-    std::vector<std::unique_ptr<emulation::Block>> blocks;
-    std::vector<std::thread> threads;
-    for (int b = 0; b < launch.blocks; ++b) {
-        auto block = std::make_unique<emulation::Block>();
-        block->block.x = unsigned(b);
-        block->block_dim.x = unsigned(32 * launch.warps);
-        block->grid_dim.x = unsigned(launch.blocks);
-        block->random.seed(seed * 31 + unsigned(b));
-        block->kernel = launch.call;
-        block->run = epcomm::with_staging_kind(
-            rail_of(launch), [&](auto kind) { return kernel_of<decltype(kind)>(launch); });
-        threads.emplace_back([of = block.get()] { emulation::run_block(*of); });
-        blocks.push_back(std::move(block));
-    }
-    for (std::thread& thread : threads) thread.join();
+    const auto run = epcomm::with_staging_kind(
+        rail_of(launch), [&](auto kind) { return kernel_of<decltype(kind)>(launch); });
+    emulation::run_blocks(launch.blocks, launch.warps, seed, launch.call, run);
 }
 
 }  // namespace

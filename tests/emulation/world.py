@@ -1,19 +1,13 @@
-"""Ranks of a world whose kernels run on the host: memory, parameter blocks and launches.
-
-The kernels are those of csrc/kernels, compiled by the C++ compiler (cuda_emulation.h); each rank's
-memory is NumPy's, and all ranks' addresses are one process's.
-"""
+"""Ranks of a world whose kernels run on the host: memory, parameter blocks and launches."""
 
 import ctypes
-import os
-import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from fabrics import Fabric, Member, Proxies, aligned, declare
+from kernels import Kernels, RankMemory, RouteArrays, compile_kernels
 
 from epcomm import native
 from epcomm.backend import Config
@@ -25,38 +19,17 @@ from epcomm.formats.wire import WireFormat
 from epcomm.native import combine_record, constants, dispatch_record
 from epcomm.topology import Topology, make_topology
 
-ROOT = Path(__file__).parents[2]
-_FORMAT = {torch.float32: WireFormat.F32, torch.bfloat16: WireFormat.BF16}
-
 
 @cache
 def build(folder: str) -> ctypes.CDLL:
     """Compile the emulated kernels into ``folder``."""
-    output = Path(folder) / "libemulated.so"
-    command = [
-        *os.environ.get("CXX", "g++").split(),
-        *("-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-ffp-contract=off"),
-        *("-Wno-attributes", "-Wno-unknown-pragmas", "-DEPCOMM_EMULATED"),
-        # No thread-local variable has a constructor; templates would call what does not exist.
-        "-fno-extern-tls-init",
-        f"-I{ROOT / 'tests/emulation'}",
-        f"-I{ROOT / 'csrc/include'}",
-        *(
-            "-x",
-            "c++",
-            str(ROOT / "tests/emulation/two_hop.cc"),
-            str(ROOT / "tests/emulation/logfmt.cc"),
-            str(ROOT / "tests/emulation/cuda_emulation.cc"),
-            str(ROOT / "tests/emulation/emulated_nics.cc"),
-            str(ROOT / "csrc/emulated/engine.cc"),
-            str(ROOT / "csrc/cuda/describe.cu"),
-        ),
-        *("-o", str(output)),
-    ]
-    subprocess.run(command, check=True, timeout=900)
-    library = ctypes.CDLL(str(output))
-    library.epcomm_cuda_control_bytes.restype = ctypes.c_int64
-    library.epcomm_cuda_window_parts.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    library = compile_kernels(
+        Path(folder) / "libemulated.so",
+        "tests/emulation/two_hop.cc",
+        "tests/emulation/logfmt.cc",
+        "tests/emulation/emulated_nics.cc",
+        "csrc/emulated/engine.cc",
+    )
     pointer = ctypes.c_void_p
     library.emulate.argtypes = [pointer, pointer, ctypes.c_int32, pointer, ctypes.c_uint64]
     library.emulate.restype = None
@@ -101,11 +74,8 @@ class EmulatedWorld:
         fabric: Fabric | None = None,
     ) -> None:
         self.library = library
-        self.dtypes = {
-            name.removeprefix("cuda_"): native.make_dtype(fields, end.offset)
-            for name, (*fields, end) in native.read_fields("epcomm_cuda_fields", library).items()
-        }
-        self.constants = native.read_constants("epcomm_cuda_constants", library)
+        self.kernels = Kernels(library)
+        self.dtypes, self.constants = self.kernels.dtypes, self.kernels.constants
         self.config, self.blocks = config, blocks
         self.fabric: Fabric = Proxies() if fabric is None else fabric
         self.ranks = [
@@ -145,28 +115,22 @@ class EmulatedWorld:
         self.fabric.finish()
 
 
-class EmulatedRank:
+class EmulatedRank(RankMemory):
     """One rank: what Engine and ScaleOut hold on a GPU."""
 
     def __init__(self, world: EmulatedWorld, topology: Topology, chunk_records: int) -> None:
         self.world, self.topology, self.config = world, topology, world.config
         self.number = 0
-        config, d = world.config, world.dtypes
+        config = world.config
         self.plan = rail.plan_rail(
             topology, config, chunk_records=chunk_records, num_channels=world.fabric.channels
         )
         R, E = topology.num_ranks, config.num_experts
-        self.control = aligned(world.library.epcomm_cuda_control_bytes(topology.num_nodes, R, E))
-        offset = d["control"].fields["bad_choice"][1]
-        self.control[offset : offset + 4].view(np.int32)[0] = 2**31 - 1
-        self.report_bytes = aligned(d["report"].itemsize + 4 * (E // R))
-        self.report = self.report_bytes[: d["report"].itemsize].view(d["report"])[0]
-        self.local_expert_rows = self.report_bytes[d["report"].itemsize :].view(np.int32)
+        super().__init__(world.kernels, topology.num_nodes, R, E)
         self.bins = np.zeros((world.blocks, topology.num_nodes + R + E), np.int32)
         self.regions = {i: aligned(n) for i, n in self.plan.region_bytes().items()}
         self.windows: list[np.ndarray] = []
         self.queue: list[tuple[int, np.ndarray, int]] = []
-        self.keep: list[Any] = []
         self.state = aligned(fabric_dtypes["state"].itemsize)
 
     def fill_member(self, member: Member) -> None:
@@ -261,22 +225,17 @@ class EmulatedRank:
         status: int = 0,
     ) -> "EmulatedRoutes":
         """Queue a dispatch; with ``routes`` a cached one."""
-        config, d = self.config, self.world.dtypes
+        config = self.config
         cached = routes is not None
         routes = routes or EmulatedRoutes(self, topk_idx, by_expert)
-        row = np.zeros((), d["row"])
-        row["row_bytes"], row["scale_bytes"] = (
-            fmt.payload_bytes(config.hidden),
-            fmt.scale_bytes(config.hidden),
-        )
-        row["num_topk"], row["layout"] = config.num_topk, int(by_expert)
-        row["with_topk"], row["with_weights"] = 1, weights is not None
+        with_weights = weights is not None
+        row = self.world.kernels.row(config, fmt, by_expert=by_expert, with_weights=with_weights)
         for name in ("dispatch",) if cached else ("layout", "dispatch"):
             block, call, announcement = self._start(name)
             announcement["op"] = constants["OP_CACHED_DISPATCH" if cached else "OP_DISPATCH"]
             announcement["format"], announcement["layout"] = fmt, int(by_expert)
             announcement["alignment"], announcement["fixed_rows"] = alignment, fixed_rows
-            announcement["with_weights"], announcement["num_tokens"] = weights is not None, len(x)
+            announcement["with_weights"], announcement["num_tokens"] = with_weights, len(x)
             announcement["window_bytes"] = self.windows[0].nbytes
             announcement["status"] = status
             call["row"] = row.reshape(1).view(np.uint8)
@@ -300,24 +259,8 @@ class EmulatedRank:
 
     def received(self, routes: "EmulatedRoutes", fixed_rows: int = -1) -> dict[str, np.ndarray]:
         """What lies in this rank's window after a dispatch."""
-        d, K = self.world.dtypes, self.config.num_topk
         rows = fixed_rows if fixed_rows >= 0 else int(routes.rows[self.topology.rank])
-        parts = np.zeros((), d["parts"])
-        self.world.library.epcomm_cuda_window_parts(routes.row.ctypes.data, rows, parts.ctypes.data)
-        by_expert = bool(routes.row["layout"])
-
-        def part(name: str, width: int, dtype: Any) -> np.ndarray:
-            start = int(parts[name])
-            raw = self.windows[0][start : start + rows * width]
-            return raw.view(dtype).reshape(rows, width // np.dtype(dtype).itemsize)
-
-        return {
-            "payload": part("rows", int(routes.row["row_bytes"]), np.uint8),
-            "scales": part("scales", int(routes.row["scale_bytes"]), np.uint8),
-            "topk_idx": part("topk_idx", 0 if by_expert else 8 * K, np.int64),
-            "topk_weights": part("topk_weights", 4 if by_expert else 4 * K, np.float32),
-            "source": part("source", 8, np.int32),
-        }
+        return self.world.kernels.read_window(self.windows[0], routes.row, rows)
 
     def combine(
         self,
@@ -370,29 +313,20 @@ class EmulatedRank:
         return out, back
 
 
-class EmulatedRoutes:
+class EmulatedRoutes(RouteArrays):
     """The arrays of a handle."""
 
     def __init__(self, rank: EmulatedRank, topk_idx: np.ndarray, by_expert: bool) -> None:
         config, topology = rank.config, rank.topology
         self.rank, self.by_expert = rank, by_expert
-        self.topk_idx = np.ascontiguousarray(topk_idx, np.int64)
-        tokens, local = len(topk_idx), config.num_experts // topology.num_ranks
-        self.dests = np.full((tokens, config.num_topk), 77, np.int64)
-        self.rows = np.zeros(topology.num_ranks, np.int32)
-        self.group_start = np.zeros(local + 1, np.int32)
-        self.group_count = np.zeros(local, np.int32)
-        self.verdict = np.full(1, 77, np.int32)
+        super().__init__(topk_idx, config.num_topk, topology.num_ranks, config.num_experts)
+        tokens = len(topk_idx)
         shapes = rail.hop_shapes(rank.plan, topology, config, tokens, by_expert=by_expert)
         self.hops = {name: np.full(shape, 77, dtype) for name, (shape, dtype) in shapes.items()}
-        self.row: Any = None
 
     def fill(self, block: np.ndarray, call: np.ndarray) -> None:
         """Name the arrays in a parameter block."""
-        routes = call["routes"].view(self.rank.world.dtypes["routes"]).reshape(())
-        for name in ("topk_idx", "dests", "rows", "group_start", "group_count", "verdict"):
-            routes[name] = getattr(self, name).ctypes.data
-        routes["num_tokens"], routes["max_dests"] = self.topk_idx.shape
+        self.fill_routes(call["routes"].view(self.rank.world.dtypes["routes"]).reshape(()))
         hops = block["hops"].view(self.rank.world.dtypes["hops"]).reshape(())
         addresses = {name: array.ctypes.data for name, array in self.hops.items()}
         rail.fill_hops(
