@@ -1,10 +1,9 @@
 // Combine: announce that this rank's rows are ready, wait for the peers', pull and sum, then tell
 // the peers that their rows have been read.
-#include "finish.cuh"
+#include "call.cuh"
 #include "launch.cuh"
 #include "pull.cuh"
 #include "return_weights.cuh"
-#include "timeline.cuh"
 
 namespace epcomm {
 
@@ -20,27 +19,10 @@ __global__ void __launch_bounds__(kMaxThreads<many>, 1)
     const epcomm_cuda_world& world = call.world;
     const uint64_t epoch = begin_call(world);
     if (epoch == 0) return;
-    const bool timed = blockIdx.x == 0 && threadIdx.x == 0;
-    if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_START);
-    if (blockIdx.x == 0) {
-        delay(world, kDelayAnnounce);
-        begin_block_role(world, EPCOMM_CUDA_ROLE_ANNOUNCE);
-        announce(world, call.announcement, call.announcement.status, {}, epoch);
-        end_block_role(world);
-    }
+    if (blockIdx.x == 0 && threadIdx.x == 0) stamp(world, call.number, EPCOMM_CUDA_STAMP_START);
     Waiting what = {EPCOMM_OP_COMBINE, EPCOMM_PHASE_ANNOUNCE, epoch};
-    begin_block_role(world, EPCOMM_CUDA_ROLE_LISTEN);
-    if (!wait_announced(world, epoch, what)) return;
-    end_block_role(world);
-    if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
-    delay(world, kDelayAnnounced);
-    const epcomm_cuda_row no_row = {};
-    int verdict = judge_all(world, call.announcement, no_row, nullptr, epoch);
-    if (verdict == EPCOMM_CUDA_OK) verdict = judge_routes(call.routes);
-    // The host waits for it only where it has no window to offer.
-    if (timed && call.announcement.window_bytes == 0) {
-        report_verdict(world, verdict, epoch, call.number);
-    }
+    if (!announce_known(call, what)) return;
+    const int verdict = judge_combine(call, epoch);
     if (verdict == EPCOMM_CUDA_OK) {
         const bool weighted = find_offers(call, epoch, offers);
         begin_role(world, EPCOMM_CUDA_ROLE_REDUCE);
@@ -54,25 +36,13 @@ __global__ void __launch_bounds__(kMaxThreads<many>, 1)
     }
     delay(world, kDelayMoved);
     if (!is_last_block(world)) return;
-    if (threadIdx.x == 0) {
-        collect_deck(world);
-        stamp(world, call.number, EPCOMM_CUDA_STAMP_MOVED);
-    }
+    note_moved(world, call.number);
     // All ranks come to the same verdict, so after a refusal nobody waits.
     if (verdict == EPCOMM_CUDA_OK) {
-        delay(world, kDelaySignal);
-        begin_block_role(world, EPCOMM_CUDA_ROLE_ARRIVE);
-        signal_node(world, false, epoch);
         what.phase = EPCOMM_PHASE_RELEASE;
-        if (!wait_node(world, own_control(world)->released, epoch, what)) return;
-        end_block_role(world);
+        if (!meet_node(world, false, what)) return;
     }
-    delay(world, kDelayFinish);
-    if (verdict != EPCOMM_CUDA_OK) report_refusal(world, verdict, epoch, -1);
-    if (threadIdx.x == 0) {
-        finish_epoch(world, epoch);
-        stamp(world, call.number, EPCOMM_CUDA_STAMP_END);
-    }
+    end_call(world, verdict, epoch, call.number, false);
 }
 
 template <bool f32, bool many>

@@ -2,7 +2,7 @@
 // first call finds these places before, in the same launch: its blocks meet twice on the way.
 #pragma once
 
-#include "finish.cuh"
+#include "call.cuh"
 #include "layout.cuh"
 #include "pad.cuh"
 #include "store_bulk.cuh"
@@ -35,19 +35,7 @@ __device__ inline bool begin_cached(const epcomm_cuda_dispatch& call, uint64_t e
                                     int* verdict) {
     const epcomm_cuda_world& world = call.world;
     const bool timed = blockIdx.x == 0 && threadIdx.x == 0;
-    if (blockIdx.x == 0) {
-        delay(world, kDelayAnnounce);
-        begin_block_role(world, EPCOMM_CUDA_ROLE_ANNOUNCE);
-        announce(world, call.announcement, call.announcement.status, {}, epoch);
-        end_block_role(world);
-    }
-    begin_block_role(world, EPCOMM_CUDA_ROLE_LISTEN);
-    if (!wait_announced(world, epoch, {call.announcement.op, EPCOMM_PHASE_ANNOUNCE, epoch})) {
-        return false;
-    }
-    end_block_role(world);
-    if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
-    delay(world, kDelayAnnounced);
+    if (!announce_known(call, {call.announcement.op, EPCOMM_PHASE_ANNOUNCE, epoch})) return false;
     *verdict = judge_all(world, call.announcement, call.row, call.routes.rows, epoch);
     if (*verdict == EPCOMM_CUDA_OK) *verdict = judge_routes(call.routes);
     if (timed) report_verdict(world, *verdict, epoch, call.number);
@@ -109,27 +97,13 @@ __global__ void __launch_bounds__(512, 1)
     }
     delay(world, kDelayMoved);
     if (!is_last_block(world)) return;
-    if (threadIdx.x == 0) {
-        collect_deck(world);
-        stamp(world, call.number, EPCOMM_CUDA_STAMP_MOVED);
-    }
+    note_moved(world, call.number);
     // All ranks come to the same verdict, so after a refusal nobody waits.
     if (verdict == EPCOMM_CUDA_OK) {
-        delay(world, kDelaySignal);
-        begin_block_role(world, EPCOMM_CUDA_ROLE_ARRIVE);
-        signal_node(world, true, epoch);
         const Waiting what = {call.announcement.op, EPCOMM_PHASE_ARRIVE, epoch};
-        if (!wait_node(world, own_control(world)->arrived, epoch, what)) return;
-        end_block_role(world);
+        if (!meet_node(world, true, what)) return;
     }
-    delay(world, kDelayFinish);
-    if (verdict != EPCOMM_CUDA_OK) {
-        report_refusal(world, verdict, epoch, first ? world.report->bad_choice : -1);
-    }
-    if (threadIdx.x == 0) {
-        finish_epoch(world, epoch);
-        stamp(world, call.number, EPCOMM_CUDA_STAMP_END);
-    }
+    end_call(world, verdict, epoch, call.number, first);
 }
 
 }  // namespace epcomm

@@ -6,8 +6,8 @@
 // block's warps send first, and the others finish tokens from the start.
 #pragma once
 
+#include "call.cuh"
 #include "credits.cuh"
-#include "finish.cuh"
 #include "wire.cuh"
 
 namespace epcomm {
@@ -300,14 +300,8 @@ __global__ void __launch_bounds__(kTwoHopSumThreads<Kind>, 1)
     if (!wait_announced(world, epoch, what, typename Kind::LookAround(all.rail))) return;
     end_block_role(world);
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
-    const epcomm_cuda_row no_row = {};
     delay(world, kDelayAnnounced);
-    int verdict = judge_all(world, call.announcement, no_row, nullptr, epoch);
-    if (verdict == EPCOMM_CUDA_OK) verdict = judge_routes(call.routes);
-    // The host waits for it only where it has no window to offer.
-    if (timed && call.announcement.window_bytes == 0) {
-        report_verdict(world, verdict, epoch, call.number);
-    }
+    const int verdict = judge_combine(call, epoch);
     if (verdict == EPCOMM_CUDA_OK) {
         const bool weighted = find_offers(call, epoch, offers);
         what.phase = EPCOMM_PHASE_RETURN;
@@ -328,26 +322,14 @@ __global__ void __launch_bounds__(kTwoHopSumThreads<Kind>, 1)
     if (verdict == EPCOMM_CUDA_OK) {
         collect_chunks<Kind>(all.rail, all.hops.sent, all.hops.received);
     }
-    if (threadIdx.x == 0) {
-        collect_deck(world);
-        stamp(world, call.number, EPCOMM_CUDA_STAMP_MOVED);
-    }
+    note_moved(world, call.number);
     // All ranks come to the same verdict, so after a refusal nobody waits.
     if (verdict == EPCOMM_CUDA_OK) {
-        delay(world, kDelaySignal);
-        begin_block_role(world, EPCOMM_CUDA_ROLE_ARRIVE);
-        signal_node(world, false, epoch);
         what.phase = EPCOMM_PHASE_RELEASE;
         what.between = 2;
-        if (!wait_node(world, own_control(world)->released, epoch, what)) return;
-        end_block_role(world);
+        if (!meet_node(world, false, what)) return;
     }
-    delay(world, kDelayFinish);
-    if (verdict != EPCOMM_CUDA_OK) report_refusal(world, verdict, epoch, -1);
-    if (threadIdx.x == 0) {
-        finish_epoch(world, epoch);
-        stamp(world, call.number, EPCOMM_CUDA_STAMP_END);
-    }
+    end_call(world, verdict, epoch, call.number, false);
 }
 
 }  // namespace epcomm

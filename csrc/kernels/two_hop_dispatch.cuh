@@ -4,8 +4,8 @@
 // is bounded, some warps of each block send first and others forward first.
 #pragma once
 
+#include "call.cuh"
 #include "credits.cuh"
-#include "finish.cuh"
 #include "labels.cuh"
 #include "move.cuh"
 #include "pad.cuh"
@@ -354,28 +354,14 @@ __global__ void __launch_bounds__(kTwoHopThreads, 1)
     if (verdict == EPCOMM_CUDA_OK) {
         collect_chunks<Kind>(all.rail, all.hops.received, all.hops.sent);
     }
-    if (threadIdx.x == 0) {
-        collect_deck(world);
-        stamp(world, call.number, EPCOMM_CUDA_STAMP_MOVED);
-    }
+    note_moved(world, call.number);
     // All ranks come to the same verdict, so after a refusal nobody waits.
     if (verdict == EPCOMM_CUDA_OK) {
-        delay(world, kDelaySignal);
-        begin_block_role(world, EPCOMM_CUDA_ROLE_ARRIVE);
-        signal_node(world, true, epoch);
         what.phase = EPCOMM_PHASE_ARRIVE;
         what.between = 2;
-        if (!wait_node(world, own_control(world)->arrived, epoch, what)) return;
-        end_block_role(world);
+        if (!meet_node(world, true, what)) return;
     }
-    delay(world, kDelayFinish);
-    if (verdict != EPCOMM_CUDA_OK) {
-        report_refusal(world, verdict, epoch, call.announce ? -1 : world.report->bad_choice);
-    }
-    if (threadIdx.x == 0) {
-        finish_epoch(world, epoch);
-        stamp(world, call.number, EPCOMM_CUDA_STAMP_END);
-    }
+    end_call(world, verdict, epoch, call.number, !call.announce);
 }
 
 }  // namespace epcomm
