@@ -8,12 +8,9 @@ from pathlib import Path
 import cupy
 import pytest
 import torch
-from expectations import HIDDEN, MAX_TOKENS
 from harness import Case
 from on_gpu import check, make_buffer
-from stress import EXPERTS_PER_RANK, NUM_TOPK, Stress
-
-import epcomm
+from stress import Stress, make_stressed_buffer
 
 pytestmark = [pytest.mark.mpi, pytest.mark.gpu]
 
@@ -70,21 +67,7 @@ def test_buffers_made_and_closed_leak_nothing(comm):
 
 def test_several_buffers_take_turns_on_several_streams(comm):
     """Each result is checked; calls of one buffer run while the others' are under way."""
-    num_experts = EXPERTS_PER_RANK * comm.size
-    buffers = [
-        epcomm.Buffer(
-            comm,
-            hidden=HIDDEN,
-            num_experts=num_experts,
-            num_topk=min(NUM_TOPK, num_experts),
-            max_tokens=MAX_TOKENS,
-            ranks_per_node=comm.size,
-            backend="cuda",
-            timeout=30.0,
-            num_sms=num_sms,
-        )
-        for num_sms in (1, 2, 4)
-    ]
+    buffers = [make_stressed_buffer(comm, backend="cuda", num_sms=num_sms) for num_sms in (1, 2, 4)]
     users = [Stress(comm, buffer, torch.device("cuda")) for buffer in buffers]
     streams = [torch.cuda.Stream() for _ in users]
     torch.cuda.synchronize()

@@ -5,10 +5,7 @@ import time
 
 import pytest
 import torch
-from expectations import HIDDEN, MAX_TOKENS
-from stress import EXPERTS_PER_RANK, NUM_TOPK, Stress
-
-import epcomm
+from stress import Stress, make_stressed_buffer
 
 pytestmark = [pytest.mark.mpi, pytest.mark.gpu]
 
@@ -17,18 +14,7 @@ CALLS = int(os.environ.get("EPCOMM_TEST_CALLS", "10000"))
 
 def make_buffer(comm, delay_ns, monkeypatch, **options):
     monkeypatch.setenv("EPCOMM_CUDA_DELAY_NS", str(delay_ns))
-    num_experts = EXPERTS_PER_RANK * comm.size
-    options = {"timeout": 30.0, **options}
-    return epcomm.Buffer(
-        comm,
-        hidden=HIDDEN,
-        num_experts=num_experts,
-        num_topk=min(NUM_TOPK, num_experts),
-        max_tokens=MAX_TOKENS,
-        ranks_per_node=comm.size,
-        backend="cuda",
-        **options,
-    )
+    return make_stressed_buffer(comm, backend="cuda", **options)
 
 
 # Few blocks with long delays, and as many as fit with none: other ranks are late by calls, or by

@@ -33,6 +33,20 @@ def on_host(result: Any) -> Any:
     return SimpleNamespace(num_rows=getattr(result, "num_rows", None), **fields)
 
 
+def make_stressed_buffer(comm: Any, **options: Any) -> epcomm.Buffer:
+    """A buffer for `Stress`."""
+    num_experts = EXPERTS_PER_RANK * comm.size
+    return epcomm.Buffer(
+        comm,
+        hidden=HIDDEN,
+        num_experts=num_experts,
+        num_topk=min(NUM_TOPK, num_experts),
+        max_tokens=MAX_TOKENS,
+        ranks_per_node=comm.size,
+        **{"timeout": 30.0, **options},
+    )
+
+
 @dataclass
 class Held:
     """A result kept alive over later rounds, and what it must still hold."""
