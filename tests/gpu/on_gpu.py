@@ -13,6 +13,9 @@ from epcomm.backend import Config
 from epcomm.cuda.rail import largest_record
 from epcomm.native import align, constants
 
+#: A small case, where another does not matter.
+SMALL = Case(1, hidden=512, experts_per_rank=4, num_topk=3, tokens=(40, 7))
+
 
 def to_gpu(value: Any) -> Any:
     """Tensors, and tuples and lists of them, on the GPU."""
@@ -35,6 +38,20 @@ def to_host(result: Any) -> Any:
 def make_buffer(comm: Any, case: Case, **options: Any) -> epcomm.Buffer:
     """A CUDA buffer for the case."""
     return harness.make_buffer(comm, case, backend="cuda", **options)
+
+
+def draw_topk(comm: Any, tokens: int) -> torch.Tensor:
+    """Experts of so many tokens in the case SMALL."""
+    scores = torch.rand(tokens, SMALL.experts_per_rank * comm.size, device="cuda")
+    return scores.topk(SMALL.num_topk, dim=1).indices
+
+
+def draw_tokens(
+    comm: Any, tokens: int = 16, dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and experts of so many tokens in the case SMALL."""
+    x = torch.randn(tokens, SMALL.hidden, device="cuda", dtype=dtype)
+    return x, draw_topk(comm, tokens)
 
 
 def bound_for(case: Case, num_ranks: int, records: int) -> int:

@@ -4,14 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import Case
-from on_gpu import check, make_buffer
+from on_gpu import SMALL, check, draw_topk, make_buffer
 
 import epcomm
 
 pytestmark = [pytest.mark.mpi, pytest.mark.gpu]
 
-CASE = Case(1, hidden=512, experts_per_rank=4, num_topk=3, tokens=(16,))
+CASE = replace(SMALL, tokens=(16,))
 TOKENS = 16
 
 
@@ -30,8 +29,7 @@ class Given:
 
     def __init__(self, comm):
         self.x = torch.ones(TOKENS, CASE.hidden, device="cuda", dtype=torch.bfloat16)
-        scores = torch.rand(TOKENS, CASE.experts_per_rank * comm.size, device="cuda")
-        self.topk_idx = scores.topk(CASE.num_topk, dim=1).indices
+        self.topk_idx = draw_topk(comm, TOKENS)
         self.topk_weights = torch.rand(TOKENS, CASE.num_topk, device="cuda")
 
 

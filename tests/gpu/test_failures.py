@@ -5,27 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import Case
-from on_gpu import check, make_buffer
+from on_gpu import SMALL, check, draw_tokens, make_buffer
 
 import epcomm
 
 pytestmark = [pytest.mark.mpi, pytest.mark.gpu]
 
-CASE = Case(1, hidden=512, experts_per_rank=4, num_topk=3, tokens=(40, 7))
-
-
-def inputs(comm, tokens=16):
-    x = torch.randn(tokens, CASE.hidden, device="cuda", dtype=torch.bfloat16)
-    scores = torch.rand(tokens, CASE.experts_per_rank * comm.size, device="cuda")
-    return x, scores.topk(CASE.num_topk, dim=1).indices
-
 
 @pytest.mark.parametrize("value", [-2, 10**6, "duplicate"])
 def test_bad_id_is_refused_everywhere(comm, value):
-    case = replace(CASE, ranks_per_node=comm.size)
+    case = replace(SMALL, ranks_per_node=comm.size)
     with make_buffer(comm, case) as buffer:
-        x, topk_idx = inputs(comm)
+        x, topk_idx = draw_tokens(comm)
         bad_rank = comm.size - 1
         if comm.rank == bad_rank:
             topk_idx[5, 1] = topk_idx[5, 0] if value == "duplicate" else value
@@ -38,9 +29,9 @@ def test_bad_id_is_refused_everywhere(comm, value):
 
 
 def test_refused_arguments_and_mismatch(comm):
-    case = replace(CASE, ranks_per_node=comm.size)
+    case = replace(SMALL, ranks_per_node=comm.size)
     with make_buffer(comm, case) as buffer:
-        x, topk_idx = inputs(comm)
+        x, topk_idx = draw_tokens(comm)
         if comm.size > 1:
             with pytest.raises(ValueError if comm.rank == 0 else epcomm.PeerError, match="x"):
                 buffer.dispatch(x.cpu() if comm.rank == 0 else x, topk_idx)
@@ -55,9 +46,9 @@ def test_refused_arguments_and_mismatch(comm):
 def test_silent_rank_is_named(comm):
     if comm.size == 1:
         pytest.skip("needs a rank to be silent")
-    case = replace(CASE, ranks_per_node=comm.size)
+    case = replace(SMALL, ranks_per_node=comm.size)
     buffer = make_buffer(comm, case, timeout=2.0)
-    x, topk_idx = inputs(comm)
+    x, topk_idx = draw_tokens(comm)
     silent = 1
     if comm.rank != silent:
         begin = time.monotonic()
@@ -74,12 +65,12 @@ def test_silent_rank_is_named(comm):
 
 
 def test_results_outlive_later_calls_and_the_buffer(comm):
-    case = replace(CASE, ranks_per_node=comm.size)
+    case = replace(SMALL, ranks_per_node=comm.size)
     with make_buffer(comm, case) as buffer:
         kept = []
         for seed in range(5):
             torch.manual_seed(seed)
-            x, topk_idx = inputs(comm)
+            x, topk_idx = draw_tokens(comm)
             result = buffer.dispatch(x, topk_idx)
             kept.append((result.x, result.x.clone()))
     torch.cuda.synchronize()
@@ -90,7 +81,7 @@ def test_results_outlive_later_calls_and_the_buffer(comm):
 
 def test_changing_sizes_and_routings(comm):
     routings = ("uniform", "skewed", "one rank", "sparse")
-    case = replace(CASE, ranks_per_node=comm.size, tokens=(64,))
+    case = replace(SMALL, ranks_per_node=comm.size, tokens=(64,))
     with make_buffer(comm, case) as buffer:
         for seed in range(24):
             tokens = tuple(1 + (seed * 13 + r * 29) % 64 for r in range(comm.size))
@@ -103,9 +94,9 @@ def test_changing_sizes_and_routings(comm):
 
 
 def test_async_calls_follow_their_events(comm):
-    case = replace(CASE, ranks_per_node=comm.size)
+    case = replace(SMALL, ranks_per_node=comm.size)
     with make_buffer(comm, case) as buffer:
-        x, topk_idx = inputs(comm)
+        x, topk_idx = draw_tokens(comm)
         got = buffer.dispatch(x, topk_idx, async_op=True)
         got.event.wait()
         twice = buffer.combine(got.x * 2, got.handle, async_op=True)
@@ -119,13 +110,13 @@ def test_async_calls_follow_their_events(comm):
 
 
 def test_buffers_come_and_go(comm):
-    case = replace(CASE, ranks_per_node=comm.size)
+    case = replace(SMALL, ranks_per_node=comm.size)
     for _ in range(20):
         with (
             make_buffer(comm, case, num_sms=4) as first,
             make_buffer(comm, case, num_sms=4) as second,
         ):
-            x, topk_idx = inputs(comm)
+            x, topk_idx = draw_tokens(comm)
             a, b = first.dispatch(x, topk_idx), second.dispatch(x, topk_idx)
             assert torch.equal(a.source, b.source)
             torch.cuda.synchronize()

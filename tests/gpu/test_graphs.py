@@ -4,22 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import Case
-from on_gpu import check, make_buffer
+from on_gpu import SMALL, check, draw_tokens, make_buffer
 
 import epcomm
 
 pytestmark = [pytest.mark.mpi, pytest.mark.gpu]
 
-CASE = Case(1, hidden=512, experts_per_rank=4, num_topk=3, tokens=(64,))
+CASE = replace(SMALL, tokens=(64,))
 TOKENS = 64
 
 
 def draw(comm, seed):
     torch.manual_seed(seed * comm.size + comm.rank)
-    x = torch.randn(TOKENS, CASE.hidden, device="cuda", dtype=torch.bfloat16)
-    scores = torch.rand(TOKENS, CASE.experts_per_rank * comm.size, device="cuda")
-    return x, scores.topk(CASE.num_topk, dim=1).indices
+    return draw_tokens(comm, TOKENS)
 
 
 def run(buffer, x, topk_idx, rows, **options):

@@ -8,24 +8,16 @@ from pathlib import Path
 import cupy
 import pytest
 import torch
-from harness import Case
-from on_gpu import check, make_buffer
+from on_gpu import SMALL, check, draw_tokens, make_buffer
 from stress import Stress, make_stressed_buffer
 
 pytestmark = [pytest.mark.mpi, pytest.mark.gpu]
 
 BUFFERS = int(os.environ.get("EPCOMM_TEST_BUFFERS", "150"))
-CASE = Case(1, hidden=512, experts_per_rank=4, num_topk=3, tokens=(40, 7))
 
 
 def case_of(comm):
-    return replace(CASE, ranks_per_node=comm.size)
-
-
-def draw(comm, tokens=16):
-    x = torch.randn(tokens, CASE.hidden, device="cuda", dtype=torch.bfloat16)
-    scores = torch.rand(tokens, CASE.experts_per_rank * comm.size, device="cuda")
-    return x, scores.topk(CASE.num_topk, dim=1).indices
+    return replace(SMALL, ranks_per_node=comm.size)
 
 
 def in_use(comm):
@@ -48,7 +40,7 @@ def test_buffers_made_and_closed_leak_nothing(comm):
 
     def one():
         with make_buffer(comm, case_of(comm), num_sms=2) as buffer:
-            x, topk_idx = draw(comm)
+            x, topk_idx = draw_tokens(comm)
             got = buffer.dispatch(x, topk_idx)
             buffer.combine(got.x, got.handle)
 
@@ -90,7 +82,7 @@ def test_results_outlive_the_buffer_and_those_after_it(comm):
     for seed in range(4):
         torch.manual_seed(seed)
         with make_buffer(comm, case_of(comm)) as buffer:
-            x, topk_idx = draw(comm)
+            x, topk_idx = draw_tokens(comm)
             got = buffer.dispatch(x, topk_idx)
             rows = buffer.combine_input(got.handle).copy_(got.x)
             out = buffer.combine(rows, got.handle)

@@ -5,21 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import Case
-from on_gpu import check, make_buffer
+from on_gpu import SMALL, check, draw_topk, make_buffer
 
 import epcomm
 
 pytestmark = [pytest.mark.mpi, pytest.mark.gpu]
 
-CASE = Case(1, hidden=512, experts_per_rank=4, num_topk=3, tokens=(40, 7))
 SILENT = 1
 
 
-def draw(comm, tokens=16):
-    x = torch.ones(tokens, CASE.hidden, device="cuda", dtype=torch.bfloat16)
-    scores = torch.rand(tokens, CASE.experts_per_rank * comm.size, device="cuda")
-    return x, scores.topk(CASE.num_topk, dim=1).indices
+def draw(comm):
+    x = torch.ones(16, SMALL.hidden, device="cuda", dtype=torch.bfloat16)
+    return x, draw_topk(comm, 16)
 
 
 def needs_two_ranks(comm):
@@ -59,7 +56,7 @@ def queue_calls(buffer, x, topk_idx, got):
 @pytest.mark.parametrize("act", [dispatch, dispatch_again, combine, queue_calls])
 def test_a_rank_that_stops_calling_is_named(comm, act):
     needs_two_ranks(comm)
-    case, timeout = replace(CASE, ranks_per_node=comm.size), 1.0
+    case, timeout = replace(SMALL, ranks_per_node=comm.size), 1.0
     buffer = make_buffer(comm, case, timeout=timeout, num_sms=2)
     x, topk_idx = draw(comm)
     for _ in range(3):
@@ -82,7 +79,7 @@ def test_a_rank_that_stops_calling_is_named(comm, act):
 def test_a_rank_late_by_about_the_timeout(comm, offset):
     """Some gave up on it and some did not; nobody may use routes that nobody has written."""
     needs_two_ranks(comm)
-    case, timeout = replace(CASE, ranks_per_node=comm.size), 0.3
+    case, timeout = replace(SMALL, ranks_per_node=comm.size), 0.3
     buffer = make_buffer(comm, case, timeout=timeout, num_sms=2)
     x, topk_idx = draw(comm)
     got = buffer.dispatch(x, topk_idx)

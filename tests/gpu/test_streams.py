@@ -5,19 +5,16 @@ from dataclasses import replace
 import cupy
 import pytest
 import torch
-from harness import Case
-from on_gpu import make_buffer
+from on_gpu import SMALL, draw_tokens, make_buffer
 
 pytestmark = [pytest.mark.mpi, pytest.mark.gpu]
 
-CASE = Case(1, hidden=512, experts_per_rank=4, num_topk=3, tokens=(64,))
+CASE = replace(SMALL, tokens=(64,))
 
 
-def draw(comm, seed=0):
-    torch.manual_seed(seed * comm.size + comm.rank)
-    x = torch.randn(64, CASE.hidden, device="cuda")
-    scores = torch.rand(64, CASE.experts_per_rank * comm.size, device="cuda")
-    return x, scores.topk(CASE.num_topk, dim=1).indices
+def draw(comm):
+    torch.manual_seed(comm.rank)
+    return draw_tokens(comm, 64, torch.float32)
 
 
 def test_calls_on_changing_streams_follow_each_other(comm):
