@@ -1,10 +1,12 @@
 """Runs the harness's cases on emulated ranks and compares with the oracle."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from harness import Case, draw_inputs, draw_outputs, make_world, wire_of
+from oracle_cases import CASES
 from world import EmulatedWorld
 
 from epcomm import oracle
@@ -13,6 +15,9 @@ from epcomm.formats.wire import WireFormat
 
 _QUANTIZED = {"fp8": WireFormat.FP8, "fp8_ue8m0": WireFormat.FP8_UE8M0}
 _PACKED = {"f32": WireFormat.FP8, "ue8m0": WireFormat.FP8_UE8M0}
+
+#: Many records, none, and few; of all sizes of chunks.
+UNEQUAL = replace(CASES["different token counts"], ranks_per_node=2)
 
 
 def config_of(case: Case, num_ranks: int) -> Config:

@@ -13,7 +13,8 @@ from fabrics import HARMLESS, Nics, Proxies
 from harness import draw_inputs
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from test_two_hop import CASES, over_both
+from oracle_cases import CASES
+from test_two_hop import over_both
 from world import EmulatedWorld
 
 from epcomm.cuda.rail import largest_record

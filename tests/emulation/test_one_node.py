@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import formats_of
+from cases import config_of, formats_of
 from harness import Case, draw_inputs, make_world
 from one_node import Node, build
-from test_two_hop import CASES
+from oracle_cases import CASES
 
 from epcomm import oracle
-from epcomm.backend import Config
 from epcomm.native import constants
 
 pytestmark = pytest.mark.timeout(120)
@@ -25,8 +24,7 @@ def library(tmp_path_factory):
 
 
 def make_node(library, case, num_ranks=RANKS, **options: Any) -> Node:
-    config = Config(case.hidden, case.num_experts(num_ranks), case.num_topk, max(case.tokens))
-    return Node(library, num_ranks, config, **options)
+    return Node(library, num_ranks, config_of(case, num_ranks), **options)
 
 
 def queue(node, case, inputs, routes=None, refusing=None):

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import check_case, config_of
+from cases import UNEQUAL, check_case, config_of
 from fabrics import Nics, Proxies, aligned
 from one_node import build as build_one_node
+from oracle_cases import CASES
 from test_bounded import make_world as make_bounded_world
 from test_one_node import check, make_node
-from test_two_hop import CASES
 from world import EmulatedWorld
 
 from epcomm.timeline import Clock, Trace, make_trace, merge
@@ -20,7 +20,6 @@ from epcomm.trace_events import Channels, events_of_kernels, unroll
 
 pytestmark = pytest.mark.timeout(120)
 
-CASE = replace(CASES["different token counts"], ranks_per_node=2)
 CAPACITY = 1 << 12
 #: What lies within which roles of a warp.
 INSIDE = {
@@ -134,9 +133,9 @@ def check_puts_arrive(world: EmulatedWorld, spans_of_ranks: list[np.ndarray]) ->
 
 @pytest.mark.parametrize("fabric", [Proxies, Nics])
 def test_spans_cover_all_roles_and_nest(emulated, fabric):
-    world = EmulatedWorld(emulated, 2, 4, config_of(CASE, 4), fabric=fabric())
+    world = EmulatedWorld(emulated, 2, 4, config_of(UNEQUAL, 4), fabric=fabric())
     rings = start(world)
-    check_case(world, CASE)
+    check_case(world, UNEQUAL)
     roles, seen = roles_of(world.constants), set()
     all_spans, traces = [], []
     for rank, ring in zip(world.ranks, rings, strict=True):
@@ -148,7 +147,7 @@ def test_spans_cover_all_roles_and_nest(emulated, fabric):
         check_order(spans, roles)
         # Four calls: two dispatches and two combines.
         assert sorted(set(spans["epoch"].tolist())) == [1, 2, 3, 4]
-        tokens = CASE.tokens[rank.topology.rank % len(CASE.tokens)]
+        tokens = UNEQUAL.tokens[rank.topology.rank % len(UNEQUAL.tokens)]
         assert spans[names == "finish"]["items"].sum() == 2 * tokens
         received = spans[names == "forward"]["items"].sum()
         assert received == spans[names == "reduce"]["items"].sum()
@@ -165,7 +164,7 @@ def test_spans_cover_all_roles_and_nest(emulated, fabric):
 
 @pytest.mark.parametrize("fabric", [Proxies, Nics])
 def test_bounded_staging_shows_its_credits(emulated, fabric):
-    case = replace(CASE, tokens=(31, 0, 9, 24), routing="skewed", num_topk=4)
+    case = replace(UNEQUAL, tokens=(31, 0, 9, 24), routing="skewed", num_topk=4)
     world = make_bounded_world(emulated, 2, 4, config_of(case, 4), (1, 2), fabric=fabric())
     rings = start(world)
     assert all(rank.plan.bounded for rank in world.ranks)
@@ -183,9 +182,9 @@ def test_bounded_staging_shows_its_credits(emulated, fabric):
 
 
 def test_a_full_ring_keeps_the_newest_and_counts_the_rest(emulated):
-    world = EmulatedWorld(emulated, 2, 4, config_of(CASE, 4))
+    world = EmulatedWorld(emulated, 2, 4, config_of(UNEQUAL, 4))
     rings = start(world, 8)
-    check_case(world, CASE)
+    check_case(world, UNEQUAL)
     for rank, ring in zip(world.ranks, rings, strict=True):
         spans, lost = ring.read()
         assert len(spans) == 8 * world.blocks
@@ -198,18 +197,18 @@ def test_a_full_ring_keeps_the_newest_and_counts_the_rest(emulated):
 
 
 def test_without_a_timeline_nothing_is_noted(emulated):
-    world = EmulatedWorld(emulated, 2, 4, config_of(CASE, 4))
+    world = EmulatedWorld(emulated, 2, 4, config_of(UNEQUAL, 4))
     rings = start(world)
     for rank in world.ranks:
         rank.block["timeline"] = 0
-    check_case(world, CASE)
+    check_case(world, UNEQUAL)
     for ring in rings:
         assert not ring.counts.any()
         assert not ring.spans.view(np.uint8).any()
 
 
 def test_no_timeline_is_the_default(emulated):
-    world = EmulatedWorld(emulated, 2, 4, config_of(CASE, 4))
+    world = EmulatedWorld(emulated, 2, 4, config_of(UNEQUAL, 4))
     assert all(rank.block["timeline"] == 0 for rank in world.ranks)
 
 

@@ -4,24 +4,16 @@ Over emulated proxies, which deliver chunks late and in any order, and over emul
 the kernels post by themselves. Ranks drift by a call.
 """
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from cases import check_case, config_of, queue_dispatch
 from fabrics import Nics, Proxies
+from oracle_cases import CASES
 from world import EmulatedWorld
 
 from epcomm.native import constants
 
-_PATH = Path(__file__).parents[1] / "mpi" / "test_oracle_equality.py"
-_SPEC = importlib.util.spec_from_file_location("cpu_cases", _PATH)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-_MODULE = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_MODULE)
-CASES = _MODULE.CASES
 over_both = pytest.mark.parametrize("fabric", [Proxies, Nics])
 
 

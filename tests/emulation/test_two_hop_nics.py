@@ -3,15 +3,12 @@
 from dataclasses import replace
 
 import pytest
-from cases import check_case, config_of, queue_dispatch
+from cases import UNEQUAL, check_case, config_of, queue_dispatch
 from fabrics import HARMLESS, Nics, Rule
-from test_two_hop import CASES
+from oracle_cases import CASES
 from world import EmulatedWorld
 
 from epcomm.fabric.abi import constants as fabric_constants
-
-#: Many records, none, and few; of all sizes of chunks.
-UNEQUAL = replace(CASES["different token counts"], ranks_per_node=2)
 
 
 @pytest.mark.timeout(120)
