@@ -1,5 +1,6 @@
 """Runs the cases of the MPI tests' harness with tensors on the GPU."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,6 +53,26 @@ def draw_tokens(
     """Rows and experts of so many tokens in the case SMALL."""
     x = torch.randn(tokens, SMALL.hidden, device="cuda", dtype=dtype)
     return x, draw_topk(comm, tokens)
+
+
+def varied(case: Case, seed: int, num_ranks: int, strides: tuple[int, int]) -> Case:
+    """Other tokens, routing, format and layout for each seed, the same on all ranks.
+
+    Args:
+        case: with the most tokens that a rank may have.
+        seed: of the case.
+        num_ranks: R.
+        strides: by which the numbers of tokens change with the seed and the rank.
+    """
+    routings = ("uniform", "skewed", "one rank", "sparse")
+    (most,), (by_seed, by_rank) = case.tokens, strides
+    tokens = tuple(1 + (seed * by_seed + r * by_rank) % most for r in range(num_ranks))
+    one = replace(case, seed=seed, tokens=tokens, routing=routings[seed % 4])
+    if seed % 3 == 1:
+        one = replace(one, quantize="fp8")
+    if seed % 5 == 2:
+        one = replace(one, layout="expert", alignment=4)
+    return one
 
 
 def bound_for(case: Case, num_ranks: int, records: int) -> int:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from on_gpu import SMALL, check, draw_tokens, make_buffer
+from on_gpu import SMALL, check, draw_tokens, make_buffer, varied
 
 import epcomm
 
@@ -80,17 +80,10 @@ def test_results_outlive_later_calls_and_the_buffer(comm):
 
 
 def test_changing_sizes_and_routings(comm):
-    routings = ("uniform", "skewed", "one rank", "sparse")
     case = replace(SMALL, ranks_per_node=comm.size, tokens=(64,))
     with make_buffer(comm, case) as buffer:
         for seed in range(24):
-            tokens = tuple(1 + (seed * 13 + r * 29) % 64 for r in range(comm.size))
-            one = replace(case, seed=seed, tokens=tokens, routing=routings[seed % 4])
-            if seed % 3 == 1:
-                one = replace(one, quantize="fp8")
-            if seed % 5 == 2:
-                one = replace(one, layout="expert", alignment=4)
-            check(comm, one, buffer)
+            check(comm, varied(case, seed, comm.size, (13, 29)), buffer)
 
 
 def test_async_calls_follow_their_events(comm):

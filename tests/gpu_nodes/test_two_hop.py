@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from harness import Case
-from on_gpu import bound_for, check, make_buffer
+from on_gpu import bound_for, check, make_buffer, varied
 from oracle_cases import CASES, LARGE
 
 import epcomm
@@ -47,18 +47,12 @@ def test_rows_of_real_size_equal_oracle(world, name, ranks_per_node, num_ranks, 
 def test_changing_sizes_and_routings(world, ranks_per_node, num_ranks, fabric):
     # Slots and signals are used again by calls of other formats and sizes, without a barrier.
     comm = world(num_ranks)
-    routings = ("uniform", "skewed", "one rank", "sparse")
     case = replace(CASES["bf16"], ranks_per_node=ranks_per_node, hidden=256, tokens=(300,))
     with make_buffer(comm, case, fabric=fabric) as buffer:
         for seed in range(16):
-            tokens = tuple(1 + (seed * 37 + r * 113) % 300 for r in range(comm.size))
-            one = replace(case, seed=seed, tokens=tokens, routing=routings[seed % 4])
-            if seed % 3 == 1:
-                one = replace(one, quantize="fp8")
+            one = varied(case, seed, comm.size, (37, 113))
             if seed % 3 == 2:
                 one = replace(one, dtype=torch.float32, num_bias=1)
-            if seed % 5 == 2:
-                one = replace(one, layout="expert", alignment=4)
             if seed % 4 == 3:
                 one = replace(one, wire="logfmt8" if seed % 8 == 3 else "logfmt10")
             check(comm, one, buffer)
@@ -70,18 +64,11 @@ def test_changing_sizes_and_routings(world, ranks_per_node, num_ranks, fabric):
 def test_bounded_staging_equals_oracle(world, records, ranks_per_node, num_ranks, fabric):
     # One chunk of four records a node, two, and four of sixteen.
     comm = world(num_ranks)
-    routings = ("uniform", "skewed", "one rank", "sparse")
     case = replace(CASES["bf16"], ranks_per_node=ranks_per_node, hidden=256, tokens=(300,))
     bound = bound_for(case, num_ranks, records)
     with make_buffer(comm, case, fabric=fabric, max_staging_bytes=bound) as buffer:
         for seed in range(8):
-            tokens = tuple(1 + (seed * 37 + r * 113) % 300 for r in range(comm.size))
-            one = replace(case, seed=seed, tokens=tokens, routing=routings[seed % 4])
-            if seed % 3 == 1:
-                one = replace(one, quantize="fp8")
-            if seed % 5 == 2:
-                one = replace(one, layout="expert", alignment=4)
-            check(comm, one, buffer)
+            check(comm, varied(case, seed, comm.size, (37, 113)), buffer)
 
 
 @fabrics
