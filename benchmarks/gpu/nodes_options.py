@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from epcomm.cuda.nics import nic_sms
 
 from ..options import Shape, positive
-from .options import Gpus
+from .options import Gpus, add_exchange
 
 CASES = ("proxy", "line", "messages", "triggers")
 #: SMs of a rank: where the copies are the limit, and where the line should be.
@@ -112,15 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--fabric", nargs="+", metavar="FABRIC", help="instead of the cases' own")
     add("--sms", type=positive, nargs="+", help="of a rank, instead of the cases' own")
     add("--staging", type=positive, metavar="MIB", help="most of it on a rank, instead of all")
-    add("--tokens", type=positive, default=4096, help="tokens of a rank")
-    add("--hidden", type=positive, default=7168)
-    add("--experts", type=positive, default=256, help="experts of all ranks together")
-    add("--topk", type=positive, default=8, help="experts per token")
-    add("--routing", default="gate", help="as epcomm.routing.make_routing takes it")
-    add("--groups", type=positive, default=7, help="groups of calls to take the median of")
-    add("--calls", type=positive, default=6, help="calls of a group")
-    add("--seed", type=int, default=0)
-    add("--json", metavar="FILE", help="write all numbers")
+    add_exchange(parser, routing="gate")
     add(
         "--timeline",
         metavar="FILE",

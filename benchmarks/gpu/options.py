@@ -94,6 +94,20 @@ def default_settings(gpus: Gpus | None) -> list[Setting]:
     return list(dict.fromkeys(s for s in settings if s.sms > 0))
 
 
+def add_exchange(parser: argparse.ArgumentParser, routing: str) -> None:
+    """Options of every GPU benchmark: what is exchanged, how often, and where the numbers go."""
+    add = parser.add_argument
+    add("--tokens", type=positive, default=4096, help="tokens of a rank")
+    add("--hidden", type=positive, default=7168)
+    add("--experts", type=positive, default=256, help="experts of all ranks together")
+    add("--topk", type=positive, default=8, help="experts per token")
+    add("--routing", default=routing, help="as epcomm.routing.make_routing takes it")
+    add("--groups", type=positive, default=7, help="groups of calls to take the median of")
+    add("--calls", type=positive, default=6, help="calls of a group")
+    add("--seed", type=int, default=0)
+    add("--json", metavar="FILE", help="write all numbers")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch/bench.sh",
@@ -105,16 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--cases", nargs="+", choices=(*CASES, "all"), default=["table"])
     add("--settings", nargs="+", type=Setting.parse, metavar="RANKSxSMS", help="what to measure")
-    add("--tokens", type=positive, default=4096, help="tokens of a rank")
-    add("--hidden", type=positive, default=7168)
-    add("--experts", type=positive, default=256, help="experts of all ranks together")
-    add("--topk", type=positive, default=8, help="experts per token")
-    add("--routing", default="uniform", help="as epcomm.routing.make_routing takes it")
-    add("--groups", type=positive, default=7, help="groups of calls to take the median of")
-    add("--calls", type=positive, default=6, help="calls of a group")
     add("--nodes", type=int, choices=[1], default=1, help="more: see --nodes 2 --help")
-    add("--seed", type=int, default=0)
-    add("--json", metavar="FILE", help="write all numbers")
+    add_exchange(parser, routing="uniform")
     return parser
 
 
