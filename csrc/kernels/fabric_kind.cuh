@@ -163,4 +163,20 @@ auto with_staging_kind(const epcomm_cuda_rail& rail, const With& with) {
     });
 }
 
+/// Call `with` with every kind that a rail may ask for, until it returns an error.
+template <class With>
+int with_each_fabric_kind(const With& with) {
+    int error = with(ByProxy());
+    if (error == 0) error = with(ByNic());
+    return error == 0 ? with(ByPlanes()) : error;
+}
+
+/// The same for kernels that use staging.
+template <class With>
+int with_each_staging_kind(const With& with) {
+    const int error = with_each_fabric_kind(with);
+    if (error != 0) return error;
+    return with_each_fabric_kind([&](auto kind) { return with(Bounded<decltype(kind)>()); });
+}
+
 }  // namespace epcomm

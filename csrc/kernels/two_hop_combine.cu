@@ -47,12 +47,8 @@ int load_two_hop_combine_kind() {
 }
 
 int load_two_hop_combine() {
-    int error = load_two_hop_combine_kind<ByProxy>();
-    if (error == 0) error = load_two_hop_combine_kind<ByNic>();
-    if (error == 0) error = load_two_hop_combine_kind<ByPlanes>();
-    if (error == 0) error = load_two_hop_combine_kind<Bounded<ByProxy>>();
-    if (error == 0) error = load_two_hop_combine_kind<Bounded<ByNic>>();
-    return error == 0 ? load_two_hop_combine_kind<Bounded<ByPlanes>>() : error;
+    return with_each_staging_kind(
+        [](auto kind) { return load_two_hop_combine_kind<decltype(kind)>(); });
 }
 
 }  // namespace epcomm

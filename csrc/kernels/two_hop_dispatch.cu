@@ -41,12 +41,8 @@ int load_two_hop_dispatch_kind() {
 }
 
 int load_two_hop_dispatch() {
-    int error = load_two_hop_dispatch_kind<ByProxy>();
-    if (error == 0) error = load_two_hop_dispatch_kind<ByNic>();
-    if (error == 0) error = load_two_hop_dispatch_kind<ByPlanes>();
-    if (error == 0) error = load_two_hop_dispatch_kind<Bounded<ByProxy>>();
-    if (error == 0) error = load_two_hop_dispatch_kind<Bounded<ByNic>>();
-    return error == 0 ? load_two_hop_dispatch_kind<Bounded<ByPlanes>>() : error;
+    return with_each_staging_kind(
+        [](auto kind) { return load_two_hop_dispatch_kind<decltype(kind)>(); });
 }
 
 }  // namespace epcomm

@@ -19,9 +19,8 @@ int launch_two_hop_layout(const epcomm_cuda_two_hop_layout& all, cudaStream_t st
 }
 
 int load_two_hop_layout() {
-    int error = load(two_hop_layout_kernel<ByProxy>);
-    if (error == 0) error = load(two_hop_layout_kernel<ByNic>);
-    return error == 0 ? load(two_hop_layout_kernel<ByPlanes>) : error;
+    return with_each_fabric_kind(
+        [](auto kind) { return load(two_hop_layout_kernel<decltype(kind)>); });
 }
 
 }  // namespace epcomm
