@@ -36,8 +36,8 @@ EPCOMM_HD inline void store_entry(const Context& context, const QueuePair& queue
 }
 
 /// By one lane: the next entry, of a request that failed.
-EPCOMM_HD inline void write_error(const Context& context, QueuePair* queue, uint64_t position,
-                                  const Flight* flight, uint8_t syndrome, uint8_t vendor) {
+EPCOMM_COLD inline void write_error(const Context& context, QueuePair* queue, uint64_t position,
+                                    const Flight* flight, uint8_t syndrome, uint8_t vendor) {
     const uint64_t count = queue->entries;
     // Counted before software can see it: what it does next must not look like an overflow.
     queue->entries += 1;
@@ -46,7 +46,7 @@ EPCOMM_HD inline void write_error(const Context& context, QueuePair* queue, uint
 }
 
 /// An atomic that read its word and will not write it any more lets others go on.
-EPCOMM_HD inline void let_go_of_atomics(const Context& context, QueuePair* queue) {
+EPCOMM_COLD inline void let_go_of_atomics(const Context& context, QueuePair* queue) {
     if (queue->lock == 0) return;
     mlx5::exchange_if<mlx5::Scope::kSystem>(&context.wire->nic(queue->peer_nic).atomics,
                                             queue->lock, 0);
@@ -55,7 +55,7 @@ EPCOMM_HD inline void let_go_of_atomics(const Context& context, QueuePair* queue
 
 /// In the error state every request, asked for or not, completes as flushed, also later ones. By
 /// one lane, as what follows.
-EPCOMM_HD inline void flush_all(Context* context, QueuePair* queue) {
+EPCOMM_COLD inline void flush_all(Context* context, QueuePair* queue) {
     for (; queue->completed != queue->posted; ++queue->completed) {
         write_error(*context, queue, queue->completed, nullptr, mlx5::kFlushed, kVendorFlushed);
         context->progress = true;
@@ -65,7 +65,7 @@ EPCOMM_HD inline void flush_all(Context* context, QueuePair* queue) {
 
 /// The first request that is not complete fails with `syndrome` (0: none of them is to blame), what
 /// is behind it is flushed.
-EPCOMM_HD inline void fail(Context* context, QueuePair* queue, uint8_t syndrome, uint8_t vendor) {
+EPCOMM_COLD inline void fail(Context* context, QueuePair* queue, uint8_t syndrome, uint8_t vendor) {
     context->progress = true;
     context->note(EventKind::kFailed, *queue, queue->completed,
                   syndrome == 0 ? uint8_t(mlx5::kFlushed) : syndrome);
@@ -83,8 +83,8 @@ EPCOMM_HD inline void fail(Context* context, QueuePair* queue, uint8_t syndrome,
 }
 
 /// A rule of the interface was broken.
-EPCOMM_HD inline void violate(Context* context, QueuePair* queue, uint64_t position,
-                              Violation what) {
+EPCOMM_COLD inline void violate(Context* context, QueuePair* queue, uint64_t position,
+                                Violation what) {
     context->note(EventKind::kViolation, *queue, position, what);
     if (context->strict && queue->state != kFailed) {
         fail(context, queue, mlx5::kLocalOperation, uint8_t(kVendorViolation + what));
@@ -183,14 +183,14 @@ EPCOMM_HD inline bool complete_window(Group group, Context* context, QueuePair* 
             violate(context, queue, changed, kSlotReused);
             if (!context->strict) queue->covered = changed + 1;  // said once
         }
-        share(group, context);
+        group.sync();
         return !context->strict;
     }
     if (failing != 0) {
         const uint8_t syndrome = group.at(flight->syndrome, failed);
         const uint8_t vendor = group.at(flight->vendor, failed);
         if (lane == 0) fail(context, queue, syndrome, vendor);
-        share(group, context);
+        group.sync();
         return false;
     }
     return count == width;

@@ -12,7 +12,6 @@ Network::Network(uint32_t num_nics, const LineModel& line) : nics_(new Nic[num_n
     for (uint32_t i = 0; i < num_nics; ++i) pointers_.push_back(&nics_[i]);
     wire_.num_nics = num_nics;
     wire_.nics = pointers_.data();
-    wire_.shifts = nullptr;
     // Time 0 is a little in the past, because 0 stands for "not yet" in places.
     wire_.epoch_ns = fabric::now_ns() - 1000;
     for (uint32_t i = 0; i < num_nics; ++i) nics_[i].line = line;
@@ -52,6 +51,7 @@ class Engine::Copier {
         return engine_->copier_free_;
     }
 
+    Copier placer() const { return *this; }
     static Picoseconds placed(const Context& context, uint64_t) { return context.now; }
     static void settle(mlx5::OneThread, bool) {}
     static void place(uint8_t* to, const uint8_t* from, uint32_t bytes) { memcpy(to, from, bytes); }

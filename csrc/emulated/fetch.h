@@ -5,6 +5,7 @@
 
 namespace epcomm::emulated {
 
+/// For what is read after it.
 EPCOMM_HD inline uint32_t load_record(const QueuePair& queue, int word) {
     const mlx5::Be32 value{fabric::load_acquire(&queue.record[word].raw)};
     return value.raw;  // both conversions: memory is big-endian, and so is `raw`
@@ -39,18 +40,24 @@ EPCOMM_HD inline Violation judge_doorbell(const QueuePair& queue, const Rung& ru
 /// Mistakes that hardware does not see, or sees too late. The record must already hold the
 /// doorbell's index, or one that a later doorbell will bring.
 EPCOMM_HD inline Violation judge_record(const QueuePair& queue, const Rung& rung) {
-    const uint32_t record = load_record(queue, mlx5::kSendRecord);
-    if (load_record(queue, mlx5::kReceiveRecord) != 0) return kReceiveRecord;
+    // The doorbell was acquired. All loads first, so that they wait together.
+    const uint32_t* const words = &queue.record[0].raw;
+    const auto* quoted =
+        reinterpret_cast<const uint64_t*>(&queue.ring[rung.last & (queue.num_blocks - 1)]);
+    const mlx5::Be32 send{fabric::load_relaxed(&words[mlx5::kSendRecord])};
+    const uint32_t receive = fabric::load_relaxed(&words[mlx5::kReceiveRecord]);
+    const uint64_t request = fabric::load_relaxed(quoted);
+    const uint32_t record = send.raw;
+    if (receive != 0) return kReceiveRecord;
     if (record > 0xffff) return kRecordWrong;
     if (uint16_t(record - rung.next) > mlx5::kMaxBlocks) return kRecordBehind;
     if (uint16_t(record - uint16_t(queue.covered)) > queue.num_blocks) return kRecordWrong;
     if (!rung.names_a_request) return kNoViolation;
     // The request it quotes must be the one that lies there.
-    mlx5::Control control;
-    memcpy(&control, &queue.ring[rung.last & (queue.num_blocks - 1)], sizeof control);
-    return control.operation == rung.words[0] && control.queue_pair == rung.words[1]
-               ? kNoViolation
-               : kDoorbellRequest;
+    mlx5::Be32 control[2];
+    memcpy(control, &request, sizeof control);
+    return control[0] == rung.words[0] && control[1] == rung.words[1] ? kNoViolation
+                                                                      : kDoorbellRequest;
 }
 
 EPCOMM_HD inline void take_doorbell(Context* context, QueuePair* queue, const Rung& rung) {
@@ -69,6 +76,18 @@ EPCOMM_HD inline void take_doorbell(Context* context, QueuePair* queue, const Ru
     }
 }
 
+/// What the record says in place of a doorbell that was lost.
+EPCOMM_COLD inline void recover(Context* context, QueuePair* queue) {
+    queue->recover_at = kNever;
+    context->note(EventKind::kRecovered, *queue, queue->posted, 0);
+    const uint16_t next = uint16_t(load_record(*queue, mlx5::kSendRecord));
+    if (const Violation wrong = judge_index(*queue, next)) {
+        violate(context, queue, queue->posted, wrong);
+    } else {
+        post_until(context, queue, next);
+    }
+}
+
 /// `word` is what the doorbell holds, acquired.
 EPCOMM_HD inline void look_at_doorbell(Context* context, QueuePair* queue, uint64_t word) {
     if (word != queue->doorbell_seen) {
@@ -76,16 +95,7 @@ EPCOMM_HD inline void look_at_doorbell(Context* context, QueuePair* queue, uint6
         context->progress = true;
         take_doorbell(context, queue, parse_doorbell(word));
     }
-    if (queue->recover_at != kNever && context->is_due(queue->recover_at)) {
-        queue->recover_at = kNever;
-        context->note(EventKind::kRecovered, *queue, queue->posted, 0);
-        const uint16_t next = uint16_t(load_record(*queue, mlx5::kSendRecord));
-        if (const Violation wrong = judge_index(*queue, next)) {
-            violate(context, queue, queue->posted, wrong);
-        } else {
-            post_until(context, queue, next);
-        }
-    }
+    if (queue->recover_at != kNever && context->is_due(queue->recover_at)) recover(context, queue);
 }
 
 EPCOMM_HD inline void refuse(QueuePair* queue, Flight* flight, uint8_t syndrome, uint8_t vendor) {
@@ -95,7 +105,7 @@ EPCOMM_HD inline void refuse(QueuePair* queue, Flight* flight, uint8_t syndrome,
 }
 
 /// The peer gives no answer: found out after the retries.
-EPCOMM_HD inline void give_up(const Context& context, QueuePair* queue, Flight* flight) {
+EPCOMM_COLD inline void give_up(const Context& context, QueuePair* queue, Flight* flight) {
     refuse(queue, flight, mlx5::kRetryExceeded, kVendorRetry);
     flight->times.complete = flight->times.depart + context.own().line.retry_ns * kNanosecond;
 }
@@ -108,8 +118,7 @@ constexpr Picoseconds kAhead = 4000 * kNanosecond;
 /// alone, what keeps others behind it in `num_together`.
 EPCOMM_HD inline uint32_t num_due(Context* context, QueuePair* queue, uint32_t width) {
     const uint64_t position = queue->fetched, left = queue->posted - position;
-    // Of what has completed too early the flight is still needed.
-    const uint64_t room = queue->num_blocks - (position - queue->landed);
+    const uint64_t room = queue->num_flights - (position - queue->oldest());
     // Behind a failed request nothing is started.
     if (left == 0 || room == 0 || queue->refused != 0) return 0;
     if (position >= queue->early_until && queue->departed > kAhead &&
@@ -146,7 +155,7 @@ EPCOMM_HD inline mlx5::Block load_request(const QueuePair& queue, uint64_t posit
 EPCOMM_HD inline bool local_is_allowed(const Context& context, const QueuePair& queue,
                                        const Request& request) {
     if (request.opcode == mlx5::kNop || request.inlined) return true;
-    return allows(context.own(), request.local_key, queue.domain,
+    return allows(find_key(context.wire->keys(context.nic), request.local_key), queue.domain,
                   request.has_response() ? uint32_t(kLocalWrite) : 0, request.local_address,
                   request.bytes);
 }
@@ -163,7 +172,7 @@ EPCOMM_HD inline uint32_t num_together(Group group, const LineModel& line, const
     const uint32_t failing = group.ballot(mine && wrong), reads = group.ballot(is_read);
     const uint32_t responses = group.ballot(mine && request.has_response());
     const Picoseconds before =
-        mlx5::sum_before(group, mine ? duration(line, request.bytes) : Picoseconds(0));
+        mlx5::sum_before(group, count, mine ? duration(line, request.bytes) : Picoseconds(0));
     // Behind a failed request nothing is started; a read takes the line both ways; nobody waits for
     // an answer to what was scheduled with it.
     const bool joins =
@@ -175,8 +184,8 @@ EPCOMM_HD inline uint32_t num_together(Group group, const LineModel& line, const
 }
 
 /// What the faults do to the one request that is scheduled.
-EPCOMM_HD inline void disturb(Context* context, QueuePair* queue, uint64_t position,
-                              Flight* flight) {
+EPCOMM_COLD inline void disturb(Context* context, QueuePair* queue, uint64_t position) {
+    Flight* flight = &queue->flight(position);
     const Request& request = flight->request;
     Picoseconds amount;
     if (context->hits(kDelay, *queue, position, &amount)) {
@@ -205,19 +214,17 @@ EPCOMM_HD inline void disturb(Context* context, QueuePair* queue, uint64_t posit
     if (context->hits(kRetryExceeded, *queue, position, &amount)) give_up(*context, queue, flight);
 }
 
-/// When the line is taken by the requests of the first `count` lanes.
+/// When the line is taken by the requests of the first `count` lanes, whose flights are stored.
 template <class Group>
 EPCOMM_HD inline void schedule_flights(Group group, Context* context, QueuePair* queue,
-                                       uint64_t position, uint32_t count, uint32_t fetch_ns,
-                                       Flight* flight) {
-    const Request& request = flight->request;
+                                       uint64_t position, uint32_t count, const Ends& ends,
+                                       const Request& request) {
+    Flight* flight = &queue->flight(position);
     const uint32_t lane = group.lane();
     const bool goes = lane < count && flight->syndrome == 0;
     const bool waits = goes && request.has_response();
     const uint32_t responses = group.ballot(waits);
-    Nic* own = &context->own();
-    Nic* peer = &context->wire->nic(queue->peer_nic);
-    Picoseconds earliest = queue->posted_at + fetch_ns * kNanosecond;
+    Picoseconds earliest = queue->posted_at + ends.line.fetch_ns * kNanosecond;
     const uint32_t slot = queue->next_response + mlx5::count_bits(responses & mlx5::below(lane));
     Picoseconds* response = &queue->responses[slot % queue->max_responses];
     if (goes && request.is_fenced() && queue->last_response > earliest) {
@@ -228,10 +235,11 @@ EPCOMM_HD inline void schedule_flights(Group group, Context* context, QueuePair*
     const bool is_read = is_message && request.opcode == mlx5::kRdmaRead;
     const uint32_t messages = group.ballot(is_message);
     const Schedule times =
-        schedule(group, own, peer, is_message, context->now, earliest, request.bytes, is_read);
+        schedule(group, ends, is_message, context->now, earliest, request.bytes, is_read);
     if (goes) {
         flight->times = is_message ? times : Schedule{earliest, earliest, earliest};
-        disturb(context, queue, position, flight);
+        flight->last_piece = flight->times.arrive;
+        if (context->faults.num_rules != 0) disturb(context, queue, position);
     }
     group.sync();
     // The last one is the latest.
@@ -243,36 +251,45 @@ EPCOMM_HD inline void schedule_flights(Group group, Context* context, QueuePair*
     }
 }
 
+EPCOMM_HD inline void start_flight(const Context& context, Flight* flight, const Request& request) {
+    *flight = {};
+    flight->request = request;
+    flight->read_at = kNever;
+    flight->times = {context.now, context.now, context.now};
+}
+
+/// `wrong`: with the request itself; else with its memory.
+EPCOMM_COLD inline void refuse_locally(Context* context, QueuePair* queue, uint64_t position,
+                                       Violation wrong) {
+    Flight* flight = &queue->flight(position);
+    if (wrong == kNoViolation) return refuse(queue, flight, mlx5::kLocalProtection, 0);
+    context->note(EventKind::kViolation, *queue, position, wrong);
+    refuse(queue, flight, mlx5::kLocalOperation, kVendorMalformed);
+}
+
 /// Read, check and schedule the next requests, at most `count`.
 template <class Group>
 EPCOMM_HD inline void fetch_some(Group group, Context* context, QueuePair* queue, uint32_t count) {
     const uint64_t first = queue->fetched, position = first + group.lane();
     const bool mine = group.lane() < count;
-    const LineModel line = context->own().line;
     mlx5::Block block{};
-    Flight flight{};
-    flight.read_at = kNever;
-    flight.times = {context->now, context->now, context->now};
+    Request request{};
     Violation wrong = kNoViolation;
     bool refused = false;
+    if (mine) block = load_request(*queue, position);
+    const Ends ends = look_at_ends(&context->own(), &context->wire->nic(queue->peer_nic));
     if (mine) {
-        block = load_request(*queue, position);
-        wrong = parse(block, queue->number, uint16_t(position), &flight.request);
-        refused = wrong != kNoViolation || !local_is_allowed(*context, *queue, flight.request);
+        wrong = parse(block, queue->number, uint16_t(position), &request);
+        refused = wrong != kNoViolation || !local_is_allowed(*context, *queue, request);
     }
-    count = num_together(group, line, *queue, count, flight.request, refused);
+    count = num_together(group, ends.line, *queue, count, request, refused);
     const bool joins = group.lane() < count;
-    if (joins && wrong != kNoViolation) {
-        context->note(EventKind::kViolation, *queue, position, wrong);
-        refuse(queue, &flight, mlx5::kLocalOperation, kVendorMalformed);
-    } else if (joins && refused) {
-        refuse(queue, &flight, mlx5::kLocalProtection, 0);
-    }
-    schedule_flights(group, context, queue, position, count, line.fetch_ns, &flight);
     if (joins) {
-        queue->flight(position) = flight;
+        start_flight(*context, &queue->flight(position), request);
         queue->shadow[position & (queue->num_blocks - 1)] = block;
     }
+    if (joins && refused) refuse_locally(context, queue, position, wrong);
+    schedule_flights(group, context, queue, position, count, ends, request);
     group.sync();
     if (group.lane() == 0) queue->fetched = first + count;
     context->progress = true;
@@ -287,7 +304,6 @@ EPCOMM_HD inline void fetch(Group group, Context* context, QueuePair* queue) {
         if (is_over) return;
         uint32_t count = 0;
         if (group.lane() == 0) count = num_due(context, queue, context->width(group));
-        share(group, context);
         count = group.from_first(count);
         if (count == 0) return;
         fetch_some(group, context, queue, count);

@@ -12,6 +12,7 @@
 //     landed(context, queue, position, flight)
 //                                for the account
 //     refresh(group, context)    the time, again
+//     placer()                   what `start` needs of it, by value: for calls that are not inlined
 //     kWindow                    at most so many requests are between `started` and `landed`
 //     kCopiesAhead               it may be given long bodies before they depart (copy_ahead)
 #pragma once
@@ -33,13 +34,15 @@ constexpr uint32_t kTailBytes = 64;
 /// Until the copier is asked again to take a body that need not be copied yet.
 constexpr Picoseconds kCopyAgain = 4000 * kNanosecond;
 
-/// The other end of a queue pair.
+/// The other end of a queue pair, and a request's key there.
 struct PeerView {
     bool answers;
     uint32_t domain;
+    Key key;
 };
 
-EPCOMM_HD inline PeerView look_at_peer(const Context& context, const QueuePair& queue) {
+EPCOMM_HD inline PeerView look_at_peer(const Context& context, const QueuePair& queue,
+                                       uint32_t remote_key) {
     const Nic& peer = context.wire->nic(queue.peer_nic);
     const uint32_t slot = queue.peer_number - kFirstQueue;
     const QueueEntry* other = &peer.queues[slot < kMaxQueues ? slot : 0];
@@ -50,21 +53,20 @@ EPCOMM_HD inline PeerView look_at_peer(const Context& context, const QueuePair& 
     const uint32_t nic = fabric::load_relaxed(&other->peer_nic);
     const uint32_t number = fabric::load_relaxed(&other->peer_number);
     const uint32_t domain = fabric::load_relaxed(&other->domain);
+    const Key key = find_key(context.wire->keys(queue.peer_nic), remote_key);
     return {dead == 0 && slot < count && state == kReady && nic == context.nic &&
                 number == queue.number,
-            domain};
+            domain, key};
 }
 
 /// What the responder finds wrong with a request.
-EPCOMM_HD inline uint8_t judge_remote(const Context& context, const QueuePair& queue,
-                                      uint32_t domain, const Request& request) {
+EPCOMM_HD inline uint8_t judge_remote(const PeerView& peer, const Request& request) {
     if (request.opcode == mlx5::kNop) return 0;
-    const Nic& peer = context.wire->nic(queue.peer_nic);
     if (request.is_atomic() && request.remote_address % 8 != 0) return mlx5::kRemoteInvalid;
     const uint32_t access = request.is_atomic()                 ? kRemoteAtomic
                             : request.opcode == mlx5::kRdmaRead ? kRemoteRead
                                                                 : kRemoteWrite;
-    return allows(peer, request.remote_key, domain, access, request.remote_address, request.bytes)
+    return allows(peer.key, peer.domain, access, request.remote_address, request.bytes)
                ? 0
                : mlx5::kRemoteAccess;
 }
@@ -126,9 +128,9 @@ EPCOMM_HD inline uint32_t piece_at(const Context& context, const QueuePair& queu
 
 /// Give the copier the next piece of the request at `position`, which all lanes name. Whether it
 /// has taken it.
-template <class Group, class Copier>
-EPCOMM_HD inline bool start_piece(Group group, const Context& context, QueuePair* queue,
-                                  uint64_t position, Copier& copier) {
+template <class Group, class Placer>
+EPCOMM_COLD bool start_piece(Group group, const Context& context, QueuePair* queue,
+                             uint64_t position, Placer placer) {
     Flight* flight = &queue->flight(position);
     const uint32_t bytes = flight->request.bytes, number = flight->pieces_placed;
     const uint32_t size = (bytes + flight->num_pieces - 1) / flight->num_pieces;
@@ -138,7 +140,7 @@ EPCOMM_HD inline bool start_piece(Group group, const Context& context, QueuePair
     const uint32_t left = offset < bytes ? bytes - uint32_t(offset) : 0;
     const uint32_t count = left < size ? left : size;
     const Body body{place.to + offset, place.from + offset, count, false, flight->last_piece};
-    const uint32_t given = copier.start(group, group.lane() == 0 && count != 0, position, body);
+    const uint32_t given = placer.start(group, group.lane() == 0 && count != 0, position, body);
     const bool taken = group.from_first(int(given == count)) != 0;
     group.sync();
     if (taken && group.lane() == 0) flight->pieces_placed = number + 1;
@@ -147,12 +149,12 @@ EPCOMM_HD inline bool start_piece(Group group, const Context& context, QueuePair
 }
 
 /// All pieces but the last, which comes late.
-template <class Group, class Copier>
-EPCOMM_HD inline bool start_pieces(Group group, const Context& context, QueuePair* queue,
-                                   uint64_t position, Copier& copier) {
+template <class Group, class Placer>
+EPCOMM_COLD bool start_pieces(Group group, const Context& context, QueuePair* queue,
+                              uint64_t position, Placer placer) {
     const Flight& flight = queue->flight(position);
     while (flight.pieces_placed + 1 < flight.num_pieces) {
-        if (!start_piece(group, context, queue, position, copier)) return false;
+        if (!start_piece(group, context, queue, position, placer)) return false;
     }
     return true;
 }
@@ -175,7 +177,7 @@ EPCOMM_HD inline uint32_t start_bodies(Group group, Context* context, QueuePair*
     Flight* flight = &queue->flight(position);
     const bool goes = group.lane() < count, moves = goes && copies(flight->request);
     if (group.from_first(int(moves && flight->num_pieces > 1)) != 0) {
-        return start_pieces(group, *context, queue, position - group.lane(), copier) ? 1 : 0;
+        return start_pieces(group, *context, queue, position - group.lane(), copier.placer());
     }
     const Body body = moves ? body_of(*context, *queue, position, *flight) : Body{};
     const uint32_t left = body.bytes;
@@ -195,7 +197,6 @@ EPCOMM_HD inline bool start_window(Group group, Context* context, QueuePair* que
     const uint64_t first = queue->started, position = first + group.lane();
     const uint32_t width = context->width(group), lane = group.lane();
     Flight* flight = &queue->flight(position);
-    const PeerView peer = look_at_peer(*context, *queue);
     Picoseconds depart = kNever;
     if (lane < width && position < queue->fetched && position - queue->landed < Copier::kWindow &&
         flight->syndrome == 0) {
@@ -204,6 +205,8 @@ EPCOMM_HD inline bool start_window(Group group, Context* context, QueuePair* que
     uint32_t count = mlx5::leading(group, depart <= context->now);
     if (count < group.size()) context->wake_at(group.at(depart, count));
     if (count == 0) return false;
+    const PeerView peer =
+        look_at_peer(*context, *queue, lane < count ? flight->request.remote_key : kFirstKey);
     if (!peer.answers) {
         const Picoseconds retries = context->own().line.retry_ns * kNanosecond;
         const bool over = context->is_due(group.from_first(depart) + retries);
@@ -214,7 +217,7 @@ EPCOMM_HD inline bool start_window(Group group, Context* context, QueuePair* que
         return false;
     }
     uint8_t syndrome = 0;
-    if (lane < count) syndrome = judge_remote(*context, *queue, peer.domain, flight->request);
+    if (lane < count) syndrome = judge_remote(peer, flight->request);
     const uint32_t refused = mlx5::lowest(group.ballot(syndrome != 0));
     if (lane == refused) {
         refuse(queue, flight, syndrome, syndrome == mlx5::kRemoteAccess ? kVendorRemoteAccess : 0);
@@ -233,26 +236,25 @@ EPCOMM_HD inline bool start_window(Group group, Context* context, QueuePair* que
 /// what they are from the doorbell on, and nobody may rely on their place before a later signal; so
 /// the copier has more time than the message is on its way. It is judged as when it departs, and
 /// then again: the responder's answer is that one. Behind what failed nothing is copied.
-template <class Group, class Copier>
-EPCOMM_HD inline void copy_ahead(Group group, Context* context, QueuePair* queue, Copier& copier) {
+template <class Group, class Placer>
+EPCOMM_COLD void copy_ahead(Group group, Context* context, QueuePair* queue, Placer placer) {
     const uint64_t position = queue->started + group.lane();
     Flight* flight = &queue->flight(position);
     bool wants = false;
     if (queue->refused == 0 && group.lane() < context->width(group) && position < queue->fetched &&
-        position - queue->landed < Copier::kWindow) {
+        position - queue->landed < Placer::kWindow) {
         const Request& request = flight->request;
-        wants = request.opcode == mlx5::kRdmaWrite && request.bytes > Copier::kKeptBytes &&
+        wants = request.opcode == mlx5::kRdmaWrite && request.bytes > Placer::kKeptBytes &&
                 flight->num_pieces <= 1 && flight->body_placed == 0;
     }
     if (group.ballot(wants) == 0) return;
-    const PeerView peer = look_at_peer(*context, *queue);
-    if (wants) {
-        wants = peer.answers && judge_remote(*context, *queue, peer.domain, flight->request) == 0;
-    }
+    const PeerView peer =
+        look_at_peer(*context, *queue, wants ? flight->request.remote_key : kFirstKey);
+    if (wants) wants = peer.answers && judge_remote(peer, flight->request) == 0;
     Body body{};
     if (wants) body = body_of(*context, *queue, position, *flight);
     body.is_ahead = true;
-    const uint32_t given = copier.start(group, wants, position, body);
+    const uint32_t given = placer.start(group, wants, position, body);
     if (given != 0) flight->body_placed = given;
     if (group.ballot(given != 0) != 0) context->progress = true;
     // It may be given once an earlier copy has ended.
@@ -289,8 +291,8 @@ EPCOMM_HD inline uint64_t* word_of(const Context& context, const QueuePair& queu
 /// First half of the atomics of the lanes that `go`, no two of them on one word. Whether it is
 /// done.
 template <class Group>
-EPCOMM_HD inline bool read_words(Group group, Context* context, QueuePair* queue, Flight* flight,
-                                 bool goes) {
+EPCOMM_COLD bool read_words(Group group, Context* context, QueuePair* queue, Flight* flight,
+                            bool goes) {
     int taken = 0;
     if (group.lane() == 0) taken = take_atomics(*context, queue);
     taken = group.from_first(taken);
@@ -310,8 +312,8 @@ EPCOMM_HD inline bool read_words(Group group, Context* context, QueuePair* queue
 
 /// Second half. False: the atomics were lost meanwhile, and it is to begin again.
 template <class Group>
-EPCOMM_HD inline bool write_words(Group group, Context* context, QueuePair* queue, Flight* flight,
-                                  bool goes) {
+EPCOMM_COLD bool write_words(Group group, Context* context, QueuePair* queue, Flight* flight,
+                             bool goes) {
     uint64_t* atomics = &context->wire->nic(queue->peer_nic).atomics;
     const bool held = group.from_first(fabric::load_acquire(atomics)) == queue->lock;
     if (goes && held) {
@@ -372,6 +374,36 @@ EPCOMM_HD inline Picoseconds landing_of(Context* context, uint64_t position, Fli
     return flight->copied_at > flight->last_piece ? flight->copied_at : flight->last_piece;
 }
 
+/// The last bytes of the messages of the lanes that go.
+template <class Group, class Copier>
+EPCOMM_HD inline void place_tails(Group group, const Context& context, QueuePair& queue,
+                                  uint64_t position, bool goes, Copier& copier) {
+    const Flight& flight = queue.flight(position);
+    const Request& request = flight.request;
+    copier.settle(group, goes && (flight.body_placed != 0 || flight.num_pieces > 1));
+    if (!goes || !copies(request) || flight.num_pieces > 1) return;
+    const Placement place = placement_of(context, queue, position, request);
+    const uint32_t tail = tail_of(request), body = request.bytes - tail;
+    copier.place(place.to + body, place.from + body, tail);
+}
+
+/// The words of the lanes that go. What landed before was stored by lanes that this one has met.
+template <class Group>
+EPCOMM_HD inline void write_words_behind(Group group, const Context& context, QueuePair& queue,
+                                         uint64_t position, bool goes) {
+    if (group.ballot(goes) == 0) return;
+    const Request& request = queue.flight(position).request;
+    uint64_t word = 0;
+    if (goes && request.inlined) word = request.operand;
+    if (goes && !request.inlined) {
+        const Placement place = placement_of(context, queue, position, request);
+        memcpy(&word, place.from, sizeof word);
+    }
+    group.sync();
+    mlx5::fence<mlx5::Scope::kSystem>();
+    if (goes) fabric::store_relaxed(word_of(context, queue, request), word);
+}
+
 template <class Copier>
 EPCOMM_HD inline void finish_landing(const Context& context, const QueuePair& queue,
                                      uint64_t position, Flight* flight, Copier& copier) {
@@ -416,16 +448,21 @@ EPCOMM_HD inline Window land_window(Group group, Context* context, QueuePair* qu
     if (first == 32) return {reach, false, group.from_first(int(failed)) != 0};
     // A write behind an atomic waits for it, and the other way round.
     const auto kind = Landing(group.at(uint32_t(what), first));
-    const uint32_t others = ~group.ballot(ready && what == kind) & ~mlx5::below(first);
-    uint32_t end = mlx5::lowest(others);
+    const bool is_alike =
+        ready && (what == kind || (kind == Landing::kTail && what == Landing::kWord));
+    const uint32_t words = group.ballot(is_alike && what == Landing::kWord);
+    uint32_t others = ~group.ballot(is_alike);
+    // Words land behind all else.
+    if (words != 0) others |= ~words & ~mlx5::below(mlx5::lowest(words));
+    uint32_t end = mlx5::lowest(others & ~mlx5::below(first));
     if (end > reach) end = reach;
-    if (kind == Landing::kRead || kind == Landing::kWord) {
+    if (kind == Landing::kRead || mlx5::count_bits(words) > 1) {
         // Nor are there two on one word.
-        const bool reads = ready && what == kind;
+        const bool changes = is_alike && what != Landing::kTail;
         const uint64_t word =
-            reads ? uint64_t(word_of(*context, *queue, flight->request)) : uint64_t(lane);
+            changes ? uint64_t(word_of(*context, *queue, flight->request)) : uint64_t(lane);
         const uint32_t same = group.alike(word);
-        const uint32_t twice = group.ballot(reads && (same & mlx5::below(lane)) != 0);
+        const uint32_t twice = group.ballot(changes && (same & mlx5::below(lane)) != 0);
         if (mlx5::lowest(twice) < end) end = mlx5::lowest(twice);
     }
     const bool goes = lane >= first && lane < end;
@@ -438,31 +475,17 @@ EPCOMM_HD inline Window land_window(Group group, Context* context, QueuePair* qu
             if (!write_words(group, context, queue, flight, goes)) return {first, true, false};
             break;
         case Landing::kLastPiece: {
-            const bool again = start_piece(group, *context, queue, base, copier);
+            const bool again = start_piece(group, *context, queue, base, copier.placer());
             if (again && lane == 0) flight->copied_at = copier.started(context, 0);
             if (!again) context->wake_at(context->now);
             context->progress = context->progress || again;
             group.sync();
             return {0, again, false};
         }
-        case Landing::kWord:
-            // What landed before was stored by lanes that this one has met since.
-            mlx5::fence<mlx5::Scope::kSystem>();
-            if (goes) {
-                uint64_t word;
-                const Placement place = placement_of(*context, *queue, position, flight->request);
-                memcpy(&word, place.from, sizeof word);
-                fabric::store_release(word_of(*context, *queue, flight->request), word);
-            }
-            break;
         case Landing::kTail:
-            copier.settle(group, goes && (flight->body_placed != 0 || flight->num_pieces > 1));
-            if (goes && copies(flight->request) && flight->num_pieces <= 1) {
-                const Placement place = placement_of(*context, *queue, position, flight->request);
-                const uint32_t tail = tail_of(flight->request);
-                const uint32_t body = flight->request.bytes - tail;
-                copier.place(place.to + body, place.from + body, tail);
-            }
+        case Landing::kWord:
+            place_tails(group, *context, *queue, position, goes && what == Landing::kTail, copier);
+            write_words_behind(group, *context, *queue, position, goes && what == Landing::kWord);
     }
     if (goes) finish_landing(*context, *queue, position, flight, copier);
     context->progress = true;
@@ -473,11 +496,13 @@ EPCOMM_HD inline Window land_window(Group group, Context* context, QueuePair* qu
 /// Land in order; only relaxed requests pass others that have not landed, none passes a failed one.
 template <class Group, class Copier>
 EPCOMM_HD inline void land(Group group, Context* context, QueuePair* queue, Copier& copier) {
+    if (context->progress) copier.refresh(group, context);
     while (queue->started != queue->fetched && start_window(group, context, queue, copier)) {
     }
     if constexpr (Copier::kCopiesAhead) {
-        if (queue->started != queue->fetched) copy_ahead(group, context, queue, copier);
+        if (queue->started != queue->fetched) copy_ahead(group, context, queue, copier.placer());
     }
+    if (context->progress) copier.refresh(group, context);
     uint64_t base = queue->landed;
     bool in_order = true;
     while (base < queue->fetched) {

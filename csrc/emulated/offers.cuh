@@ -156,7 +156,8 @@ class Bringer {
             due = time;
             found = offer;
         }
-        const Picoseconds first = ~group_.at(mlx5::largest_until(group_, ~due), group_.size() - 1);
+        const Picoseconds first =
+            ~group_.at(mlx5::largest_until(group_, group_.size(), ~due), group_.size() - 1);
         const uint32_t who = mlx5::lowest(group_.ballot(found != nullptr && due == first));
         offer_ = who == 32 ? nullptr : reinterpret_cast<Offer*>(group_.at(uint64_t(found), who));
     }

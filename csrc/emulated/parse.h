@@ -55,7 +55,7 @@ struct Request {
     uint32_t remote_key;
     uint64_t local_address;
     uint64_t remote_address;
-    uint64_t operand;
+    uint64_t operand;  ///< of an inlined write: its first 8 bytes
     uint64_t compare;
 
     EPCOMM_HD bool asks_completion() const {
@@ -99,6 +99,8 @@ EPCOMM_HD inline Violation parse_write(const mlx5::Block& block, uint32_t units,
     if (request->bytes > mlx5::kMaxInline) return kInlineTooLong;
     const uint32_t needed = 2 + (4 + request->bytes + mlx5::kUnitBytes - 1) / mlx5::kUnitBytes;
     if (units < needed) return kInlineTooLong;
+    const mlx5::Unit& first = block.unit[2];
+    request->operand = first.word[1] | uint64_t(first.word[2]) << 32;
     return units == needed ? kNoViolation : kWrongUnits;
 }
 

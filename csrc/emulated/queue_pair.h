@@ -43,7 +43,9 @@ struct Flight {
     uint8_t landed;
     uint8_t relaxed;  ///< may pass earlier requests
     uint8_t completes_early;
+    uint64_t padding;
 };
+static_assert(sizeof(Flight) / 8 % 2 == 1, "lanes' flights begin in different banks");
 
 /// Outstanding reads and atomics an NIC keeps at most.
 constexpr uint32_t kMaxResponses = 16;
@@ -61,7 +63,7 @@ struct QueuePair {
 
     // The NIC's.
     QueueEntry* entry;    ///< what peers see of it
-    Flight* flights;      ///< [num_blocks]
+    Flight* flights;      ///< [num_flights]
     mlx5::Block* shadow;  ///< [num_blocks]: the requests as they were fetched
     // As in `entry`, which is farther away.
     uint32_t state;
@@ -80,22 +82,24 @@ struct QueuePair {
     uint32_t refused;        ///< 1: a request fetched so far will fail; nothing behind it is read
     uint32_t passes;         ///< 1: there was a request that may pass others
     uint32_t next_response;  ///< in `responses`
-    uint32_t reserved;
-    Picoseconds posted_at;                 ///< when the last doorbell was seen
-    Picoseconds recover_at;                ///< when the record is read in place of a lost doorbell
-    Picoseconds departed;                  ///< when the last scheduled message departs
-    uint64_t early_until;                  ///< below: fetched without regard to the line
-    uint64_t late_judged;                  ///< below: it has been decided whether to fetch late
-    Picoseconds late_until;                ///< the next request is not fetched before
+    uint32_t num_flights;    ///< a power of two: so many are under way at most
+    Picoseconds posted_at;   ///< when the last doorbell was seen
+    Picoseconds recover_at;  ///< when the record is read in place of a lost doorbell
+    Picoseconds departed;    ///< when the last scheduled message departs
+    uint64_t early_until;    ///< below: fetched without regard to the line
+    uint64_t late_judged;    ///< below: it has been decided whether to fetch late
+    Picoseconds late_until;  ///< the next request is not fetched before
     Picoseconds responses[kMaxResponses];  ///< when the last ones are back
     Picoseconds last_response;
 
-    EPCOMM_HD Flight& flight(uint64_t position) { return flights[position & (num_blocks - 1)]; }
+    EPCOMM_HD Flight& flight(uint64_t position) { return flights[position & (num_flights - 1)]; }
+    /// The first one whose flight is still needed: also of what has completed too early.
+    EPCOMM_HD uint64_t oldest() const { return landed < completed ? landed : completed; }
     EPCOMM_HD bool is_idle() const { return completed == posted && recover_at == kNever; }
 };
 
-/// What one look at a queue pair needs, and what it says back; each lane has one, and all lanes'
-/// are the same.
+/// What one look at a queue pair needs, and what it says back: one for the group. All lanes store
+/// the same in it, or one lane does and the others wait.
 struct Context {
     Wire* wire;
     uint32_t nic;
@@ -112,12 +116,16 @@ struct Context {
         return {nic, queue.number, position};
     }
     /// By one lane.
-    EPCOMM_HD void note(EventKind kind, const QueuePair& queue, uint64_t position, uint8_t code,
-                        Picoseconds amount = 0) {
+    EPCOMM_COLD void note(EventKind kind, const QueuePair& queue, uint64_t position, uint8_t code,
+                          Picoseconds amount = 0) {
         journal->add({now, position, amount, queue.number, uint16_t(nic), kind, code});
     }
     EPCOMM_HD bool hits(Fault fault, const QueuePair& queue, uint64_t position,
                         Picoseconds* amount) {
+        return faults.num_rules != 0 && rules_hit(fault, queue, position, amount);
+    }
+    EPCOMM_COLD bool rules_hit(Fault fault, const QueuePair& queue, uint64_t position,
+                               Picoseconds* amount) {
         if (!faults.hits(fault, subject(queue, position), amount)) return false;
         note(EventKind::kFault, queue, position, fault, *amount);
         return true;
@@ -137,14 +145,6 @@ struct Context {
         return faults.num_rules == 0 ? group.size() : 1;
     }
 };
-
-/// After the first lane did something on its own.
-template <class Group>
-EPCOMM_HD inline void share(Group group, Context* context) {
-    group.sync();
-    context->wake = group.from_first(context->wake);
-    context->progress = group.from_first(int(context->progress)) != 0;
-}
 
 /// Start a queue pair with its counters at `position`.
 EPCOMM_HD inline void reset(QueuePair* queue, uint64_t position) {

@@ -96,8 +96,7 @@ int load_resident(uint64_t shared_bytes) {
 }
 
 uint64_t resident_shared_bytes(const Resident& resident) {
-    return shared_bytes(resident.wire, Gpu::kControlWarps, resident.num_planes,
-                        resident.max_queues);
+    return shared_bytes(resident, Gpu::kControlWarps);
 }
 
 uint64_t resident_offer_bytes(const Resident& resident) {

@@ -8,7 +8,7 @@
 //
 // What a lane does for a request is mostly waiting for memory, so a queue pair's requests are done
 // by lanes at once, and several queue pairs by several warps. The state of queue pairs lies in
-// shared memory, that of requests in global memory.
+// shared memory, and where it fits that of requests.
 //
 // MEMORY ORDER. A lane acquires the doorbell, and its warp meets, before a request is read.
 // Bodies: see slices.cuh. Last bytes are stored after a fence at system scope, atomics and the last
@@ -51,19 +51,34 @@ struct Underway {
 };
 static_assert(kSlices + 32 < 1u << Underway::kCountBits && kOffers < 1u << Underway::kOfferBits);
 
-/// A block's shared memory.
+/// What a warp has heard from the host: the last sign of life and when, and since which count it
+/// counts.
+struct Heard {
+    uint64_t sign;
+    Picoseconds at;
+    uint32_t counting;
+};
+
+/// A block's shared memory, in which it lies itself, for the registers.
 struct BlockMemory {
+    BlockMemory* self;
     SliceRing* ring;
     Claim* claims;          ///< [kClaims]
     uint32_t* generations;  ///< [control warps][kOffers]
     Nic** nics;             ///< [num_nics]
+    const Key** near_keys;  ///< [num_nics]
+    Key* own_keys;          ///< [num_planes][kMaxKeys]: of the own NICs, which have all of them
     int64_t* shifts;        ///< [num_nics][kMaxKeys]
     Traffic* traffic;       ///< [control warps][num_planes][32]
-    QueuePair* queues;      ///< [num_queues], as the rest
-    Picoseconds* wakes;     ///< when to look at a queue pair again
+    Context* contexts;      ///< [control warps], as the next
+    Heard* heard;
+    Wire* wire;          ///< with what is near
+    QueuePair* queues;   ///< [num_queues], as the rest
+    Picoseconds* wakes;  ///< when to look at a queue pair again
     uint32_t* nic;
     uint32_t* plane;
     uint32_t* underway;  ///< [num_queues][kMessages]: Underway
+    Flight* flights;     ///< [num_queues][kMessages], or null
     uint32_t num_queues;
 };
 
@@ -80,47 +95,50 @@ struct Carver {
 };
 
 /// Lay a block's memory out; returns its end.
-EPCOMM_HD inline uint8_t* lay_out(BlockMemory* block, uint8_t* memory, const Wire& wire,
-                                  uint32_t control_warps, uint32_t num_planes,
-                                  uint32_t max_queues) {
+EPCOMM_HD inline uint8_t* lay_out(BlockMemory* block, uint8_t* memory, const Resident& resident,
+                                  uint32_t control_warps) {
     Carver carver{memory};
+    const Wire& wire = resident.wire;
+    const uint32_t num_planes = resident.num_planes, max_queues = resident.max_queues;
+    block->self = carver.take<BlockMemory>(1);
     block->ring = carver.take<SliceRing>(1);
     block->claims = carver.take<Claim>(kClaims);
     block->generations = carver.take<uint32_t>(control_warps * kOffers);
     block->nics = carver.take<Nic*>(wire.num_nics);
+    block->near_keys = carver.take<const Key*>(wire.num_nics);
+    block->own_keys = carver.take<Key>(num_planes * kMaxKeys);
     block->shifts = carver.take<int64_t>(wire.shifts == nullptr ? 0 : wire.num_nics * kMaxKeys);
     block->traffic = carver.take<Traffic>(control_warps * num_planes * 32);
+    block->contexts = carver.take<Context>(control_warps);
+    block->heard = carver.take<Heard>(control_warps);
+    block->wire = carver.take<Wire>(1);
     block->queues = carver.take<QueuePair>(max_queues);
     block->wakes = carver.take<Picoseconds>(max_queues);
     block->nic = carver.take<uint32_t>(max_queues);
     block->plane = carver.take<uint32_t>(max_queues);
     block->underway = carver.take<uint32_t>(max_queues * kMessages);
+    block->flights = nullptr;
+    if (resident.near_flights != 0) block->flights = carver.take<Flight>(max_queues * kMessages);
     return carver.next;
 }
 
 /// Bytes of shared memory that a block needs.
-inline uint64_t shared_bytes(const Wire& wire, uint32_t control_warps, uint32_t num_planes,
-                             uint32_t max_queues) {
+inline uint64_t shared_bytes(const Resident& resident, uint32_t control_warps) {
     BlockMemory block;
-    return uint64_t(lay_out(&block, nullptr, wire, control_warps, num_planes, max_queues) -
+    return uint64_t(lay_out(&block, nullptr, resident, control_warps) -
                     static_cast<uint8_t*>(nullptr));
 }
 
-/// Places bytes for one queue pair; see land.h.
+/// Takes bytes to place for one queue pair; see land.h.
 template <class Machine>
-struct ResidentCopier {
+struct ResidentPlacer {
     static constexpr uint64_t kWindow = kMessages;
-    static constexpr bool kCopiesAhead = true;
     static constexpr uint32_t kKeptBytes = Machine::kKept * kSliceBytes;
 
     SliceRing* ring;
     uint32_t* underway;     ///< [kMessages], of the queue pair
     uint32_t* generations;  ///< [kOffers], of the warp, as the next
     Offer* offers;
-    Traffic* traffic;  ///< of this lane
-    uint64_t tolerance_ns;
-    PassageRing* passages;  ///< or null
-    Machine* machine;
 
     __device__ uint32_t start(mlx5::WarpLanes group, bool wants, uint64_t position,
                               const Body& body) const {
@@ -130,7 +148,7 @@ struct ResidentCopier {
         if (group.ballot(is_long) != 0) {
             // Where enough waits in the ring, all of it is offered.
             const bool is_busy = group.from_first(ring->waiting()) >= int32_t(Machine::kStock);
-            const uint32_t offer = free_offer(group, is_long);
+            const uint32_t offer = free_offer(group, offers, is_long);
             if (is_long) first = is_busy || body.is_ahead ? 0 : kKeptBytes;
             if (is_long && offer < kOffers) kept = first;
             // What is not due yet can wait for an offer.
@@ -150,7 +168,8 @@ struct ResidentCopier {
 
     /// Of the warp's offers: another one for each lane that wants one; kOffers or more: none is
     /// free. Not inlined, for the registers: only long messages come here.
-    __device__ __noinline__ uint32_t free_offer(mlx5::WarpLanes group, bool wants) const {
+    __device__ static __noinline__ uint32_t free_offer(mlx5::WarpLanes group, const Offer* offers,
+                                                       bool wants) {
         const uint32_t lane = group.lane(), before = group.ballot(wants) & mlx5::below(lane);
         uint32_t free =
             group.ballot(lane < kOffers && load_acquire_device(&offers[lane].left) == 0);
@@ -166,9 +185,10 @@ struct ResidentCopier {
         const uint32_t moving = group.ballot(count != 0), lane = group.lane();
         if (moving == 0) return 0;
         const bool are_several = group.ballot(count > 1) != 0;
-        const uint32_t before = are_several ? mlx5::sum_before(group, count)
+        const uint32_t last = mlx5::highest(moving);
+        const uint32_t before = are_several ? mlx5::sum_before(group, last + 1, count)
                                             : mlx5::count_bits(moving & mlx5::below(lane));
-        const uint32_t all = group.at(before + count, group.size() - 1);
+        const uint32_t all = group.at(before + count, last);
         uint32_t room = 0, first = 0;
         if (lane == 0) room = ring->reserve(all, &first);
         room = group.from_first(room);
@@ -186,16 +206,30 @@ struct ResidentCopier {
         const uint32_t placed = count * kSliceBytes;
         return placed < bytes ? placed : bytes;
     }
+};
+
+/// Places them, and keeps account.
+template <class Machine>
+struct ResidentCopier : ResidentPlacer<Machine> {
+    static constexpr bool kCopiesAhead = true;
+
+    Traffic* traffic;  ///< of this lane
+    uint64_t tolerance_ns;
+    PassageRing* passages;  ///< or null
+    Machine* machine;
+
+    __device__ ResidentPlacer<Machine> placer() const { return *this; }
 
     __device__ static Picoseconds started(Context*, uint32_t) { return 0; }
 
     __device__ Picoseconds placed(const Context& context, uint64_t position) const {
-        uint32_t* mine = &underway[position % kMessages];
+        uint32_t* mine = &this->underway[position % kMessages];
         const Underway seen{load_here(mine)};
         if (seen.here() != 0) return 0;
         // An offer of another generation was free before.
-        if (seen.offer() < kOffers && (generations[seen.offer()] & 0xffff) == seen.generation() &&
-            load_acquire_device(&offers[seen.offer()].left) != 0) {
+        if (seen.offer() < kOffers &&
+            (this->generations[seen.offer()] & 0xffff) == seen.generation() &&
+            load_acquire_device(&this->offers[seen.offer()].left) != 0) {
             return 0;
         }
         *mine = 0;
@@ -249,12 +283,19 @@ struct ResidentCopier {
     }
 };
 
+/// Move what is known of a queue pair's requests elsewhere, and the queue pair with it.
+__device__ inline void move_flights(QueuePair* queue, Flight* flights, uint32_t num_flights) {
+    QueuePair old = *queue;
+    queue->flights = flights;
+    queue->num_flights = num_flights;
+    for (uint64_t p = old.oldest(); p != old.fetched; ++p) queue->flight(p) = old.flight(p);
+}
+
 /// What a block's threads have in common, laid out and filled; all of them call it.
 template <class Machine>
-__device__ inline BlockMemory open_block(const Resident& resident, uint8_t* memory) {
+__device__ inline const BlockMemory& open_block(const Resident& resident, uint8_t* memory) {
     BlockMemory block;
-    lay_out(&block, memory, resident.wire, Machine::kControlWarps, resident.num_planes,
-            resident.max_queues);
+    lay_out(&block, memory, resident, Machine::kControlWarps);
     const uint32_t thread = threadIdx.x, threads = blockDim.x;
     const uint32_t first = resident.first[blockIdx.x];
     block.num_queues = resident.first[blockIdx.x + 1] - first;
@@ -264,27 +305,47 @@ __device__ inline BlockMemory open_block(const Resident& resident, uint8_t* memo
     for (uint32_t i = thread; i < Machine::kControlWarps * kOffers; i += threads) {
         block.generations[i] = 0;
     }
-    for (uint32_t i = thread; i < num_nics; i += threads) block.nics[i] = resident.wire.nics[i];
+    for (uint32_t i = thread; i < num_nics; i += threads) {
+        block.nics[i] = resident.wire.nics[i];
+        block.near_keys[i] = block.nics[i]->keys;
+    }
     for (uint32_t i = thread; resident.wire.shifts != nullptr && i < num_nics * kMaxKeys;
          i += threads) {
         block.shifts[i] = resident.wire.shifts[i];
     }
     const uint32_t cells = Machine::kControlWarps * resident.num_planes * 32;
     for (uint32_t i = thread; i < cells; i += threads) block.traffic[i] = Traffic();
+    __syncthreads();
     for (uint32_t i = thread; i < block.num_queues; i += threads) {
         const ResidentQueue& row = resident.queues[first + i];
         block.queues[i] = row.queue;
+        if (block.flights != nullptr) {
+            const uint32_t far = row.queue.num_flights;
+            move_flights(&block.queues[i], &block.flights[i * kMessages],
+                         far < kMessages ? far : kMessages);
+        }
         block.nic[i] = row.nic;
         block.plane[i] = row.plane;
         block.wakes[i] = 0;
         for (uint32_t k = 0; k < kMessages; ++k) block.underway[i * kMessages + k] = 0;
+        // Peers' keys may still be missing; the own ones are there. All write the same.
+        Key* keys = &block.own_keys[row.plane * kMaxKeys];
+        for (uint32_t k = 0; k < kMaxKeys; ++k) keys[k] = block.nics[row.nic]->keys[k];
+        block.near_keys[row.nic] = keys;
+    }
+    if (thread < Machine::kControlWarps) {
+        block.contexts[thread] = {block.wire,           0, resident.faults, resident.journal,
+                                  resident.strict != 0, 0, kNever,          false};
     }
     if (thread == 0) {
+        *block.wire = {resident.wire.epoch_ns, num_nics, block.nics,
+                       resident.wire.shifts == nullptr ? nullptr : block.shifts, block.near_keys};
         block.ring->reserved = block.ring->taken = 0;
         block.ring->producers = Machine::kControlWarps + 1;
+        *block.self = block;
     }
     __syncthreads();
-    return block;
+    return *block.self;
 }
 
 /// Those of `count` blocks from one on.
@@ -295,17 +356,28 @@ __device__ inline OfferRange offers_of(const Resident& resident, uint32_t block,
     return {resident.offers + block * kOfBlock, count * kOfBlock};
 }
 
+/// Tell the host what the lanes of a control warp counted; it adds that up.
+__device__ __noinline__ inline void publish_traffic(const Resident& resident,
+                                                    const BlockMemory& block, uint32_t warp,
+                                                    uint32_t control_warps) {
+    const uint32_t cells = resident.num_planes * 32;
+    Traffic* into = resident.traffic + blockIdx.x * control_warps * cells;
+    for (uint32_t i = threadIdx.x & 31; i < cells; i += 32) {
+        into[warp * cells + i] = block.traffic[warp * cells + i];
+    }
+}
+
 /// One of a block's control warps.
 template <class Machine>
 class ControlWarp {
  public:
     __device__ ControlWarp(const Resident& resident, const BlockMemory& block, uint32_t warp)
-        : resident_(resident), block_(block), warp_(warp), machine_(resident) {
-        wire_ = {resident.wire.epoch_ns, resident.wire.num_nics, block.nics,
-                 resident.wire.shifts == nullptr ? nullptr : block.shifts};
-        context_ = {&wire_, 0,    resident.faults, resident.journal, resident.strict != 0, 0,
-                    kNever, false};
-        last_sign_ = machine_.now();
+        : resident_(resident),
+          block_(block),
+          warp_(warp),
+          machine_(resident),
+          context_(block.contexts[warp]) {
+        if (group_.lane() == 0) block.heard[warp] = {0, machine_.now(), 0};
     }
 
     __device__ void serve() {
@@ -315,7 +387,7 @@ class ControlWarp {
             machine_.swept(warp_, progress, wake);
         }
         if (order_ == kStopClean) check_all();
-        publish_traffic();
+        publish_traffic(resident_, block_, warp_, Machine::kControlWarps);
         group_.sync();
         if (group_.lane() == 0) {
             __threadfence_block();
@@ -374,23 +446,23 @@ class ControlWarp {
     __device__ Picoseconds visit(uint32_t i, uint64_t doorbell, bool* progress) {
         QueuePair* queue = &block_.queues[i];
         ResidentCopier<Machine> copier{
-            block_.ring,
-            &block_.underway[i * kMessages],
-            &block_.generations[warp_ * kOffers],
-            offers_of<Machine>(resident_, blockIdx.x, 1).first + warp_ * kOffers,
+            {block_.ring, &block_.underway[i * kMessages], &block_.generations[warp_ * kOffers],
+             offers_of<Machine>(resident_, blockIdx.x, 1).first + warp_ * kOffers},
             &block_.traffic[(warp_ * resident_.num_planes + block_.plane[i]) * 32 + group_.lane()],
             resident_.tolerance_ns,
             resident_.passages,
             &machine_};
-        context_.nic = block_.nic[i];
-        context_.wake = kNever;
-        context_.progress = false;
+        if (group_.lane() == 0) {
+            context_.nic = block_.nic[i];
+            context_.wake = kNever;
+            context_.progress = false;
+        }
         copier.refresh(group_, &context_);
         step(group_, &context_, queue, doorbell, copier);
         const Picoseconds next = context_.progress ? 0 : context_.wake;
         if (group_.lane() == 0) block_.wakes[i] = next;
-        group_.sync();
         *progress = *progress || context_.progress;
+        group_.sync();
         return next;
     }
 
@@ -403,17 +475,21 @@ class ControlWarp {
             if (warp_ == 0) say(kServing);
             order = fabric::load_relaxed(&resident_.mailbox->order);
             const uint64_t sign = fabric::load_relaxed(&resident_.mailbox->alive);
-            if (sign != sign_) last_sign_ = now;
-            sign_ = sign;
-            is_alone = resident_.patience_ns != 0 &&
-                       now - last_sign_ > resident_.patience_ns * kNanosecond;
+            Heard* last = &block_.heard[warp_];
+            if (sign != last->sign) {
+                last->sign = sign;
+                last->at = now;
+            }
+            is_alone =
+                resident_.patience_ns != 0 && now - last->at > resident_.patience_ns * kNanosecond;
         }
         order_ = group_.from_first(order);
         const uint32_t counting =
             group_.from_first(fabric::load_relaxed(&resident_.mailbox->counting));
-        if (counting != counting_) forget_traffic(counting);
+        if (counting != block_.heard[warp_].counting) forget_traffic(counting);
         is_alone = group_.from_first(int(is_alone)) != 0;
-        if (sweep % (64 * kSweepsPerLook) == 0) publish_traffic();
+        if (sweep % (64 * kSweepsPerLook) == 0)
+            publish_traffic(resident_, block_, warp_, Machine::kControlWarps);
         return order_ == kServe && !is_alone;
     }
 
@@ -430,26 +506,17 @@ class ControlWarp {
             block_.traffic[warp_ * cells + i] = Traffic();
         }
         group_.sync();
-        counting_ = counting;
-        publish_traffic();
-    }
-
-    /// The host adds up what the lanes counted.
-    __device__ void publish_traffic() {
-        const uint32_t cells = resident_.num_planes * 32;
-        for (uint32_t i = group_.lane(); i < cells; i += group_.size()) {
-            const uint32_t cell = warp_ * cells + i;
-            resident_.traffic[blockIdx.x * Machine::kControlWarps * cells + cell] =
-                block_.traffic[cell];
-        }
+        if (group_.lane() == 0) block_.heard[warp_].counting = counting;
+        publish_traffic(resident_, block_, warp_, Machine::kControlWarps);
     }
 
     __device__ void check_all() {
-        for (uint32_t i = own(group_.lane()); i < block_.num_queues;
-             i += group_.size() * Machine::kControlWarps) {
-            context_.nic = block_.nic[i];
-            context_.now = machine_.now();
-            check_idle(&context_, &block_.queues[i]);
+        if (group_.lane() == 0) {
+            for (uint32_t i = warp_; i < block_.num_queues; i += Machine::kControlWarps) {
+                context_.nic = block_.nic[i];
+                context_.now = machine_.now();
+                check_idle(&context_, &block_.queues[i]);
+            }
         }
         group_.sync();
     }
@@ -459,18 +526,14 @@ class ControlWarp {
     mlx5::WarpLanes group_;
     uint32_t warp_;
     Machine machine_;
-    Wire wire_;
-    Context context_;
+    Context& context_;  ///< in shared memory
     uint32_t order_ = kServe;
-    uint32_t counting_ = 0;
-    uint64_t sign_ = 0;
-    Picoseconds last_sign_;
 };
 
 /// A block of the engine, until it is told to stop.
 template <class Machine>
 __device__ inline void serve_block(const Resident& resident, uint8_t* memory) {
-    const BlockMemory block = open_block<Machine>(resident, memory);
+    const BlockMemory& block = open_block<Machine>(resident, memory);
     const uint32_t warp = threadIdx.x / 32;
     if (warp < Machine::kControlWarps) {
         ControlWarp<Machine>(resident, block, warp).serve();
@@ -485,9 +548,11 @@ __device__ inline void serve_block(const Resident& resident, uint8_t* memory) {
         place_slices(block.ring);
     }
     __syncthreads();
-    // The host may want to know how they stood.
+    // The host may want to know how they stood, and to go on from there.
     for (uint32_t i = threadIdx.x; i < block.num_queues; i += blockDim.x) {
-        resident.queues[resident.first[blockIdx.x] + i].queue = block.queues[i];
+        QueuePair* kept = &resident.queues[resident.first[blockIdx.x] + i].queue;
+        move_flights(&block.queues[i], kept->flights, kept->num_flights);
+        *kept = block.queues[i];
     }
 }
 

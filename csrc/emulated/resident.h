@@ -60,6 +60,9 @@ struct Resident {
     uint32_t num_blocks;
     uint32_t num_planes;
     uint32_t max_queues;  ///< of a block, at most
+    /// 1: what the NIC knows of requests lies in shared memory, for so many of a queue pair as its
+    /// copier has under way; 0: in `QueuePair::flights`, farther away.
+    uint32_t near_flights;
     uint32_t strict;
     uint64_t tolerance_ns;
     uint64_t patience_ns;   ///< without a sign of the host's life the kernel ends; 0: never

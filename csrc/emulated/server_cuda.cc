@@ -184,8 +184,12 @@ Server::Server(const ServedWire& wire, const std::vector<ServedQueue>& queues,
         resident.max_queues = std::max(resident.max_queues, uint32_t(rows.size()) - first.back());
         first.push_back(uint32_t(rows.size()));
     }
-    const uint64_t shared = resident_shared_bytes(resident);
-    require(cudaError_t(load_resident(shared)),
+    resident.near_flights = 1;
+    if (load_resident(resident_shared_bytes(resident)) != cudaSuccess) {
+        cudaGetLastError();  // it does not fit
+        resident.near_flights = 0;
+    }
+    require(cudaError_t(load_resident(resident_shared_bytes(resident))),
             "loading the kernel (fewer queue pairs or more blocks need less shared memory)");
     upload(resident.wire.nics, wire.nics);
     upload(resident.wire.shifts, wire.shifts);

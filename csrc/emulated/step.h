@@ -47,6 +47,7 @@ inline QueuePair queue_pair(const QueueMemory& memory, uint32_t number, QueueEnt
     queue.max_responses = memory.max_responses;
     queue.entry = entry;
     queue.flights = flights;
+    queue.num_flights = memory.num_blocks;
     queue.shadow = shadow;
     reset(&queue, memory.start);
     return queue;
@@ -70,13 +71,14 @@ template <class Group, class Copier>
 EPCOMM_HD inline void step(Group group, Context* context, QueuePair* queue, uint64_t doorbell,
                            Copier& copier) {
     if (group.lane() == 0) look_at_doorbell(context, queue, doorbell);
-    share(group, context);
+    group.sync();
     if (queue->state == kReady) fetch(group, context, queue);
     if (queue->state == kReady) land(group, context, queue, copier);
+    if (context->progress) copier.refresh(group, context);  // it may be due by now
     if (queue->state == kReady) complete(group, context, queue);
     if (queue->state == kFailed) {
         if (group.lane() == 0) flush_all(context, queue);
-        share(group, context);
+        group.sync();
     }
 }
 

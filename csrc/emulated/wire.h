@@ -32,7 +32,7 @@ struct LineModel {
     uint32_t reserved;
 };
 
-/// One direction of a port, or a message gate: when it is next free.
+/// One direction of a port: when it is next free.
 struct alignas(64) Gate {
     Picoseconds free_at;
 };
@@ -64,13 +64,13 @@ struct QueueEntry {
 
 struct Nic {
     LineModel line;
-    Gate transmit, receive, messages;
+    Gate transmit, receive;
     /// Who has an atomic operation of this NIC between read and write: ns << 16 | (its NIC + 1).
     alignas(64) uint64_t atomics;
     uint32_t dead;  ///< 1: does not answer any more
     uint32_t num_keys;
     uint32_t num_queues;
-    Key keys[kMaxKeys];
+    Key keys[kMaxKeys];  ///< zeros behind the last one
     QueueEntry queues[kMaxQueues];
 };
 
@@ -81,9 +81,14 @@ struct Wire {
     Nic* const* nics;
     /// [num_nics][kMaxKeys]: what to add to an address of that memory to reach it from here, where
     /// it is another process's; null: nothing.
-    const int64_t* shifts;
+    const int64_t* shifts = nullptr;
+    /// [num_nics]: where an NIC's keys are nearer than in it; null: nowhere.
+    const Key* const* near_keys = nullptr;
 
     EPCOMM_HD Nic& nic(uint32_t i) const { return *nics[i]; }
+    EPCOMM_HD const Key* keys(uint32_t i) const {
+        return near_keys == nullptr ? nics[i]->keys : near_keys[i];
+    }
 
     /// Memory of an NIC's rank, in this process. The key has been checked.
     EPCOMM_HD uint8_t* reach(uint32_t i, uint32_t key, uint64_t address) const {
@@ -97,15 +102,20 @@ EPCOMM_HD inline QueueEntry* find_queue(Nic& nic, uint32_t number) {
     return slot < nic.num_queues ? &nic.queues[slot] : nullptr;
 }
 
-/// Whether a key of the NIC covers a range for what is to be done there. An address before the
-/// memory gives a difference that is larger than any memory. Branches would make loads wait for
-/// each other.
-EPCOMM_HD inline bool allows(const Nic& nic, uint32_t number, uint32_t domain, uint32_t access,
-                             uint64_t address, uint64_t bytes) {
+/// Of an NIC's keys the one that a request names; one that allows nothing if there is none.
+EPCOMM_HD inline Key find_key(const Key* keys, uint32_t number) {
     const uint32_t slot = number - kFirstKey;
-    const Key key = nic.keys[slot < kMaxKeys ? slot : 0];
-    return (slot < nic.num_keys) & (key.domain == domain) & ((key.access & access) == access) &
-           (bytes <= key.bytes) & (address - key.address <= key.bytes - bytes);
+    Key key = keys[slot < kMaxKeys ? slot : 0];  // no branch, which would make loads wait
+    if (slot >= kMaxKeys) key.bytes = 0;
+    return key;
+}
+
+/// Whether a key covers a range, of one byte at least, for what is to be done there. An address
+/// before the memory gives a difference that is larger than any memory.
+EPCOMM_HD inline bool allows(const Key& key, uint32_t domain, uint32_t access, uint64_t address,
+                             uint64_t bytes) {
+    return (key.domain == domain) & ((key.access & access) == access) & (bytes <= key.bytes) &
+           (address - key.address <= key.bytes - bytes);
 }
 
 }  // namespace epcomm::emulated

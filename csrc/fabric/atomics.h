@@ -15,6 +15,13 @@
 
 namespace epcomm::fabric {
 
+/// Where tests that run kernels on the host let other threads of the block go on.
+EPCOMM_HD inline void interleave() {
+#ifdef EPCOMM_EMULATED
+    emulation::maybe_give_way();
+#endif
+}
+
 /// On a device also ordered with the host's and the NIC's accesses.
 EPCOMM_HD inline uint64_t load_acquire(const uint64_t* address) {
 #ifdef __CUDA_ARCH__
@@ -61,6 +68,7 @@ EPCOMM_HD inline void store_relaxed(uint64_t* address, uint64_t value) {
 #ifdef __CUDA_ARCH__
     asm volatile("st.relaxed.sys.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 #else
+    interleave();
     __atomic_store_n(address, value, __ATOMIC_RELAXED);
 #endif
 }
@@ -78,13 +86,6 @@ EPCOMM_HD inline void store_release(uint32_t* address, uint32_t value) {
     asm volatile("st.release.sys.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 #else
     __atomic_store_n(address, value, __ATOMIC_RELEASE);
-#endif
-}
-
-/// Where tests that run kernels on the host let other threads of the block go on.
-EPCOMM_HD inline void interleave() {
-#ifdef EPCOMM_EMULATED
-    emulation::maybe_give_way();
 #endif
 }
 

@@ -99,21 +99,23 @@ EPCOMM_HD inline uint32_t leading(Group group, bool is_so) {
     return first_not < group.size() ? first_not : group.size();
 }
 
-/// The sum over the lanes below.
+/// The sum over the lanes below, for the first `count` lanes.
 template <class Group, typename T>
-EPCOMM_HD inline T sum_before(Group group, T value) {
+EPCOMM_HD inline T sum_before(Group group, uint32_t count, T value) {
     T sum = value;
-    for (uint32_t distance = 1; distance < group.size(); distance *= 2) {
+    EPCOMM_NO_UNROLL
+    for (uint32_t distance = 1; distance < count; distance *= 2) {
         const T other = group.from_below(sum, distance);
         if (group.lane() >= distance) sum += other;
     }
     return sum - value;
 }
 
-/// The largest value of the lanes up to this one.
+/// The largest value of the lanes up to this one, for the first `count` lanes.
 template <class Group, typename T>
-EPCOMM_HD inline T largest_until(Group group, T value) {
-    for (uint32_t distance = 1; distance < group.size(); distance *= 2) {
+EPCOMM_HD inline T largest_until(Group group, uint32_t count, T value) {
+    EPCOMM_NO_UNROLL
+    for (uint32_t distance = 1; distance < count; distance *= 2) {
         const T other = group.from_below(value, distance);
         if (group.lane() >= distance && other > value) value = other;
     }

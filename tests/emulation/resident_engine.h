@@ -234,6 +234,7 @@ class ResidentEngine {
                      kBlocks,
                      planes,
                      most,
+                     uint32_t(options_.seed % 2),  // either place must do
                      options_.strict,
                      options_.tolerance_ns,
                      patience_ns_,
@@ -241,7 +242,7 @@ class ResidentEngine {
                      ring_.capacity == 0 ? nullptr : &ring_};
         arrived_ = 0;
         for (uint32_t b = 0; b < kBlocks; ++b) {
-            const uint64_t bytes = shared_bytes(*wire_, TestMachine::kControlWarps, planes, most);
+            const uint64_t bytes = shared_bytes(resident_, TestMachine::kControlWarps);
             memory_[b].reset(new (std::align_val_t(128)) uint8_t[bytes]);
             memset(memory_[b].get(), 0xee, bytes);  // as it may be
             emulation::Block& block = blocks_[b];
@@ -289,8 +290,7 @@ class ResidentEngine {
         bool is_copying = false;
         for (uint32_t b = 0; b < kBlocks; ++b) {
             BlockMemory block;
-            lay_out(&block, memory_[b].get(), *wire_, TestMachine::kControlWarps, wire_->num_nics,
-                    resident_.max_queues);
+            lay_out(&block, memory_[b].get(), resident_, TestMachine::kControlWarps);
             for (uint32_t i = 0; i < dealt_[b].size() * kMessages; ++i) {
                 is_copying = is_copying || Underway{block.underway[i]}.here() != 0;
             }

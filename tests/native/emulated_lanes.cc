@@ -120,8 +120,11 @@ TEST(many_lanes_take_a_gate_as_if_one_after_the_other) {
         Gate gate{free}, one_by_one{free};
         run_warp([&] {
             const uint32_t lane = threadIdx.x;
-            start[lane] = occupy(mlx5::WarpLanes(), &gate, random() % 2 == 0 ? free : 0,
-                                 takes[lane], earliest[lane], length[lane]);
+            const mlx5::WarpLanes group;
+            const Passes passes = ask_for(group, takes[lane], earliest[lane], length[lane]);
+            Picoseconds at = 0;
+            if (lane == 0) at = take_gate(&gate, random() % 2 == 0 ? free : 0, passes);
+            start[lane] = passes.start(group.from_first(at));
         });
         for (int i = 0; i < 32; ++i) {
             if (!takes[i]) continue;
@@ -166,6 +169,34 @@ TEST(any_mixture_ends_with_the_same_bytes) {
         run_mixture(one, seed, 150, false);
         run_mixture(many, seed, 150, false);
         CHECK(one.memory == many.memory);
+    }
+}
+
+// Words and other messages of a window land together, which must not show.
+TEST(what_is_written_last_stays) {
+    for (uint64_t seed = 0; seed < 30; ++seed) {
+        Options options = mixture_options(0);
+        options.engine.seed = seed;
+        RigOf<ResidentEngine> r(options);
+        std::mt19937_64 random(seed);
+        Writer* w = r.pair();
+        w->queue.doorbell_interval = w->queue.num_blocks;
+        uint64_t expected[13] = {};
+        for (uint64_t i = 1; i <= 60; ++i) {
+            const uint64_t word = random() % 12;
+            r.memory[0][2 * i] = i << 32;
+            r.memory[0][2 * i + 1] = i << 40;
+            const bool is_word = random() % 4 != 0;  // else it is two, which is not one
+            const uint32_t bytes = is_word ? 8 : 16;
+            CHECK(r.write(w, 2 * i, 900 + word, bytes, false, Ring::kWhenDue) != 0);
+            expected[word] = i << 32;
+            if (!is_word) expected[word + 1] = i << 40;
+        }
+        CHECK(r.flush(w));
+        for (uint64_t word = 0; word < 13; ++word) {
+            CHECK_EQUAL(r.memory[1][900 + word], expected[word]);
+        }
+        r.expect_clean();
     }
 }
 
@@ -220,8 +251,11 @@ TEST(messages_longer_than_the_ring_of_slices) {
     r.expect_clean();
 }
 
-TEST(the_kernel_goes_on_where_it_ended) {
+namespace {
+
+void end_again_and_again(uint64_t seed) {
     Options options;
+    options.engine.seed = seed;
     options.num_blocks = options.num_completions = 64;
     Rig r(options);
     Writer* w = r.pair();
@@ -237,6 +271,13 @@ TEST(the_kernel_goes_on_where_it_ended) {
     CHECK_EQUAL(r.memory[1][100], 60);
     CHECK_EQUAL(r.engine.traffic(0).messages, 120);
     r.expect_clean();
+}
+
+}  // namespace
+
+TEST(the_kernel_goes_on_where_it_ended) {
+    end_again_and_again(0);
+    end_again_and_again(1);  // what it knows of requests lies elsewhere
 }
 
 TEST(without_its_host_the_kernel_ends) {

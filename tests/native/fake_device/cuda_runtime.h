@@ -5,7 +5,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorNotReady = 600 };
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorNotReady = 600
+};
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 enum { cudaHostAllocDefault = 0, cudaStreamNonBlocking = 1, cudaHostRegisterMapped = 2 };
 
@@ -15,7 +20,9 @@ struct cudaIpcMemHandle_t {
 using cudaStream_t = struct FakeStream*;
 
 const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetLastError();
 cudaError_t cudaSetDevice(int device);
+cudaError_t cudaDeviceGetPCIBusId(char* id, int bytes, int device);
 cudaError_t cudaDeviceSynchronize();
 cudaError_t cudaMalloc(void** start, size_t bytes);
 cudaError_t cudaFree(void* start);

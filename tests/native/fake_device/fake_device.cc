@@ -39,6 +39,7 @@ const char* cudaGetErrorString(cudaError_t) { return "the fake device says no"; 
 cudaError_t cudaSetDevice(int device) {
     return device == 0 ? cudaSuccess : cudaErrorMemoryAllocation;
 }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
 cudaError_t cudaMalloc(void** start, size_t bytes) {
@@ -225,11 +226,12 @@ void run_kernel(const Resident& resident) {
 
 }  // namespace
 
-int load_resident(uint64_t) { return cudaSuccess; }
+int load_resident(uint64_t shared_bytes) {
+    return shared_bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
+}
 
 uint64_t resident_shared_bytes(const Resident& resident) {
-    return shared_bytes(resident.wire, HostMachine::kControlWarps, resident.num_planes,
-                        resident.max_queues);
+    return shared_bytes(resident, HostMachine::kControlWarps);
 }
 
 uint64_t resident_traffic_cells(const Resident& resident) {
