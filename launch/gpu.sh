@@ -3,15 +3,16 @@
 #
 #     bash launch/gpu.sh [-n RANKS] [--sms SMS] [--timeout SECONDS] [--once] PROGRAM [ARGUMENTS...]
 #
-# Rank r uses GPU r mod (number of GPUs). Kernels of ranks that share a GPU wait for each other, so
-# all their thread blocks must be resident together: RANKS x SMS per GPU may not exceed its SMs.
+# Ranks fill one GPU after the other, so that those of a virtual node share one where they can.
+# Kernels of ranks that share a GPU wait for each other, so all their thread blocks must be resident
+# together: RANKS x SMS per GPU may not exceed its SMs.
 # By default 8 ranks and 16 SMs, or as many as fit. --once: PROGRAM is run once and starts the ranks
-# itself, as torchrun does; EPCOMM_GPU_COUNT tells it the number of GPUs.
+# itself, as torchrun does; EPCOMM_GPU_RANKS tells it how many share a GPU.
 # Exit status: the program's; 2 for wrong arguments; 3 where MPS does not start.
 set -euo pipefail
 
 ranks=8 sms='' limit=0 once=
-usage() { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
     -n) ranks=$2; shift 2 ;;
@@ -69,7 +70,7 @@ if [ "$per_gpu" -gt 1 ]; then
 fi
 
 # A kernel loaded late would wait for the ones that spin; load all at start.
-export CUDA_MODULE_LOADING=EAGER EPCOMM_GPU_SMS=$sms EPCOMM_GPU_COUNT=$gpus
+export CUDA_MODULE_LOADING=EAGER EPCOMM_GPU_SMS=$sms EPCOMM_GPU_RANKS=$per_gpu
 cores=$(env -u OMP_NUM_THREADS nproc)
 threads=$((cores > ranks ? cores / ranks : 1))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} NUMBA_NUM_THREADS=${NUMBA_NUM_THREADS:-$threads}
@@ -87,5 +88,5 @@ fi
 # shellcheck disable=SC2016  # each rank expands it
 "${guard[@]}" mpirun "${flags[@]}" -n "$ranks" bash -c '
   local_rank=${OMPI_COMM_WORLD_LOCAL_RANK:-${MPI_LOCALRANKID:-${PMI_RANK:-0}}}
-  export CUDA_VISIBLE_DEVICES=$((local_rank % EPCOMM_GPU_COUNT))
+  export CUDA_VISIBLE_DEVICES=$((local_rank / EPCOMM_GPU_RANKS))
   exec "$@"' rank "$@"

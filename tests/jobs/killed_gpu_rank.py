@@ -63,7 +63,7 @@ def gpu_works() -> bool:
 
 
 def run_rank(rank: int, size: int, how: str, folder: str, answers: Any, told: Any) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(rank % int(os.environ["EPCOMM_GPU_COUNT"]))
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(rank // int(os.environ["EPCOMM_GPU_RANKS"]))
     if how == "moving":
         os.environ["EPCOMM_CUDA_DELAY_NS"] = str(DELAY_NS)
     import torch

@@ -20,8 +20,22 @@ extern "C" int cuDeviceGetAttribute(int* value, int what, int) {
 """
 
 
-def run(folder, *arguments, gpus=None, fails=0):
-    """Run a launcher where the driver shows so many GPUs of 100 SMs, or there is none."""
+#: Skips its own options and runs the program in the place of every rank.
+MPIRUN = """#!/bin/sh
+while [ "$1" != bash ]; do shift; done
+rank=0
+while [ $rank -lt RANKS ]; do
+    MPI_LOCALRANKID=$rank "$@"
+    rank=$((rank + 1))
+done
+"""
+
+
+def run(folder, *arguments, gpus=None, fails=0, ranks=None):
+    """Run a launcher where the driver shows so many GPUs of 100 SMs, or there is none.
+
+    With ``ranks``, programs under mpirun really run, one rank after the other.
+    """
     if gpus is not None:
         source = folder / "driver.cc"
         source.write_text(DRIVER.replace("FAILS", str(fails)).replace("GPUS", str(gpus)))
@@ -33,6 +47,8 @@ def run(folder, *arguments, gpus=None, fails=0):
         stub = folder / program
         stub.write_text(f'#!/bin/sh\necho "{program} $*"\n')
         stub.chmod(0o755)
+    if ranks is not None:
+        (folder / "mpirun").write_text(MPIRUN.replace("RANKS", str(ranks)))
     python = Path(sys.executable).parent
     environment = os.environ | {
         "LD_LIBRARY_PATH": str(folder),
@@ -84,3 +100,13 @@ def test_mps_runs_where_ranks_share_a_gpu_and_ends_with_the_job(tmp_path, ranks,
     assert done.stdout.rstrip().endswith("rank program argument")
     assert ("nvidia-cuda-mps-control -d" in done.stdout) == starts_mps
     assert not list(tmp_path.glob("epcomm-mps.*"))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("ranks", "used"), [(8, "00001111"), (3, "001"), (2, "01"), (1, "0")])
+def test_ranks_fill_one_gpu_after_the_other(tmp_path, ranks, used):
+    show = ("sh", "-c", "echo GPU $CUDA_VISIBLE_DEVICES")
+    done = run(tmp_path, "bash", LAUNCH / "gpu.sh", "-n", ranks, *show, gpus=2, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("GPU ")]
+    assert lines == [f"GPU {gpu}" for gpu in used]
