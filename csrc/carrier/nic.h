@@ -87,7 +87,9 @@ struct NicAddress {
     int32_t pid;
     int32_t node;
     NicShape shape;
-    int64_t clock_ns;  ///< of the device's timer; node 0's is where time begins
+    char gpu[32];       ///< its place on the PCI bus, as text
+    int64_t ahead_ns;   ///< its timer, of the host's monotonic clock
+    int64_t opened_ns;  ///< on the host's clock; node 0's is where time begins
     IpcMemory arena;
     uint64_t arena_address;  ///< in the rank's process
     IpcMemory regions[EPCOMM_FABRIC_MAX_REGIONS];

@@ -83,4 +83,7 @@ int launch_resident(const Resident& resident, void* stream);
 /// Write the device's timer, in nanoseconds, to device memory.
 int read_timer(int64_t* now);
 
+/// Write it to host memory again and again for so long, as soon as it is read.
+int show_timer(int64_t* place, int64_t duration_ns, void* stream);
+
 }  // namespace epcomm::emulated

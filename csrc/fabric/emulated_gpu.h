@@ -116,7 +116,8 @@ class EmulatedGpu : public Transport {
     std::unique_ptr<carrier::SharedMemory> shared_;
     std::vector<PeerProcess> peers_;
     std::unique_ptr<carrier::Carrier> carrier_;
-    int64_t epoch_ns_ = 0;
+    int64_t epoch_ns_ = 0;        ///< where time begins, on the device's timer
+    int64_t host_epoch_ns_ = 0;   ///< and on the host's clock
     uint64_t kept_messages_ = 0;  ///< at most
     uint64_t beat_ = 0;
     int64_t beat_at_ns_ = 0;

@@ -1,6 +1,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "../emulated/counts.h"
@@ -67,7 +68,9 @@ void EmulatedGpu::open(const Plan& plan) {
     mine_.pid = int32_t(getpid());
     mine_.node = plan.node;
     mine_.shape = shape_;
-    mine_.clock_ns = emulated::device_time_ns();
+    require(cudaDeviceGetPCIBusId(mine_.gpu, sizeof mine_.gpu, device_), "cudaDeviceGetPCIBusId");
+    mine_.ahead_ns = emulated::device_ahead_ns();
+    mine_.opened_ns = now_ns();
     mine_.arena = carrier::export_memory(arena_->start(), places().bytes);
     mine_.arena_address = reinterpret_cast<uint64_t>(arena_->start());
     peers_.resize(size_t(plan.num_nodes));
@@ -110,7 +113,8 @@ void EmulatedGpu::ask(carrier::NicQuestion question) {
 
 bool EmulatedGpu::count(epcomm_fabric_traffic* into, bool restart) {
     ask(restart ? carrier::kCountAnew : carrier::kCount);
-    emulated::fill_counts(said()->traffic, options_.line, epoch_ns_, into);
+    // On the host's clock, so that ranks with other GPUs can be compared.
+    emulated::fill_counts(said()->traffic, options_.line, host_epoch_ns_, into);
     into->num_nics = shape_.num_planes;
     return true;
 }
@@ -278,8 +282,13 @@ void EmulatedGpu::start_carrier(const std::vector<NicAddress>& all) {
     setup.device = device_;
     setup.num_blocks = int32_t(options_.num_blocks);
     setup.num_rules = int32_t(options_.rules.size());
-    // Time 0 is a little in the past, because 0 stands for "not yet" in places.
-    setup.epoch_ns = epoch_ns_ = all[0].clock_ns - 1'000'000;
+    // Time 0 is a little in the past, because 0 stands for "not yet" in places. All that share a
+    // GPU say the same of its timer.
+    host_epoch_ns_ = all[0].opened_ns - 1'000'000;
+    const auto same = std::find_if(all.begin(), all.end(), [this](const NicAddress& one) {
+        return memcmp(one.gpu, mine_.gpu, sizeof one.gpu) == 0;
+    });
+    setup.epoch_ns = epoch_ns_ = host_epoch_ns_ + same->ahead_ns;
     setup.seed = options_.seed;
     std::string bytes = bytes_of(setup);
     bytes.append(reinterpret_cast<const char*>(options_.rules.data()),

@@ -35,7 +35,7 @@ const char* const kTransports[] = {"emulated-cuda", "emulated-cuda-proxy"};
 class End {
  public:
     End(const std::string& transport, const std::string& options, int32_t node,
-        int32_t max_messages = 0)
+        int32_t max_messages = 0, int32_t device = 0)
         : node_(node),
           host_(size_t(epcomm_fabric_host_bytes(kSlots, kRings)) / 8 + 16),
           producers_(size_t(epcomm_fabric_producer_bytes(kRings)) / 8 + 16) {
@@ -58,6 +58,7 @@ class End {
             epcomm_fabric_region region{};
             region.id = id;
             region.fd = -1;
+            region.device = device;
             region.bytes = sizes[id];
             if (cudaMalloc(&region.pointer, region.bytes) != cudaSuccess) abort();
             memory_[id] = static_cast<uint8_t*>(region.pointer);
@@ -167,10 +168,11 @@ class End {
 using Ends = std::vector<std::unique_ptr<End>>;
 
 Ends connected(const std::string& transport, const std::string& options = "",
-               int32_t max_messages = 0) {
+               int32_t max_messages = 0, bool own_devices = false) {
     Ends ends;
     for (int32_t n = 0; n < kNodes; ++n) {
-        ends.push_back(std::make_unique<End>(transport, options, n, max_messages));
+        const int32_t device = own_devices ? n : 0;
+        ends.push_back(std::make_unique<End>(transport, options, n, max_messages, device));
     }
     for (int32_t n = 0; n < kNodes; ++n) {
         std::vector<std::string> all(kNodes);
@@ -280,6 +282,28 @@ TEST(messages_are_told_by_lane_and_plane) {
         for (const auto& message : last) CHECK(message.position >= 2 * kRounds);
         CHECK(!ends[0]->keeps((1 << 10) + 1));
         CHECK(!connected(transport)[0]->keeps(1));
+    }
+}
+
+// Ports are shared by engines on several devices, each with a timer of its own.
+TEST(timers_of_several_devices_are_one_clock) {
+    for (const char* transport : kTransports) {
+        const Ends ends = connected(transport, "", 1 << 10, true);
+        for (const auto& end : ends) CHECK(end->keeps(1 << 10));
+        exchange(ends, 3);
+        for (const auto& end : ends) {
+            for (const auto& message : end->messages_of(3 * 2 * (kNodes - 1) * kChannels)) {
+                CHECK(message.arrive_ns - message.depart_ns < 10 * kSecond);
+                CHECK(message.landed_ns - message.arrive_ns < 10 * kSecond);
+            }
+            epcomm_fabric_traffic traffic = end->count();
+            const int64_t until = fabric::now_ns() + 20 * kSecond;
+            for (; traffic.data_placed_ns == 0; traffic = end->count()) {
+                CHECK(fabric::now_ns() < until);
+            }
+            const int64_t now = fabric::now_ns();
+            CHECK(traffic.data_depart_ns > now - 100 * kSecond && traffic.data_placed_ns < now);
+        }
     }
 }
 

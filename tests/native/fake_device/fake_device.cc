@@ -1,6 +1,7 @@
 // A device for rank and carrier of emulated NICs, on the host: memory that processes share, and the
 // engine's kernel (resident.cuh) as a thread of coroutines, with the machine's clock.
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -32,14 +33,23 @@ struct Allocation {
 std::mutex lock;
 std::map<uint8_t*, Allocation> allocations;
 std::map<void*, size_t> registered;
+/// Their timers are far apart.
+constexpr int kDevices = 3;
+constexpr int64_t kBetweenTimersNs = 100'000'000'000;
+thread_local int current_device = 0;
 
 }  // namespace
 
 const char* cudaGetErrorString(cudaError_t) { return "the fake device says no"; }
 cudaError_t cudaSetDevice(int device) {
-    return device == 0 ? cudaSuccess : cudaErrorMemoryAllocation;
+    current_device = device;
+    return device >= 0 && device < kDevices ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaDeviceGetPCIBusId(char* id, int bytes, int device) {
+    snprintf(id, size_t(bytes), "0000:0%d:00.0", device);
+    return cudaSuccess;
+}
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
 cudaError_t cudaMalloc(void** start, size_t bytes) {
@@ -174,6 +184,8 @@ namespace epcomm::emulated {
 
 namespace {
 
+int64_t device_now_ns() { return fabric::now_ns() + current_device * kBetweenTimersNs; }
+
 /// What the kernel runs on; see resident.cuh.
 struct HostMachine {
     static constexpr uint32_t kControlWarps = 2, kCopyWarps = 2;
@@ -182,7 +194,7 @@ struct HostMachine {
     static constexpr bool kReportsWakes = false;
 
     explicit HostMachine(const Resident& resident) : epoch_ns(resident.wire.epoch_ns) {}
-    Picoseconds now() const { return Picoseconds(fabric::now_ns() - epoch_ns) * kNanosecond; }
+    Picoseconds now() const { return Picoseconds(device_now_ns() - epoch_ns) * kNanosecond; }
     static uint32_t granularity_ns() { return 1; }
     static void swept(uint32_t, bool, Picoseconds) {}
     static void looked_at_bell() {}
@@ -243,14 +255,17 @@ uint64_t resident_offer_bytes(const Resident& resident) {
 }
 
 int read_timer(int64_t* now) {
-    *now = fabric::now_ns();
+    *now = device_now_ns();
     return cudaSuccess;
 }
+
+int show_timer(int64_t* place, int64_t, void*) { return read_timer(place); }
 
 int launch_resident(const Resident& resident, void* stream) {
     auto* on = static_cast<FakeStream*>(stream);
     on->runs = true;
-    on->kernel = std::thread([resident, on] {
+    on->kernel = std::thread([resident, on, device = current_device] {
+        current_device = device;
         run_kernel(resident);
         on->runs = false;
     });
