@@ -109,8 +109,6 @@ uint64_t resident_traffic_cells(const Resident& resident) {
 
 namespace {
 
-__global__ void timer_kernel(int64_t* now) { *now = fabric::now_ns(); }
-
 __global__ void show_timer_kernel(uint64_t* place, int64_t duration_ns) {
     int64_t now = fabric::now_ns();
     for (const int64_t until = now + duration_ns; now < until; now = fabric::now_ns()) {
@@ -120,14 +118,8 @@ __global__ void show_timer_kernel(uint64_t* place, int64_t duration_ns) {
 
 }  // namespace
 
-int read_timer(int64_t* now) {
-    timer_kernel<<<1, 1>>>(now);
-    return cudaGetLastError();
-}
-
-int show_timer(int64_t* place, int64_t duration_ns, void* stream) {
-    show_timer_kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(
-        reinterpret_cast<uint64_t*>(place), duration_ns);
+int show_timer(uint64_t* place, int64_t duration_ns, void* stream) {
+    show_timer_kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(place, duration_ns);
     return cudaGetLastError();
 }
 

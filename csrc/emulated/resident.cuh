@@ -488,8 +488,9 @@ class ControlWarp {
             group_.from_first(fabric::load_relaxed(&resident_.mailbox->counting));
         if (counting != block_.heard[warp_].counting) forget_traffic(counting);
         is_alone = group_.from_first(int(is_alone)) != 0;
-        if (sweep % (64 * kSweepsPerLook) == 0)
+        if (sweep % (64 * kSweepsPerLook) == 0) {
             publish_traffic(resident_, block_, warp_, Machine::kControlWarps);
+        }
         return order_ == kServe && !is_alone;
     }
 

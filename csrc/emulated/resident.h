@@ -80,10 +80,7 @@ uint64_t resident_offer_bytes(const Resident& resident);
 int load_resident(uint64_t shared_bytes);
 int launch_resident(const Resident& resident, void* stream);
 
-/// Write the device's timer, in nanoseconds, to device memory.
-int read_timer(int64_t* now);
-
-/// Write it to host memory again and again for so long, as soon as it is read.
-int show_timer(int64_t* place, int64_t duration_ns, void* stream);
+/// For so long, write the device's timer, in nanoseconds, to host memory as soon as it is read.
+int show_timer(uint64_t* place, int64_t duration_ns, void* stream);
 
 }  // namespace epcomm::emulated

@@ -95,9 +95,6 @@ class Server {
     std::unique_ptr<Parts> parts_;
 };
 
-/// Nanoseconds of the device's timer now: an epoch for a network that is about to start.
-int64_t device_time_ns();
-
 /// How far the device's timer is ahead of the host's monotonic clock. What the host sees is late by
 /// a write over the bus, about as much for every device, so differences are better than this.
 int64_t device_ahead_ns();

@@ -188,9 +188,9 @@ Server::Server(const ServedWire& wire, const std::vector<ServedQueue>& queues,
     if (load_resident(resident_shared_bytes(resident)) != cudaSuccess) {
         cudaGetLastError();  // it does not fit
         resident.near_flights = 0;
+        require(cudaError_t(load_resident(resident_shared_bytes(resident))),
+                "loading the kernel (fewer queue pairs or more blocks need less shared memory)");
     }
-    require(cudaError_t(load_resident(resident_shared_bytes(resident))),
-            "loading the kernel (fewer queue pairs or more blocks need less shared memory)");
     upload(resident.wire.nics, wire.nics);
     upload(resident.wire.shifts, wire.shifts);
     upload(resident.faults.rules, options.rules);
@@ -252,19 +252,6 @@ bool Server::stop(ResidentOrder order, int64_t timeout_ns) {
     return true;
 }
 
-int64_t device_time_ns() {
-    int64_t* place = nullptr;
-    int64_t now = 0;
-    require(cudaMalloc(reinterpret_cast<void**>(&place), sizeof now), "cudaMalloc");
-    cudaError_t error = cudaError_t(read_timer(place));
-    if (error == cudaSuccess) {
-        error = cudaMemcpy(&now, place, sizeof now, cudaMemcpyDeviceToHost);
-    }
-    cudaFree(place);
-    require(error, "reading the device's timer");
-    return now;
-}
-
 int64_t device_ahead_ns() {
     constexpr int64_t kShownNs = 300'000;
     struct Shown {
@@ -279,8 +266,7 @@ int64_t device_ahead_ns() {
     require(cudaHostAlloc(&shown.place, sizeof(uint64_t), cudaHostAllocDefault), "cudaHostAlloc");
     auto* word = static_cast<uint64_t*>(shown.place);
     *word = 0;
-    require(cudaError_t(show_timer(static_cast<int64_t*>(shown.place), kShownNs, shown.stream)),
-            "reading the device's timer");
+    require(cudaError_t(show_timer(word, kShownNs, shown.stream)), "reading the device's timer");
     // What is seen was written before: the best look is the one that says most.
     int64_t ahead = INT64_MIN;
     for (cudaError_t state = cudaErrorNotReady; state == cudaErrorNotReady;) {

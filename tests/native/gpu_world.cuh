@@ -140,7 +140,7 @@ class World {
         ServerOptions how = options.server;
         how.num_blocks = options.num_blocks;
         how.num_planes = uint32_t(options.num_planes);
-        how.epoch_ns = device_time_ns() - 1'000'000;
+        how.epoch_ns = fabric::now_ns() + device_ahead_ns() - 1'000'000;
         ServedWire wire;
         for (size_t i = 0; i < images_.size(); ++i) wire.nics.push_back(nics + i);
         for (int32_t n = 0; n < options.num_nodes; ++n) {
