@@ -49,9 +49,6 @@ EPCOMM_HD inline bool take_turn(SendQueue* queue, uint64_t first, Wait& wait) {
     return true;
 }
 
-/// When to ring.
-enum class Ring { kWhenDue, kNow };
-
 /// Post `count` requests: `make(i, position)` returns the i-th block, with
 /// `header_of(queue, position, ...)` in it. Returns the position behind the last one; 0: failed.
 /// Called by all threads of the group.
@@ -68,7 +65,7 @@ EPCOMM_HD inline uint64_t post(Group group, SendQueue* queue, uint32_t count, Ri
     }
     group.sync();
     ok = group.lane() != 0 || take_turn(queue, first, wait);
-    if (group.lane() == 0 && ok) end_turn(queue, first, first + count, when == Ring::kNow);
+    if (group.lane() == 0 && ok) end_turn(queue, first, first + count, when);
     ok = group.from_first(int(ok)) != 0;
     return ok ? first + count : 0;
 }
@@ -84,7 +81,7 @@ EPCOMM_HD inline uint64_t post_in_turn(SendQueue* queue, uint32_t count, Ring wh
     if (!take_turn(queue, first, wait)) return 0;
     store_request(queue, first + count, last(first + count));
     const uint64_t end = first + count + 1;
-    end_turn(queue, first, end, when == Ring::kNow);
+    end_turn(queue, first, end, when);
     return end;
 }
 

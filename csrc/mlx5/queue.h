@@ -163,11 +163,13 @@ EPCOMM_HD inline void ring_for(SendQueue* queue, uint64_t ready) {
     }
 }
 
-/// Publish up to `end`, and see to it that it is rung for: at once, or once so many requests are
-/// ready that the NIC should start on them.
-EPCOMM_HD inline void end_turn(SendQueue* queue, uint64_t first, uint64_t end, bool at_once) {
+/// When to ring: once so many requests are ready that the NIC should start on them, or at once.
+enum class Ring { kWhenDue, kNow };
+
+/// Publish up to `end`, and see to it that it is rung for.
+EPCOMM_HD inline void end_turn(SendQueue* queue, uint64_t first, uint64_t end, Ring when) {
     const bool rings =
-        at_once || end - fabric::load_relaxed(&queue->rung) >= queue->doorbell_interval;
+        when == Ring::kNow || end - fabric::load_relaxed(&queue->rung) >= queue->doorbell_interval;
     // Releases what this turn acquired and stored: to the next writer, or to the NIC.
     if (rings) {
         fence<Scope::kSystem>();

@@ -210,7 +210,7 @@ class Chunks {
             case Phase::kHasRoom:
                 if (options.mistake == Mistake::kPublishBeforeStore) {
                     if (!mlx5::try_turn(queue, actor->first)) return;
-                    mlx5::end_turn(queue, actor->first, end_of(*actor), false);
+                    mlx5::end_turn(queue, actor->first, end_of(*actor), Ring::kWhenDue);
                 } else if (options.mistake != Mistake::kStoreBeforeRoom) {
                     store(*actor);
                 }
@@ -222,8 +222,9 @@ class Chunks {
                 } else if (options.mistake == Mistake::kPublishOutOfOrder) {
                     mlx5::raise_to(&queue->ready, end_of(*actor));
                 } else if (mlx5::try_turn(queue, actor->first)) {
-                    const bool rings = options.mistake == Mistake::kNone && actor->chunk % 2 == 0;
-                    mlx5::end_turn(queue, actor->first, end_of(*actor), rings);
+                    const bool now = options.mistake == Mistake::kNone && actor->chunk % 2 == 0;
+                    mlx5::end_turn(queue, actor->first, end_of(*actor),
+                                   now ? Ring::kNow : Ring::kWhenDue);
                 } else {
                     return;
                 }
