@@ -107,6 +107,8 @@ __device__ inline bool wait_counter(const epcomm_cuda_world& world, const uint64
     if (load_acquire(counter) >= expected) return true;
     Patience patience;
     while (true) {
+// A loop: unrolled, each of a kernel's waits would be 5 KB of instructions to fetch.
+#pragma unroll 1
         for (int i = 0; i < kPolls; ++i) {
             if (load_acquire(counter) >= expected) return true;
         }
