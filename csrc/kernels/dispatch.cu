@@ -7,8 +7,9 @@ namespace epcomm {
 /// Cut rows so that every warp has a piece in shared memory, in as many stages as fit.
 /// `stage_bytes` 0: they do not fit.
 DispatchPlan plan_dispatch(const epcomm_cuda_dispatch& call, int packing) {
-    const int element = packing == 2 ? 4 : packing == 1 ? 2 : 1;
-    const int unit = packing == 0 ? EPCOMM_LIMIT_record_align : EPCOMM_LIMIT_tile * element;
+    // Rows to be packed come through registers, in rounds: only their codes are held.
+    const int held_bytes = packing == 0 ? call.row_in_bytes : call.row.row_bytes;
+    const int unit = packing == 0 ? EPCOMM_LIMIT_record_align : kRoundElements<false>;
     DispatchPlan plan;
     plan.scale_bytes = packing == 0 ? 0 : call.row.scale_bytes;
     plan.stages = call.stages < 1 ? 1 : call.stages > kMaxStages ? kMaxStages : call.stages;
@@ -18,16 +19,15 @@ DispatchPlan plan_dispatch(const epcomm_cuda_dispatch& call, int packing) {
         (shared_limit() - stages_offset(plan, call.world.num_ranks, call.num_warps)) /
         call.num_warps;
     // A row is rather cut than loaded with nothing else in flight, but not below 2 KiB.
-    const int64_t row = epcomm_align(call.row_in_bytes, unit);
+    const int64_t row = epcomm_align(held_bytes, unit);
     while (plan.stages > 1 && room / plan.stages < row && room / plan.stages < 2048) --plan.stages;
     int64_t largest = room / plan.stages / unit * unit;
     if (largest < unit) largest = 0;
     if (largest == 0) return plan;
     const int64_t cuts = (row + largest - 1) / largest;
     const int64_t piece = epcomm_align((row + cuts - 1) / cuts, unit);
-    plan.pieces.in_bytes = int(piece);
-    plan.pieces.out_bytes = int(piece / element);
-    plan.pieces.count = int((call.row_in_bytes + piece - 1) / piece);
+    plan.pieces.bytes = int(piece);
+    plan.pieces.count = int((held_bytes + piece - 1) / piece);
     plan.stage_bytes = int(epcomm_align(piece, 128));
     if (plan.stage_bytes > largest) plan.stage_bytes = int(piece);
     return plan;

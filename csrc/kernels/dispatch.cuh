@@ -4,8 +4,8 @@
 
 #include "call.cuh"
 #include "layout.cuh"
+#include "pack_bulk.cuh"
 #include "pad.cuh"
-#include "store_bulk.cuh"
 #include "store_plain.cuh"
 
 namespace epcomm {
@@ -89,7 +89,11 @@ __global__ void __launch_bounds__(512, 1)
         clear_unused(call, targets[world.local_rank]);
         begin_role(world, EPCOMM_CUDA_ROLE_STORE);
 #if EPCOMM_BULK
-        store_rows<packing>(call, targets, plan.pieces, ring);
+        if constexpr (packing == 0) {
+            store_rows(call, targets, plan.pieces, ring);
+        } else {
+            pack_rows<packing == 2>(call, targets, plan.pieces, ring);
+        }
 #else
         store_rows_plain<packing>(call, targets, scales);
 #endif

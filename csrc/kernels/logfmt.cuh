@@ -8,6 +8,7 @@
 #pragma once
 
 #include "../protocol/limits.h"
+#include "divide.cuh"
 #include "memory.cuh"
 #include "numbers.cuh"
 
@@ -33,17 +34,6 @@ __device__ __forceinline__ float horner(float, float last) { return last; }
 template <typename... Rest>
 __device__ __forceinline__ float horner(float x, float first, Rest... rest) {
     return __fadd_rn(__fmul_rn(horner(x, rest...), x), first);
-}
-
-/// a / b, rounded to nearest, where one of them is the number of steps and the other a spread, or
-/// spread is 0. These are the steps of the compiler's own division without the branch for operands
-/// that are not normal, whose call costs registers. That they round right was tried with all 2^23
-/// mantissas of a spread, and reciprocals off by one.
-__device__ __forceinline__ float divide(float a, float b) {
-    const float about = reciprocal_about(b);
-    const float r = __fmaf_rn(about, __fmaf_rn(-b, about, 1.0f), about);
-    const float q = __fmul_rn(a, r);
-    return __fmaf_rn(r, __fmaf_rn(-b, q, a), q);
 }
 
 /// An integer below 2^22 in magnitude, as a float.
@@ -121,6 +111,7 @@ __device__ __forceinline__ Tile measure(const float (&x)[kHeld]) {
     const float lowest = to_bf16(__fsub_rn(tile.hi, numbers::logfmt_range), true);
     tile.lo = tile.lo > lowest ? tile.lo : lowest;
     const float spread = __fsub_rn(tile.hi, tile.lo);
+    // Of a spread of 0 the one quotient is 0 and the other is not used.
     const float quotient = divide(odd ? spread : kSteps, odd ? kSteps : spread);
     const float others = __shfl_xor_sync(kWarp, quotient, 1);
     const float step = odd ? quotient : others;

@@ -68,6 +68,13 @@ __device__ __forceinline__ uint32_t two_bf16(float low, float high) {
     return pair;
 }
 
+/// Two sums of BF16; one that is not a number is 0x7FFF.
+__device__ __forceinline__ uint32_t add_bf16(uint32_t a, uint32_t b) {
+    uint32_t sum;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
+    return sum;
+}
+
 /// 1 / x but for the last place; x and the result are normal numbers.
 __device__ __forceinline__ float reciprocal_about(float x) {
     float r;

@@ -3,7 +3,7 @@
 // takes two trips to memory, its scales come with the first. Nothing has to drain between two rows.
 #pragma once
 
-#include "quantize.cuh"
+#include "pack_round.cuh"
 
 namespace epcomm {
 
@@ -40,40 +40,27 @@ template <bool f32>
 __device__ __forceinline__ void pack_and_move_row(const uint8_t* from, int elements,
                                                   bool power_of_two, unsigned lanes, uint8_t* to,
                                                   uint32_t* scales) {
-    constexpr int kSize = f32 ? 4 : 2;
-    constexpr int kSteps = f32 ? 1 : 2;  ///< whose loads are in flight together
     const PackLane mine;
-    for (int start = 0; start < elements; start += kSteps * kPackStep) {
-        Raw8<f32> raw[kSteps][2];
+    Round<f32> round;
+    round.load(from, 0, elements, mine);
+    for (int first = 0; first < elements; first += kRoundElements<f32>) {
+        const Round<f32> now = round;
+        round.load(from, first + kRoundElements<f32>, elements, mine);
+        Packed16 packed[kRoundSteps<f32>];
+        pack_steps(now.steps, power_of_two, packed);
 #pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                const int element = start + s * kPackStep + mine.chunk[c];
-                raw[s][c] = {};
-#pragma unroll
-                for (int p = 0; p < (f32 ? 2 : 1); ++p) {
-                    if (element < elements) {
-                        raw[s][c].part[p] = load_once(from + int64_t(element) * kSize + 16 * p);
-                    }
-                }
-            }
-        }
-#pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
-            const int first = start + s * kPackStep;
-            const Packed16 packed = pack16(raw[s][0], raw[s][1], power_of_two);
-            if (lane_id() % 8 == 0 && first + mine.chunk[0] < elements) {
-                put_scale(scales, first / EPCOMM_LIMIT_tile + mine.tile, packed.scale,
-                          power_of_two);
+        for (int s = 0; s < kRoundSteps<f32>; ++s) {
+            const int start = first + s * kPackStep;
+            const int tile = start / EPCOMM_LIMIT_tile + mine.tile;
+            if (lane_id() % 8 == 0 && tile * EPCOMM_LIMIT_tile < elements) {
+                put_scale(scales, tile, packed[s].scale, power_of_two);
             }
             for (unsigned left = lanes; left != 0; left &= left - 1) {
-                uint8_t* base = shuffle_pointer(to, __ffs(int(left)) - 1);
+                uint8_t* base = shuffle_pointer(to, __ffs(int(left)) - 1) + start;
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
-                    const int element = first + mine.chunk[c];
-                    if (element < elements) {
-                        *reinterpret_cast<uint2*>(base + element) = packed.codes[c];
+                    if (start + mine.chunk[c] < elements) {
+                        *reinterpret_cast<uint2*>(base + mine.chunk[c]) = packed[s].codes[c];
                     }
                 }
             }

@@ -8,6 +8,8 @@
 #include <cuda_fp8.h>
 #include <stdint.h>
 
+#include "../protocol/limits.h"
+#include "divide.cuh"
 #include "memory.cuh"
 #include "numbers.cuh"
 
@@ -19,6 +21,12 @@ struct Raw8 {
     uint4 part[f32 ? 2 : 1];
 };
 
+/// A lane's 16 elements of a step.
+template <bool f32>
+struct Raw16 {
+    Raw8<f32> chunk[2];
+};
+
 /// FP8 codes of a lane's 16 elements, and the tile's scale: float bits, or a biased exponent.
 struct Packed16 {
     uint2 codes[2];
@@ -26,7 +34,8 @@ struct Packed16 {
 };
 
 /// A lane's two chunks of 8 elements within the 512 a warp packs in a step. Chunks j and j + 8 of
-/// a tile, so that 8 lanes touch 128 bytes in a row.
+/// a tile, so that 8 lanes touch 128 bytes in a row; lanes of odd tiles begin with the later one,
+/// so that a half warp's codes lie in all banks of shared memory.
 struct PackLane {
     int tile;      ///< of the step, 0..3
     int chunk[2];  ///< first element, from the start of the step
@@ -34,8 +43,8 @@ struct PackLane {
     __device__ PackLane() {
         const int lane = lane_id();
         tile = lane / 8;
-        chunk[0] = tile * 128 + lane % 8 * 8;
-        chunk[1] = chunk[0] + 64;
+        chunk[0] = tile * 128 + tile % 2 * 64 + lane % 8 * 8;
+        chunk[1] = chunk[0] ^ 64;
     }
 };
 
@@ -74,11 +83,16 @@ __device__ __forceinline__ uint32_t largest_bits(const Raw8<f32>& raw) {
     }
 }
 
-/// The largest of the 8 lanes that share a tile. The whole warp.
-__device__ __forceinline__ uint32_t largest_of_tile(uint32_t bits) {
+/// Each step's largest of the 8 lanes that share a tile. The whole warp.
+template <int steps>
+__device__ __forceinline__ void largest_of_tiles(uint32_t (&bits)[steps]) {
 #pragma unroll
-    for (int step = 1; step < 8; step *= 2) bits = max(bits, __shfl_xor_sync(kWarp, bits, step));
-    return bits;
+    for (int step = 1; step < 8; step *= 2) {
+#pragma unroll
+        for (int s = 0; s < steps; ++s) {
+            bits[s] = max(bits[s], __shfl_xor_sync(kWarp, bits[s], step));
+        }
+    }
 }
 
 template <bool f32>
@@ -116,37 +130,70 @@ __device__ inline void mark_specials(const float (&x)[8], uint2& codes) {
     }
 }
 
-/// Pack this lane's 16 elements. The whole warp calls; what lies beyond the row is zero.
-template <bool f32>
-__device__ __forceinline__ Packed16 pack16(const Raw8<f32>& first, const Raw8<f32>& second,
-                                           bool power_of_two) {
-    uint32_t bits = largest_of_tile(max(largest_bits(first), largest_bits(second)));
-    const bool special = __any_sync(kWarp, bits >= kInfinityBits);
-    if (special) {
-        bits = largest_of_tile(max(largest_finite_bits(first), largest_finite_bits(second)));
-    }
-    const float amax = fmaxf(__uint_as_float(bits), numbers::fp8_amax_floor);
-    const float scale = __fdiv_rn(amax, numbers::fp8_max);
+/// What a tile is multiplied by, and what is kept of it.
+struct TileScale {
     float factor;
-    Packed16 packed;
-    if (power_of_two) {
-        const uint32_t exponent = (__float_as_uint(scale) + 0x7fffffu) >> 23;
-        factor = __uint_as_float((254u - exponent) << 23);
-        packed.scale = exponent;
+    uint32_t kept;
+};
+
+/// `ordinary`: amax and both quotients are normal numbers far from either end.
+template <bool ordinary>
+__device__ __forceinline__ TileScale scale_of(uint32_t amax_bits, bool power_of_two) {
+    const float amax = fmaxf(__uint_as_float(amax_bits), numbers::fp8_amax_floor);
+    float scale, factor;
+    if constexpr (ordinary) {
+        scale = divide(amax, numbers::fp8_max, 1.0f / numbers::fp8_max);
+        factor = divide(numbers::fp8_max, amax);
     } else {
+        scale = __fdiv_rn(amax, numbers::fp8_max);
         factor = __fdiv_rn(numbers::fp8_max, amax);
-        packed.scale = __float_as_uint(scale);
     }
-    float x[8], y[8];
-    unpack8(first, x);
-    unpack8(second, y);
-    packed.codes[0] = codes_of(x, factor);
-    packed.codes[1] = codes_of(y, factor);
-    if (special) {
-        mark_specials(x, packed.codes[0]);
-        mark_specials(y, packed.codes[1]);
+    const uint32_t exponent = (__float_as_uint(scale) + 0x7fffffu) >> 23;
+    if (power_of_two) return {__uint_as_float((254u - exponent) << 23), exponent};
+    return {factor, __float_as_uint(scale)};
+}
+
+/// Pack this lane's elements of several steps; what belongs to different steps goes on side by
+/// side. The whole warp calls; what lies beyond the row is zero.
+template <bool f32, int steps>
+__device__ __forceinline__ void pack_steps(const Raw16<f32> (&raw)[steps], bool power_of_two,
+                                           Packed16 (&packed)[steps]) {
+    // 2^100: beyond it quotients may be subnormal.
+    constexpr uint32_t kOrdinaryBits = 0x71800000;
+    uint32_t bits[steps], largest = 0;
+#pragma unroll
+    for (int s = 0; s < steps; ++s) {
+        bits[s] = max(largest_bits(raw[s].chunk[0]), largest_bits(raw[s].chunk[1]));
     }
-    return packed;
+    largest_of_tiles(bits);
+#pragma unroll
+    for (int s = 0; s < steps; ++s) largest = max(largest, bits[s]);
+    const bool special = __any_sync(kWarp, largest > kOrdinaryBits);
+    TileScale scales[steps];
+    if (!special) {
+#pragma unroll
+        for (int s = 0; s < steps; ++s) scales[s] = scale_of<true>(bits[s], power_of_two);
+    } else {
+#pragma unroll
+        for (int s = 0; s < steps; ++s) {
+            bits[s] =
+                max(largest_finite_bits(raw[s].chunk[0]), largest_finite_bits(raw[s].chunk[1]));
+        }
+        largest_of_tiles(bits);
+#pragma unroll
+        for (int s = 0; s < steps; ++s) scales[s] = scale_of<false>(bits[s], power_of_two);
+    }
+#pragma unroll
+    for (int s = 0; s < steps; ++s) {
+        packed[s].scale = scales[s].kept;
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            float x[8];
+            unpack8(raw[s].chunk[c], x);
+            packed[s].codes[c] = codes_of(x, scales[s].factor);
+            if (special) mark_specials(x, packed[s].codes[c]);
+        }
+    }
 }
 
 /// Leave a tile's scale in a row's scales.

@@ -30,8 +30,9 @@ inline uint64_t now_ns() {
     return uint64_t(t.tv_sec) * 1000000000 + uint64_t(t.tv_nsec);
 }
 
-/// 1 / x, now and then off by one in the last place.
+/// 1 / x, now and then off by one in the last place; a subnormal result becomes 0.
 inline float reciprocal_about(float x) {
+    if (fabsf(1.0f / x) < 0x1p-126f) return 0;
     return __uint_as_float(__float_as_uint(1.0f / x) + __float_as_uint(x) % 3 - 1);
 }
 
@@ -45,6 +46,11 @@ inline uint32_t two_bf16(float low, float high) {
         return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     };
     return one(low) | one(high) << 16;
+}
+
+inline uint32_t add_bf16(uint32_t a, uint32_t b) {
+    const auto high = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
+    return two_bf16(high(a << 16) + high(b << 16), high(a) + high(b));
 }
 
 }  // namespace epcomm

@@ -16,8 +16,13 @@ from epcomm.native import constants
 
 @cache
 def build(folder: str) -> ctypes.CDLL:
-    """Compile the emulated kernel into ``folder``."""
-    library = compile_kernels(Path(folder) / "libonenode.so", "tests/emulation/one_node.cc")
+    """Compile the emulated kernels into ``folder``."""
+    library = compile_kernels(
+        Path(folder) / "libonenode.so", "tests/emulation/one_node.cc", "tests/emulation/quantize.cc"
+    )
+    library.emulate_packing.argtypes = [ctypes.c_void_p]
+    library.emulate_packing.restype = None
+    library.wrong_quotients.restype = ctypes.c_int64
     library.emulate_node.argtypes = [ctypes.c_void_p, *[ctypes.c_int32] * 2, ctypes.c_uint64]
     library.emulate_node.restype = None
     return library
