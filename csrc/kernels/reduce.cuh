@@ -69,9 +69,9 @@ __device__ __forceinline__ uint4 narrow(const float (&x)[kElements<f32>]) {
         }
     }
     if constexpr (!f32) {
-        // A NaN makes the sum one; so may infinities and overflow, which costs time only.
-        const float all = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
-        if (all != all) {
+        // A NaN makes the sums one; so may infinities, which costs time only.
+        const uint32_t all = add_bf16(add_bf16(words[0], words[1]), add_bf16(words[2], words[3]));
+        if ((((all & 0x7fff7fffu) + 0x00010001u) & 0x80008000u) != 0) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 words[i] = canonical_nans(words[i], x[2 * i], x[2 * i + 1]);
