@@ -41,35 +41,44 @@ __device__ __forceinline__ auto dealer_of(uint32_t* dealt) {
     }
 }
 
-/// Count one of the `length` records that warps write or read at a place, in any order; true for
-/// the last. One lane, after the warp's barrier.
+/// Count `done` of the `length` records that warps write or read at a place, in any order; true for
+/// whoever counts the last. One lane, after the warp's barrier.
 ///
 /// Every warp's accesses are ordered before its addition by the warp's barrier and the fence; the
 /// last one has read all additions, and what the fabric releases after the second fence covers
 /// them.
-__device__ inline bool is_last_record(uint32_t* count, int length) {
+__device__ inline bool is_last_record(uint32_t* count, int done, int length) {
     __threadfence();
-    // atomicInc returns to 0 by itself after the last record.
-    if (atomicInc(count, uint32_t(length - 1)) != uint32_t(length - 1)) return false;
+    if (int(atomicAdd(count, uint32_t(done))) + done != length) return false;
+    *count = 0;  // nobody counts here before the next call, or lap
     __threadfence();
     return true;
 }
 
-/// The chunk of a slot that this warp has just written in the staging for `node`; whoever completes
-/// it sends it. The whole warp; false: the fabric failed.
+/// Consecutive records to or from a node, of one chunk.
+struct Records {
+    int node;
+    int slot;
+    int count;
+};
+
+/// Records that this warp has just written in the staging for their node, of `total` in the call;
+/// whoever completes a chunk sends it. The whole warp; false: the fabric failed.
 template <class Kind>
 __device__ inline bool written(const epcomm_cuda_world& world, const epcomm_cuda_rail& rail,
-                               int node, int slot, int records, int record_bytes,
+                               const Records& records, int total, int record_bytes,
                                const Waiting& what) {
     const epcomm_chunking& chunking = rail.chunking;
+    const int node = records.node;
     bool ok = true;
     __syncwarp();
     if (lane_id() == 0) {
-        const int chunk = slot / chunking.chunk_records;
-        const int length = epcomm_chunk_length(&chunking, records, chunk);
+        const int chunk = records.slot / chunking.chunk_records;
+        const int length = epcomm_chunk_length(&chunking, total, chunk);
         const int peer = epcomm_peer_index(chunking.node, node);
         const int place = place_of<Kind>(chunking, chunk);
-        if (is_last_record(&rail.filled[int64_t(peer) * chunking.held_chunks + place], length)) {
+        if (is_last_record(&rail.filled[int64_t(peer) * chunking.held_chunks + place],
+                           records.count, length)) {
             const int first = place * chunking.chunk_records;
             const auto at = [&](int32_t region, int from, int to) {
                 return epcomm_fabric_place{
@@ -124,22 +133,46 @@ struct Arrivals {
     }
 };
 
-/// Write all records that go to other nodes, chunk by chunk: `send(node, slot)` by a whole warp for
-/// every record, `records` of each peer; false: the fabric failed.
-template <class Send>
-__device__ inline bool send_in_turn(const epcomm_cuda_rail& rail, const int32_t* records,
-                                    const Send& send) {
-    const epcomm_chunking& chunking = rail.chunking;
+/// Records dealt together: consecutive ones of one chunk, which a warp's lanes look at as (record,
+/// choice) where they are enough.
+__device__ __forceinline__ int records_together(const epcomm_chunking& chunking, int num_topk) {
+    const int group = num_topk <= 8 ? 4 : num_topk <= 16 ? 2 : 1;
+    return chunking.chunk_records % group == 0 ? group : 1;
+}
+
+/// Those of a range of items that there are: `records` of each peer. `sending`: whether their node
+/// is the one that items go to, or come from.
+__device__ __forceinline__ Records records_of(const epcomm_chunking& chunking, const Range& range,
+                                              const int32_t* records, bool sending) {
+    const epcomm_chunk_item found = epcomm_item_of(&chunking, range.first);
+    const int node = sending ? epcomm_send_node(&chunking, found.step)
+                             : epcomm_receive_node(&chunking, found.step);
+    const int left = records[epcomm_peer_index(chunking.node, node)] - found.slot;
+    return {node, found.slot, max(min(range.count, left), 0)};
+}
+
+/// The deck of all records to, or from, other nodes.
+__device__ __forceinline__ GroupedDeck deck_of(const epcomm_chunking& chunking,
+                                               const int32_t* records, int group, int before,
+                                               int after) {
     const int items = epcomm_num_items(&chunking, most_records(records, chunking.num_nodes - 1));
+    return {items, group, before, after};
+}
+
+/// Write all records that go to other nodes, chunk by chunk: `send` by a whole warp for up to
+/// `group` records at a time, `records` of each peer; false: the fabric failed. The first ones of
+/// all warps go alone: the line waits for them.
+template <class Send>
+__device__ inline bool send_in_turn(const epcomm_cuda_rail& rail, const int32_t* records, int group,
+                                    const Send& send) {
+    const GroupedDeck deck = deck_of(rail.chunking, records, group, num_warps_of_call(), 0);
     Dealer dealer;
     while (true) {
-        int item = lane_id() == 0 ? dealer.take(rail.dealt, items) : 0;
-        item = __shfl_sync(kWarp, item, 0);
-        if (item < 0) return true;
-        const epcomm_chunk_item found = epcomm_item_of(&chunking, item);
-        const int node = epcomm_send_node(&chunking, found.step);
-        if (found.slot >= records[epcomm_peer_index(chunking.node, node)]) continue;
-        if (!send(node, found.slot)) return false;
+        int take = lane_id() == 0 ? dealer.take(rail.dealt, deck.takes()) : 0;
+        take = __shfl_sync(kWarp, take, 0);
+        if (take < 0) return true;
+        const Records found = records_of(rail.chunking, deck.range(take), records, true);
+        if (found.count > 0 && !send(found)) return false;
     }
 }
 

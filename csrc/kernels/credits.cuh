@@ -151,7 +151,7 @@ __device__ inline bool send_as_credited(const epcomm_cuda_world& world,
         if (i < 0) return i == kNoneLeft;
         bool same_chunk = true;  // then it is the next peer's turn
         while (same_chunk && share->left(chunking, records, i)) {
-            if (!send(share->node(chunking, i), share->next[i])) return false;
+            if (!send({share->node(chunking, i), share->next[i], 1})) return false;
             same_chunk = share->advance(chunking, i);
         }
     }
@@ -170,7 +170,7 @@ __device__ inline bool read_record(const epcomm_cuda_world& world, const epcomm_
     const int64_t peer = epcomm_peer_index(chunking.node, node);
     uint32_t* count = &rail.emptied[peer * chunking.held_chunks + place];
     // Others follow, so it is a whole chunk.
-    if (!is_last_record(count, chunking.chunk_records)) return true;
+    if (!is_last_record(count, 1, chunking.chunk_records)) return true;
     const fabric::Lane lane = {node, place % chunking.num_channels};
     const int signal = epcomm_credit_signal(&chunking, node, chunking.node, place);
     if (Kind::signal_add(rail, lane, signal)) return true;

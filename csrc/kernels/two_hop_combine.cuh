@@ -60,8 +60,8 @@ __device__ __forceinline__ bool return_record(const TwoHopSum& sum, int node, in
     uint8_t* record = rail.send + staging_offset<Kind>(chunking, node, slot, record_bytes);
     reduce_record<Formats, weighted>(sum, copies, record);
     count_item(call.world);
-    return written<Kind>(call.world, rail, node, slot, sum.all.hops.received[peer], record_bytes,
-                         sum.what);
+    return written<Kind>(call.world, rail, {node, slot, 1}, sum.all.hops.received[peer],
+                         record_bytes, sum.what);
 }
 
 /// Warps of a block that send first where staging is bounded.
@@ -70,8 +70,8 @@ __host__ __device__ inline int combine_senders(int warps) { return warps < 4 ? 1
 /// Role: reduce for the rail peers.
 template <class Kind, class Formats, bool weighted>
 __device__ inline bool return_records(const TwoHopSum& sum) {
-    const auto send = [&](int node, int slot) {
-        return return_record<Kind, Formats, weighted>(sum, node, slot);
+    const auto send = [&](const Records& one) {
+        return return_record<Kind, Formats, weighted>(sum, one.node, one.slot);
     };
     const epcomm_cuda_rail& rail = sum.all.rail;
     const int32_t* received = sum.all.hops.received;
@@ -79,7 +79,7 @@ __device__ inline bool return_records(const TwoHopSum& sum) {
         return send_as_credited<Kind>(sum.all.call.world, rail, received, sum.share, sum.what,
                                       send);
     } else {
-        return send_in_turn(rail, received, send);
+        return send_in_turn(rail, received, 1, send);
     }
 }
 

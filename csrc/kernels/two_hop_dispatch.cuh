@@ -2,97 +2,52 @@
 // own node, then stores the rows of records that arrive. Sends come first and forwarding last, so
 // nobody waits while others need what it holds, and no SMs are set aside for a role. Where staging
 // is bounded, some warps of each block send first and others forward first.
+//
+// A warp takes a few rows at a time, because what must be known of a row takes as many trips to
+// memory as its payload: so many lanes look at once.
 #pragma once
 
 #include "call.cuh"
-#include "credits.cuh"
-#include "labels.cuh"
-#include "move.cuh"
 #include "pad.cuh"
+#include "two_hop_rows.cuh"
 
 namespace epcomm {
 
 constexpr int kTwoHopThreads = 512;
 
-/// What a warp's roles share.
-struct TwoHop {
-    const epcomm_cuda_two_hop_dispatch& all;
-    const Target* targets;
-    uint32_t* area;    ///< this warp's, for a row's scales, when packing
-    SendShare* share;  ///< this warp's, if it sends and staging is bounded
-    Waiting what;
-};
-
-__device__ __forceinline__ Labels labels_of_token(const epcomm_cuda_dispatch& call, int token) {
-    const int K = call.world.num_topk, lane = lane_id();
-    Labels labels = {-1, 0.0f, call.world.rank, token};
-    if (lane < K) {
-        labels.expert = int(call.routes.topk_idx[int64_t(token) * K + lane]);
-        if (call.row.with_weights) labels.weight = call.topk_weights[int64_t(token) * K + lane];
-    }
-    return labels;
+__device__ __forceinline__ bool makes_power_of_two(const epcomm_cuda_dispatch& call) {
+    return call.announcement.format == EPCOMM_FORMAT_FP8_UE8M0;
 }
 
-/// The row of `token` as it enters the first hop.
-__device__ __forceinline__ Move move_of_token(const epcomm_cuda_dispatch& call, int token) {
-    Move move = {};
-    move.rows = static_cast<const uint8_t*>(call.x) + int64_t(token) * call.row_in_bytes;
-    move.words =
-        static_cast<const uint32_t*>(call.scales) + int64_t(token) * (call.row.scale_bytes / 4);
-    return move;
-}
-
-/// Everything of a record but payload and scales. The whole warp.
-__device__ __forceinline__ void write_record_labels(const TwoHop& hop, uint8_t* record, int node,
-                                                    const Labels& labels) {
-    const epcomm_cuda_dispatch& call = hop.all.call;
-    const epcomm_record& layout = hop.all.record;
-    const int K = call.world.num_topk, lane = lane_id();
-    const int per_rank = call.world.num_experts / call.world.num_ranks;
-    unsigned long long mask = 0;
-    if (lane < K) {
-        int index = -1;
-        if (labels.expert >= 0) {
-            const epcomm_cuda_place place = hop.all.rail.places[labels.expert / per_rank];
-            if (place.node == node) {
-                index = hop.all.hops.index[int64_t(labels.source_token) * K + lane];
-                mask = 1ull << place.local;
-            }
-        }
-        reinterpret_cast<int32_t*>(record + layout.expert)[lane] = labels.expert;
-        reinterpret_cast<int32_t*>(record + layout.row)[lane] = index;
-        reinterpret_cast<float*>(record + layout.weight)[lane] = labels.weight;
-    }
-    for (int step = 16; step > 0; step /= 2) mask |= __shfl_xor_sync(kWarp, mask, step);
-    if (lane == 0) {
-        auto* meta = reinterpret_cast<epcomm_record_meta*>(record + layout.meta);
-        meta->rank_mask = mask;
-        meta->source_rank = labels.source_rank;
-        meta->source_token = labels.source_token;
-    }
-}
-
-/// Write a record for another node; the warp that completes a chunk sends it.
+/// Write records for another node; the warp that completes a chunk sends it.
 template <class Kind, int packing>
-__device__ __forceinline__ bool send_record(const TwoHop& hop, int node, int slot) {
-    const epcomm_cuda_dispatch& call = hop.all.call;
-    const epcomm_cuda_rail& rail = hop.all.rail;
-    const epcomm_chunking& chunking = rail.chunking;
-    const epcomm_record& layout = hop.all.record;
-    const bool power_of_two = call.announcement.format == EPCOMM_FORMAT_FP8_UE8M0;
-    const int peer = epcomm_peer_index(chunking.node, node);
-    const int token = hop.all.hops.token_of[int64_t(peer) * chunking.max_records + slot];
-    uint8_t* record = rail.send + staging_offset<Kind>(chunking, node, slot, layout.bytes);
-    delay_row(call.world, token);
-    Move move = move_of_token(call, token);
-    move.lanes = 1;
-    move.to = record;
-    move.scales_to = record + layout.scales;
-    write_record_labels(hop, record, node, labels_of_token(call, token));
-    move_with_scales<packing>(move, call.row_in_bytes, call.row.scale_bytes / 4, power_of_two,
-                              hop.area);
-    count_item(call.world);
-    return written<Kind>(call.world, rail, node, slot, hop.all.hops.sent[peer], layout.bytes,
+__device__ __forceinline__ bool write_records(const TwoHop& hop, const Records& records) {
+    const epcomm_cuda_two_hop_dispatch& all = hop.all;
+    const epcomm_cuda_dispatch& call = all.call;
+    const epcomm_chunking& chunking = all.rail.chunking;
+    const int K = call.world.num_topk, peer = epcomm_peer_index(chunking.node, records.node);
+    const Seat seat(K, records.count);
+    int token = 0, index = -1;
+    if (seat.taken) {
+        token = all.hops.token_of[int64_t(peer) * chunking.max_records + records.slot + seat.row];
+        index = all.hops.index[int64_t(token) * K + seat.k];
+    }
+    uint8_t* first = all.rail.send +
+                     staging_offset<Kind>(chunking, records.node, records.slot, all.record.bytes);
+    write_record_labels(hop, seat, records.node, first + int64_t(seat.row) * all.record.bytes,
+                        labels_of_tokens(call, seat, token), index);
+    for (int r = 0; r < records.count; ++r) {
+        const int of = __shfl_sync(kWarp, token, r * K);
+        delay_row(call.world, of);
+        count_item(call.world);
+        Move move = move_of_token(call, of);
+        move.lanes = 1;
+        move.to = first + int64_t(r) * all.record.bytes;
+        move.scales_to = move.to + all.record.scales;
+        move_with_scales<packing>(move, call.row_in_bytes, call.row.scale_bytes / 4,
+                                  makes_power_of_two(call), hop.area);
+    }
+    return written<Kind>(call.world, all.rail, records, all.hops.sent[peer], all.record.bytes,
                          hop.what);
 }
 
@@ -102,8 +57,8 @@ __host__ __device__ inline int dispatch_senders(int warps) { return warps < 8 ? 
 /// Role: write the records for other nodes.
 template <class Kind, int packing>
 __device__ inline bool send_records(const TwoHop& hop) {
-    const auto send = [&](int node, int slot) {
-        return send_record<Kind, packing>(hop, node, slot);
+    const auto send = [&](const Records& records) {
+        return write_records<Kind, packing>(hop, records);
     };
     const epcomm_cuda_world& world = hop.all.call.world;
     const epcomm_cuda_rail& rail = hop.all.rail;
@@ -113,149 +68,129 @@ __device__ inline bool send_records(const TwoHop& hop) {
     if constexpr (Kind::kBounded) {
         ok = send_as_credited<Kind>(world, rail, sent, hop.share, hop.what, send);
     } else {
-        ok = send_in_turn(rail, sent, send);
+        ok = send_in_turn(rail, sent, records_together(rail.chunking, world.num_topk), send);
     }
     end_role(world);
     return ok;
 }
 
-/// Fill in where the rows of a list go.
-__device__ __forceinline__ void aim(const epcomm_cuda_dispatch& call, const Target* targets,
-                                    const CopyList& copies, Move* move) {
-    move->lanes = copies.rows;
-    if (copies.local < 0) return;
-    const Target& target = targets[copies.local];
-    move->to = target.rows + int64_t(copies.row) * call.row.row_bytes;
-    move->scales_to = target.scales + int64_t(copies.row) * call.row.scale_bytes;
+/// Store the rows of some of this rank's tokens in its own node.
+template <int packing>
+__device__ __forceinline__ void store_tokens(const TwoHop& hop, const Range& tokens) {
+    const epcomm_cuda_dispatch& call = hop.all.call;
+    const int K = call.world.num_topk;
+    const Seat seat(K, tokens.count);
+    Copy copy = {-1, -1, -1};
+    if (seat.taken) {
+        const epcomm_cuda_dest dest =
+            call.routes.dests[int64_t(tokens.first + seat.row) * K + seat.k];
+        copy = {dest.rank, dest.choice, dest.row};
+    }
+    const Labels labels = labels_of_tokens(call, seat, tokens.first + seat.row);
+    for (int r = 0; r < tokens.count; ++r) {
+        const CopyList copies = list_of_row(copy, r, K, call.row.layout);
+        if (copies.count == 0) continue;
+        count_item(call.world);
+        Move move = move_of_token(call, tokens.first + r);
+        aim(call, hop.targets, copies, &move);
+        store_row_labels(call, hop.targets, copies, labels_of_row(labels, r, K));
+        move_with_scales<packing>(move, call.row_in_bytes, call.row.scale_bytes / 4,
+                                  makes_power_of_two(call), hop.area);
+    }
 }
 
 /// Role: store the rows of this rank's tokens in its own node.
 template <class Kind, int packing>
 __device__ inline void store_near(const TwoHop& hop) {
-    const epcomm_cuda_dispatch& call = hop.all.call;
-    const int K = call.world.num_topk;
-    const bool power_of_two = call.announcement.format == EPCOMM_FORMAT_FP8_UE8M0;
-    uint32_t* dealt = &own_control(call.world)->dealt;
+    const epcomm_cuda_world& world = hop.all.call.world;
+    const GroupedDeck deck(hop.all.call.routes.num_tokens,
+                           records_together(hop.all.rail.chunking, world.num_topk), 0,
+                           num_warps_of_call());
+    uint32_t* dealt = &own_control(world)->dealt;
     auto dealer = dealer_of<Kind>(dealt);
-    begin_role(call.world, EPCOMM_CUDA_ROLE_STORE);
+    begin_role(world, EPCOMM_CUDA_ROLE_STORE);
     while (true) {
-        int token = lane_id() == 0 ? dealer.take(dealt, call.routes.num_tokens) : 0;
-        token = __shfl_sync(kWarp, token, 0);
-        if (token < 0) break;
-        const CopyList copies =
-            load_list(call.routes.dests + int64_t(token) * K, K, call.row.layout);
-        if (copies.count == 0) continue;
-        count_item(call.world);
-        Move move = move_of_token(call, token);
-        aim(call, hop.targets, copies, &move);
-        store_row_labels(call, hop.targets, copies, labels_of_token(call, token));
-        move_with_scales<packing>(move, call.row_in_bytes, call.row.scale_bytes / 4, power_of_two,
-                                  hop.area);
+        int take = lane_id() == 0 ? dealer.take(dealt, deck.takes()) : 0;
+        take = __shfl_sync(kWarp, take, 0);
+        if (take < 0) break;
+        store_tokens<packing>(hop, deck.range(take));
     }
-    end_role(call.world);
+    end_role(world);
 }
 
-/// The choices of a received record that are held in this node, as a list. Lane k has choice k's
-/// expert and the row it got, or -1. The whole warp.
-__device__ __forceinline__ CopyList list_of_record(const epcomm_cuda_two_hop_dispatch& all,
-                                                   int expert, int row) {
-    const int K = all.call.world.num_topk, lane = lane_id();
-    const int per_rank = all.call.world.num_experts / all.call.world.num_ranks;
-    const int local = row >= 0 ? all.rail.places[expert / per_rank].local : -1;
-    int at = 0, count = 0;
-    for (int j = 0; j < K; ++j) {
-        const int other = __shfl_sync(kWarp, local, j);
-        count += other >= 0;
-        at += other >= 0 && (other < local || (other == local && j < lane));
-    }
-    // Lane i looks for the choice whose place is i.
-    CopyList copies = {count, -1, -1, -1, 0};
-    for (int j = 0; j < K; ++j) {
-        const int other = __shfl_sync(kWarp, local, j), place = __shfl_sync(kWarp, at, j);
-        const int other_row = __shfl_sync(kWarp, row, j);
-        if (other >= 0 && place == lane) {
-            copies.local = other;
-            copies.choice = j;
-            copies.row = other_row;
-        }
-    }
-    copies.rows = rows_of_list(copies.local, all.call.row.layout);
-    return copies;
-}
-
-/// The rows in this node of the choices of a record from `node`: base + the index that it carries.
-__device__ __forceinline__ int row_of_choice(const epcomm_cuda_two_hop_dispatch& all, int node,
-                                             int expert, int index) {
-    if (index < 0) return -1;
-    const int per_rank = all.call.world.num_experts / all.call.world.num_ranks;
-    const int local = all.rail.places[expert / per_rank].local;
-    const int key =
-        all.call.row.layout == EPCOMM_LAYOUT_EXPERT ? local * per_rank + expert % per_rank : local;
-    return all.hops.base[node * all.hops.num_keys + key] + index;
-}
-
-/// Store one record's rows in this node; leaves the list of them for the way back.
+/// Store the rows of received records in this node; leaves their lists for the way back. False: the
+/// fabric failed.
 template <class Kind>
-__device__ __forceinline__ void forward_record(const TwoHop& hop, int node, int slot) {
+__device__ __forceinline__ bool forward_some(const TwoHop& hop, const Records& records) {
     const epcomm_cuda_two_hop_dispatch& all = hop.all;
     const epcomm_cuda_dispatch& call = all.call;
     const epcomm_chunking& chunking = all.rail.chunking;
     const epcomm_record& layout = all.record;
-    const int K = call.world.num_topk, lane = lane_id();
-    const uint8_t* record =
-        all.rail.receive + staging_offset<Kind>(chunking, node, slot, layout.bytes);
-    const auto* meta = reinterpret_cast<const epcomm_record_meta*>(record + layout.meta);
-    Labels labels = {-1, 0.0f, meta->source_rank, meta->source_token};
+    const int K = call.world.num_topk, peer = epcomm_peer_index(chunking.node, records.node);
+    const uint8_t* first =
+        all.rail.receive + staging_offset<Kind>(chunking, records.node, records.slot, layout.bytes);
+    const Seat seat(K, records.count);
+    Labels labels = {-1, 0.0f, 0, 0};
     int index = -1;
-    if (lane < K) {
-        labels.expert = reinterpret_cast<const int32_t*>(record + layout.expert)[lane];
-        labels.weight = reinterpret_cast<const float*>(record + layout.weight)[lane];
-        index = reinterpret_cast<const int32_t*>(record + layout.row)[lane];
+    if (seat.taken) {
+        const uint8_t* record = first + int64_t(seat.row) * layout.bytes;
+        const auto* meta = reinterpret_cast<const epcomm_record_meta*>(record + layout.meta);
+        labels.source_rank = meta->source_rank;
+        labels.source_token = meta->source_token;
+        labels.expert = reinterpret_cast<const int32_t*>(record + layout.expert)[seat.k];
+        labels.weight = reinterpret_cast<const float*>(record + layout.weight)[seat.k];
+        index = reinterpret_cast<const int32_t*>(record + layout.row)[seat.k];
     }
-    const int row = row_of_choice(all, node, labels.expert, index);
-    const CopyList copies = list_of_record(all, labels.expert, row);
-    if (all.forward_list && lane < K) {
-        const int64_t place = epcomm_peer_index(chunking.node, node);
-        all.hops.forwarded[(place * chunking.max_records + slot) * K + lane] = {
-            int16_t(copies.local), int16_t(copies.choice), copies.row};
+    const int row = row_of_choice(all, records.node, labels.expert, index);
+    const Copy copy = lists_of_records(all, seat, labels.expert, row);
+    if (all.forward_list && seat.taken) {
+        const int64_t at = int64_t(peer) * chunking.max_records + records.slot + seat.row;
+        all.hops.forwarded[at * K + seat.k] = {int16_t(copy.local), int16_t(copy.choice), copy.row};
     }
-    Move move = {};
-    move.rows = record;
-    move.words = reinterpret_cast<const uint32_t*>(record + layout.scales);
-    aim(call, hop.targets, copies, &move);
-    store_row_labels(call, hop.targets, copies, labels);
-    move_with_scales<0>(move, call.row.row_bytes, call.row.scale_bytes / 4, false, nullptr);
+    for (int r = 0; r < records.count; ++r) {
+        delay_row(call.world, records.slot + r);
+        count_item(call.world);
+        const CopyList copies = list_of_row(copy, r, K, call.row.layout);
+        Move move = {};
+        move.rows = first + int64_t(r) * layout.bytes;
+        move.words = reinterpret_cast<const uint32_t*>(move.rows + layout.scales);
+        aim(call, hop.targets, copies, &move);
+        store_row_labels(call, hop.targets, copies, labels_of_row(labels, r, K));
+        move_with_scales<0>(move, call.row.row_bytes, call.row.scale_bytes / 4, false, nullptr);
+    }
+    bool ok = true;
+    if constexpr (Kind::kBounded) {
+        __syncwarp();
+        ok = lane_id() >= records.count ||
+             read_record<Kind>(call.world, all.rail, records.node, records.slot + lane_id(),
+                               all.hops.received[peer], hop.what);
+        ok = __all_sync(kWarp, ok) != 0;
+    }
+    return ok;
 }
 
-/// Role: forward what arrives, first chunks of all peers first.
+/// Role: forward what arrives, first chunks of all peers first. The last chunks' records go alone,
+/// so that many warps share what comes at the very end.
 template <class Kind>
 __device__ inline bool forward_records(const TwoHop& hop) {
     const epcomm_cuda_world& world = hop.all.call.world;
     const epcomm_cuda_rail& rail = hop.all.rail;
-    const epcomm_chunking& chunking = rail.chunking;
     const int32_t* received = hop.all.hops.received;
-    const int items = epcomm_num_items(&chunking, most_records(received, chunking.num_nodes - 1));
-    auto dealer = dealer_of<Kind>(rail.dealt + 1);
+    const GroupedDeck deck =
+        deck_of(rail.chunking, received, records_together(rail.chunking, world.num_topk), 0,
+                2 * rail.chunking.chunk_records);
+    uint32_t* dealt = rail.dealt + 1;
+    auto dealer = dealer_of<Kind>(dealt);
     Arrivals arrivals;
     begin_role(world, EPCOMM_CUDA_ROLE_FORWARD);
     while (true) {
-        int item = lane_id() == 0 ? dealer.take(rail.dealt + 1, items) : 0;
-        item = __shfl_sync(kWarp, item, 0);
-        if (item < 0) break;
-        const epcomm_chunk_item found = epcomm_item_of(&chunking, item);
-        const int node = epcomm_receive_node(&chunking, found.step);
-        const int records = received[epcomm_peer_index(chunking.node, node)];
-        if (found.slot >= records) continue;
-        if (!arrivals.wait<Kind>(world, rail, node, found.slot, hop.what)) return false;
-        delay_row(world, item);
-        count_item(world);
-        forward_record<Kind>(hop, node, found.slot);
-        if constexpr (Kind::kBounded) {
-            __syncwarp();
-            const bool ok = lane_id() != 0 ||
-                            read_record<Kind>(world, rail, node, found.slot, records, hop.what);
-            if (!__all_sync(kWarp, ok)) return false;
-        }
+        int take = lane_id() == 0 ? dealer.take(dealt, deck.takes()) : 0;
+        take = __shfl_sync(kWarp, take, 0);
+        if (take < 0) break;
+        const Records found = records_of(rail.chunking, deck.range(take), received, false);
+        if (found.count == 0) continue;
+        if (!arrivals.wait<Kind>(world, rail, found.node, found.slot, hop.what)) return false;
+        if (!forward_some<Kind>(hop, found)) return false;
     }
     end_role(world);
     return true;

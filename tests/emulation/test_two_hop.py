@@ -64,6 +64,22 @@ def test_many_chunks_in_any_order(emulated, seed, fabric):
 
 @pytest.mark.timeout(120)
 @over_both
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+@pytest.mark.parametrize(("layout", "num_topk"), [("rank", 3), ("expert", 8), ("rank", 12)])
+def test_rows_dealt_several_at_once(emulated, layout, num_topk, quantize, fabric):
+    # Only where a warp has many are they: 4 of up to 8 choices, 2 of up to 16.
+    case = replace(
+        CASES["different token counts"], ranks_per_node=2, layout=layout, alignment=1,
+        num_topk=num_topk, experts_per_rank=4, tokens=(90, 0, 61, 27), quantize=quantize,
+    )  # fmt: skip
+    world = EmulatedWorld(
+        emulated, 2, 4, config_of(case, 4), chunk_records=8, blocks=1, fabric=fabric()
+    )
+    check_case(world, case, warps=1)
+
+
+@pytest.mark.timeout(120)
+@over_both
 def test_silent_rank_is_named_on_both_nodes(emulated, fabric):
     case = replace(CASES["bf16"], ranks_per_node=2)
     world = EmulatedWorld(emulated, 2, 4, config_of(case, 4), timeout=1.0, fabric=fabric())
