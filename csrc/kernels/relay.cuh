@@ -4,6 +4,10 @@
 // Outbox and inbox have two slots, by parity of the epoch. A slot of epoch e is written again in
 // epoch e + 2, which a rank begins after its kernels of e + 1 have ended; these saw every peer's
 // announcement of e + 1, made after that peer had relayed all of e. So nobody reads it any more.
+//
+// Two announcements of a rank may be under way at once: who receives no records from a peer does
+// not hear that the first has come. One signal counts both, and it grows only when the first one's
+// bytes are there, because both go through one lane.
 #pragma once
 
 #include "announce.cuh"

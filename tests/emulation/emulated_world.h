@@ -33,6 +33,7 @@ typedef struct {
     int32_t silent_after;  ///< operations after which its proxy delivers nothing; -1 = never
     epcomm_fabric_state* state;
     const epcomm_fabric* proxied;  ///< what its proxy serves; null: it has no proxy
+    int64_t late_ns;               ///< by which its proxy holds an operation back, at most
 } emulated_member;
 
 /// A fault of the emulated NICs (csrc/emulated/fault.h), for requests of a rank.

@@ -34,6 +34,7 @@ class Member(ctypes.Structure):
         ("silent_after", ctypes.c_int32),
         ("state", ctypes.c_void_p),
         ("proxied", ctypes.c_void_p),
+        ("late_ns", ctypes.c_int64),
     ]
 
 
@@ -107,13 +108,15 @@ class Fabric(Protocol):
 
 @dataclass
 class Proxies:
-    """A thread for each rank that delivers its triggers late and in any order.
+    """A thread for each rank that delivers its triggers late and in any order that is allowed.
 
     Attributes:
         silent: ranks of which only so many operations arrive.
+        late: seconds by which any operation is held back, at most.
     """
 
     silent: dict[int, int] = field(default_factory=dict)
+    late: float = 0.0
     nics: int | None = None
     channels: int = 2
     _fabrics: list[np.ndarray] = field(default_factory=list)
@@ -124,6 +127,7 @@ class Proxies:
             fabric = self._fabric_of(member)
             member.proxied = fabric.ctypes.data
             member.silent_after = self.silent.get(rank, -1)
+            member.late_ns = int(self.late * 1e9)
             self._fabrics.append(fabric)
 
     def _fabric_of(self, member: Member) -> np.ndarray:

@@ -79,6 +79,15 @@ def test_rows_dealt_several_at_once(emulated, layout, num_topk, quantize, fabric
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("seed", range(8))
+def test_next_announcement_is_under_way_with_the_last(emulated, seed):
+    # A rank that gets no records of a peer ends its call without hearing what reached that peer.
+    case = replace(CASES["bf16"], ranks_per_node=1, tokens=(13, 0))
+    world = EmulatedWorld(emulated, 1, 2, config_of(case, 2), timeout=20, fabric=Proxies(late=0.03))
+    check_case(world, case, seed=seed)
+
+
+@pytest.mark.timeout(120)
 @over_both
 def test_silent_rank_is_named_on_both_nodes(emulated, fabric):
     case = replace(CASES["bf16"], ranks_per_node=2)
