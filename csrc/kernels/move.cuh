@@ -41,26 +41,26 @@ __device__ __forceinline__ void pack_and_move_row(const uint8_t* from, int eleme
                                                   bool power_of_two, unsigned lanes, uint8_t* to,
                                                   uint32_t* scales) {
     const PackLane mine;
-    Round<f32> round;
-    round.load(from, 0, elements, mine);
     for (int first = 0; first < elements; first += kRoundElements<f32>) {
-        const Round<f32> now = round;
-        round.load(from, first + kRoundElements<f32>, elements, mine);
-        Packed16 packed[kRoundSteps<f32>];
-        pack_steps(now.steps, power_of_two, packed);
+        Round<f32> round;
+        round.load(from, first, elements, mine);
 #pragma unroll
         for (int s = 0; s < kRoundSteps<f32>; ++s) {
+            // One step after the other: these kernels have no registers to spare.
+            const Raw16<f32> raw[1] = {round.steps[s]};
+            Packed16 packed[1];
+            pack_steps(raw, power_of_two, packed);
             const int start = first + s * kPackStep;
             const int tile = start / EPCOMM_LIMIT_tile + mine.tile;
             if (lane_id() % 8 == 0 && tile * EPCOMM_LIMIT_tile < elements) {
-                put_scale(scales, tile, packed[s].scale, power_of_two);
+                put_scale(scales, tile, packed[0].scale, power_of_two);
             }
             for (unsigned left = lanes; left != 0; left &= left - 1) {
                 uint8_t* base = shuffle_pointer(to, __ffs(int(left)) - 1) + start;
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
                     if (start + mine.chunk[c] < elements) {
-                        *reinterpret_cast<uint2*>(base + mine.chunk[c]) = packed[s].codes[c];
+                        *reinterpret_cast<uint2*>(base + mine.chunk[c]) = packed[0].codes[c];
                     }
                 }
             }
