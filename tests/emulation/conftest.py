@@ -24,3 +24,11 @@ def emulated(tmp_path_factory):
     from world import build
 
     return build(str(tmp_path_factory.mktemp("emulated")))
+
+
+@pytest.fixture(scope="session")
+def one_node(tmp_path_factory):
+    """The library of emulated kernels inside a node."""
+    from one_node import build
+
+    return build(str(tmp_path_factory.mktemp("one_node")))

@@ -66,10 +66,5 @@ void codec_kernel(const void* argument) {
 }  // namespace
 
 extern "C" void emulate_codec(const emulated_codec* call) {
-    emulation::Block block;
-    block.block_dim.x = 64;
-    block.grid_dim.x = 1;
-    block.kernel = call;
-    block.run = call->f32_rows ? codec_kernel<true> : codec_kernel<false>;
-    std::thread([&] { emulation::run_block(block); }).join();
+    emulation::run_blocks(1, 2, 0, call, call->f32_rows ? codec_kernel<true> : codec_kernel<false>);
 }

@@ -36,12 +36,7 @@ void pack_kernel(const void* argument) {
 }  // namespace
 
 extern "C" void emulate_packing(const emulated_packing* call) {
-    emulation::Block block;
-    block.block_dim.x = 64;
-    block.grid_dim.x = 1;
-    block.kernel = call;
-    block.run = call->f32 ? pack_kernel<true> : pack_kernel<false>;
-    std::thread([&] { emulation::run_block(block); }).join();
+    emulation::run_blocks(1, 2, 0, call, call->f32 ? pack_kernel<true> : pack_kernel<false>);
 }
 
 /// Of all mantissas, and exponents enough that a reciprocal comes out right and off by one either

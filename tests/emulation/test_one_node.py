@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import config_of, formats_of
 from harness import Case, draw_inputs, make_world
-from one_node import Node, build
+from one_node import Node
 from oracle_cases import CASES
 
 from epcomm import oracle
@@ -18,13 +18,8 @@ pytestmark = pytest.mark.timeout(120)
 RANKS = 3
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    return build(str(tmp_path_factory.mktemp("one_node")))
-
-
-def make_node(library, case, num_ranks=RANKS, **options: Any) -> Node:
-    return Node(library, num_ranks, config_of(case, num_ranks), **options)
+def make_node(one_node, case, num_ranks=RANKS, **options: Any) -> Node:
+    return Node(one_node, num_ranks, config_of(case, num_ranks), **options)
 
 
 def queue(node, case, inputs, routes=None, refusing=None):
@@ -92,45 +87,45 @@ def check(node, case, seed=0):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equals_oracle(library, name):
+def test_equals_oracle(one_node, name):
     case = replace(CASES[name], ranks_per_node=RANKS)
-    check(make_node(library, case), case)
+    check(make_node(one_node, case), case)
 
 
 @pytest.mark.parametrize("layout", ["rank", "expert"])
 @pytest.mark.parametrize("num_topk", [1, 8, 9, 20])
-def test_choices_loaded_at_a_time_do_not_matter(library, layout, num_topk):
+def test_choices_loaded_at_a_time_do_not_matter(one_node, layout, num_topk):
     case = Case(RANKS, layout=layout, num_topk=num_topk, experts_per_rank=7, tokens=(40, 3))
-    check(make_node(library, case), case)
+    check(make_node(one_node, case), case)
 
 
 @pytest.mark.parametrize("layout", ["rank", "expert"])
 @pytest.mark.parametrize(("blocks", "warps", "layout_warps"), [(1, 1, 1), (3, 2, 1), (2, 3, 3)])
-def test_shares_of_warps_do_not_matter(library, layout, blocks, warps, layout_warps):
+def test_shares_of_warps_do_not_matter(one_node, layout, blocks, warps, layout_warps):
     # Several groups of 32 tokens for a warp, the last of them short.
     case = Case(RANKS, layout=layout, tokens=(330, 97, 64), hidden=16, alignment=1)
-    node = make_node(library, case, blocks=blocks, warps=warps, layout_warps=layout_warps)
+    node = make_node(one_node, case, blocks=blocks, warps=warps, layout_warps=layout_warps)
     check(node, case)
 
 
 @pytest.mark.parametrize("layout", ["rank", "expert"])
 @pytest.mark.parametrize("num_ranks", [1, 9, 34])
-def test_every_number_of_ranks(library, layout, num_ranks):
+def test_every_number_of_ranks(one_node, layout, num_ranks):
     # More ranks than loads in flight, and more than lanes of a warp.
     case = Case(num_ranks, layout=layout, experts_per_rank=2, num_topk=2, tokens=(5, 0, 9),
                 hidden=16)  # fmt: skip
-    check(make_node(library, case, num_ranks, blocks=1, warps=1, layout_warps=1), case)
+    check(make_node(one_node, case, num_ranks, blocks=1, warps=1, layout_warps=1), case)
 
 
-def test_many_experts_of_a_rank(library):
+def test_many_experts_of_a_rank(one_node):
     case = Case(2, layout="expert", experts_per_rank=70, alignment=3, tokens=(50, 20), hidden=16)
-    check(make_node(library, case, 2), case)
+    check(make_node(one_node, case, 2), case)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_blocks_that_drift_apart_meet(library, seed):
+def test_blocks_that_drift_apart_meet(one_node, seed):
     case = Case(2, tokens=(70, 1), num_topk=2, seed=seed, hidden=16)
-    node = make_node(library, case, 2, blocks=5, warps=1, layout_warps=1)
+    node = make_node(one_node, case, 2, blocks=5, warps=1, layout_warps=1)
     for rank in node.ranks:
         rank.world["delay_ns"] = 300_000
     check(node, case, seed)
@@ -138,9 +133,9 @@ def test_blocks_that_drift_apart_meet(library, seed):
 
 @pytest.mark.parametrize("k", [1, 8, 11])
 @pytest.mark.parametrize("value", ["twice", -2, 10**12])
-def test_bad_ids_are_found_and_nothing_moves(library, k, value):
+def test_bad_ids_are_found_and_nothing_moves(one_node, k, value):
     case = Case(RANKS, num_topk=12, experts_per_rank=5)
-    node = make_node(library, case)
+    node = make_node(one_node, case)
     inputs = draw_inputs(case, RANKS)
     topk_idx = inputs[1].topk_idx.numpy()
     topk_idx[3] = torch.arange(12)
@@ -162,9 +157,9 @@ def test_bad_ids_are_found_and_nothing_moves(library, k, value):
     (2, 200, "REFUSED", "STALE"),
     (None, 5, "FIXED_ROWS", "FIXED_ROWS"),
 ])  # fmt: skip
-def test_refused_and_too_small_calls_move_nothing(library, refusing, rows, verdict, later):
+def test_refused_and_too_small_calls_move_nothing(one_node, refusing, rows, verdict, later):
     case = Case(RANKS, fixed_rows=rows, tokens=(17,))
-    node = make_node(library, case)
+    node = make_node(one_node, case)
     inputs = draw_inputs(case, RANKS)
     routes = queue(node, case, inputs, refusing=refusing)
     node.run()
@@ -181,9 +176,9 @@ def test_refused_and_too_small_calls_move_nothing(library, refusing, rows, verdi
     check(node, replace(case, fixed_rows=200))
 
 
-def test_silent_rank_is_named(library):
+def test_silent_rank_is_named(one_node):
     case = Case(RANKS)
-    node = make_node(library, case, timeout=1.0)
+    node = make_node(one_node, case, timeout=1.0)
     queue(node, case, draw_inputs(case, RANKS))
     silent = node.ranks.pop()
     node.run()

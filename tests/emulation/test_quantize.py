@@ -4,7 +4,6 @@ import ctypes
 
 import numpy as np
 import pytest
-from one_node import build
 
 from epcomm.formats import reference
 
@@ -21,12 +20,7 @@ class _Packing(ctypes.Structure):
     ]
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    return build(str(tmp_path_factory.mktemp("quantize")))
-
-
-def check_packing(library, x, *, f32, scale_format):
+def check_packing(one_node, x, *, f32, scale_format):
     """Pack rows of float32 numbers (rounded to BF16 first if not ``f32``); compare all bytes."""
     tokens, hidden = x.shape
     given = x if f32 else reference.f32_to_bf16(x)
@@ -45,7 +39,7 @@ def check_packing(library, x, *, f32, scale_format):
         *(f32, ue8m0, tokens, hidden, stride),
         *(aligned.ctypes.data, codes.ctypes.data, scales.ctypes.data),
     )
-    library.emulate_packing(ctypes.byref(call))
+    one_node.emulate_packing(ctypes.byref(call))
     np.testing.assert_array_equal(codes, want)
     got = scales[:, :scale_bytes]
     np.testing.assert_array_equal(
@@ -63,36 +57,36 @@ def draw(rng, shape, low, high):
     return (signs * np.exp2(exponents)).astype(np.float32)
 
 
-def test_quotients_are_rounded_right(library):
-    assert library.wrong_quotients() == 0
+def test_quotients_are_rounded_right(one_node):
+    assert one_node.wrong_quotients() == 0
 
 
 @pytest.mark.parametrize("scale_format", ["f32", "ue8m0"])
 @pytest.mark.parametrize("f32", [False, True])
 @pytest.mark.parametrize("hidden", [16, 128, 144, 512, 528, 1024, 1040, 1536, 1680])
-def test_any_length(library, hidden, f32, scale_format):
+def test_any_length(one_node, hidden, f32, scale_format):
     rng = np.random.default_rng(hidden)
     x = draw(rng, (5, hidden), -20, 20)
     x[3] = 0
-    check_packing(library, x, f32=f32, scale_format=scale_format)
+    check_packing(one_node, x, f32=f32, scale_format=scale_format)
 
 
 @pytest.mark.parametrize("scale_format", ["f32", "ue8m0"])
 @pytest.mark.parametrize("f32", [False, True])
 @pytest.mark.parametrize(("low", "high"), [(95, 127.9), (-127, -90), (-15, -12)])
-def test_either_end(library, low, high, f32, scale_format):
+def test_either_end(one_node, low, high, f32, scale_format):
     """Scales that ordinary division steps would get wrong, and the least amax that is kept."""
     x = draw(np.random.default_rng(1), (6, 1168), low, high)
-    check_packing(library, x, f32=f32, scale_format=scale_format)
+    check_packing(one_node, x, f32=f32, scale_format=scale_format)
 
 
 @pytest.mark.parametrize("scale_format", ["f32", "ue8m0"])
 @pytest.mark.parametrize("f32", [False, True])
-def test_infinities_and_nans_spoil_no_neighbour(library, f32, scale_format):
+def test_infinities_and_nans_spoil_no_neighbour(one_node, f32, scale_format):
     rng = np.random.default_rng(2)
     x = draw(rng, (8, 1168), -3, 3)
     for row in x[1:]:
         at = rng.choice(len(row), 3, replace=False)
         row[at] = [np.inf, -np.inf, np.nan]
     x[7] = np.inf
-    check_packing(library, x, f32=f32, scale_format=scale_format)
+    check_packing(one_node, x, f32=f32, scale_format=scale_format)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from cases import UNEQUAL, check_case, config_of
 from fabrics import Nics, Proxies, aligned
-from one_node import build as build_one_node
 from oracle_cases import CASES
 from test_bounded import make_world as make_bounded_world
 from test_one_node import check, make_node
@@ -210,11 +209,6 @@ def test_without_a_timeline_nothing_is_noted(emulated):
 def test_no_timeline_is_the_default(emulated):
     world = EmulatedWorld(emulated, 2, 4, config_of(UNEQUAL, 4))
     assert all(rank.block["timeline"] == 0 for rank in world.ranks)
-
-
-@pytest.fixture(scope="module")
-def one_node(tmp_path_factory):
-    return build_one_node(str(tmp_path_factory.mktemp("one_node_timeline")))
 
 
 def test_dispatch_inside_a_node_notes_its_roles(one_node):
