@@ -28,8 +28,9 @@ constexpr epcomm_field kFields[] = {
     FIELD(report, rows),
     FIELD(report, max_rows),
     FIELD(report, bad_choice),
-    FIELD(report, free_windows),
     FIELD(report, failed),
+    FIELD(report, reserved),
+    FIELD(report, free_windows),
     FIELD(report, refusals),
     FIELD(report, acknowledged),
     FIELD(report, refused_epoch),
@@ -213,9 +214,10 @@ constexpr epcomm_constant kConstants[] = {
             CONSTANT(FABRIC) CONSTANT(STALE) CONSTANT(VIEWS) CONSTANT(STAMPS) CONSTANT(TIMED_CALLS)
                 CONSTANT(STAMP_START) CONSTANT(STAMP_COUNTED) CONSTANT(STAMP_ANNOUNCED)
                     CONSTANT(STAMP_PLACED) CONSTANT(STAMP_MOVED) CONSTANT(STAMP_END)
+                        CONSTANT(FREE_BITS)
 #undef CONSTANT
 #define ROLE(name) {"ROLE_" #name, EPCOMM_CUDA_ROLE_##name},
-                        EPCOMM_CUDA_ROLES(ROLE)
+                            EPCOMM_CUDA_ROLES(ROLE)
 #undef ROLE
 };
 

@@ -17,6 +17,7 @@ enum {
     EPCOMM_CUDA_MAX_DESTS = 32,      ///< destinations of a token: one lane of a warp each
     EPCOMM_CUDA_MAX_EXPERTS = 8192,  ///< the layout kernel counts experts in shared memory
     EPCOMM_CUDA_TIMED_CALLS = 64,    ///< calls whose times are kept
+    EPCOMM_CUDA_FREE_BITS = 8,       ///< of the number of free windows that a report tells
 };
 
 /// A 64-bit counter that only grows (the number of the last epoch it was raised in), alone on
@@ -71,14 +72,17 @@ typedef struct {
 
 /// Host-mapped memory the kernels report to. `tokens_per_expert i32[E / R]` follows it.
 typedef struct {
-    uint64_t prepared;        ///< number of the last dispatch judged; what follows is its (release)
-    uint64_t epoch;           ///< in which it ran
-    int32_t verdict;          ///< the data kernel comes to the same
-    int32_t rows;             ///< first call: rows this rank receives
-    int32_t max_rows;         ///< rows the fullest rank receives
-    int32_t bad_choice;       ///< token * K + k of the first expert id out of range, or -1
-    int32_t free_windows;     ///< windows left to the rank that has fewest
-    int32_t failed;           ///< nonzero: the buffer is unusable, `error` says why (release)
+    uint64_t prepared;   ///< number of the last dispatch judged; what follows is its (release)
+    uint64_t epoch;      ///< in which it ran
+    int32_t verdict;     ///< the data kernel comes to the same
+    int32_t rows;        ///< first call: rows this rank receives
+    int32_t max_rows;    ///< rows the fullest rank receives
+    int32_t bad_choice;  ///< token * K + k of the first expert id out of range, or -1
+    int32_t failed;      ///< nonzero: the buffer is unusable, `error` says why (release)
+    int32_t reserved;
+    /// Call number << EPCOMM_CUDA_FREE_BITS | windows left to the rank that has fewest, of a call
+    /// judged: one word, so that the host sees which call's it is.
+    uint64_t free_windows;
     uint64_t refusals;        ///< calls that ended before data moved (release)
     uint64_t acknowledged;    ///< of these, seen by the host, which writes this
     uint64_t refused_epoch;   ///< of the first that was not

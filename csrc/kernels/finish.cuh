@@ -82,7 +82,9 @@ __device__ inline void report_verdict(const epcomm_cuda_world& world, int verdic
                                       uint64_t number) {
     world.report->epoch = epoch;
     world.report->verdict = verdict;
-    world.report->free_windows = fewest_free_windows(world, epoch);
+    constexpr int kMost = (1 << EPCOMM_CUDA_FREE_BITS) - 1;
+    const int free = min(fewest_free_windows(world, epoch), kMost);
+    store_relaxed(&world.report->free_windows, number << EPCOMM_CUDA_FREE_BITS | uint64_t(free));
     store_release(&world.report->prepared, number);
 }
 

@@ -6,6 +6,7 @@ from ..native import constants
 from ..topology import Topology
 from ..traffic import LinkTraffic, Traffic
 from . import abi
+from .credit import Credit
 from .engine import Engine
 from .forms import Agreed, Forms
 from .phases import read_phases
@@ -29,7 +30,7 @@ class Core:
         calls: on which streams they run.
         receive: windows that dispatches write into.
         expose: windows that combines read from.
-        credit: cached calls that every rank is known to have a window for.
+        credit: dispatches that every rank is known to have a window for.
         closed: whether the buffer is.
     """
 
@@ -42,7 +43,7 @@ class Core:
         self.calls = Calls(engine)
         self.receive = WindowPool(engine)
         self.expose = WindowPool(engine)
-        self.credit = 0
+        self.credit = Credit(engine.report)
         self.closed = False
         self._timeout = timeout
 
@@ -104,7 +105,6 @@ class Core:
                     "earlier work is not done"
                 )
             raise timeout(self.engine)
-        self.credit = self.engine.report.free_windows
         return int(self.engine.report.verdict)
 
     def refuse(self, op: str, error: Exception, stream: int) -> None:

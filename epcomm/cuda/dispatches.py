@@ -134,8 +134,8 @@ class Dispatches:
             window = None if grows else self._borrow(needed, stream, must=not waits)
             serial = None if window is None else window.serial
             routes = engine.dispatch(form, topk_idx, serial, stream, data, memory)
+            core.credit.spend(engine.number)
             if not waits:
-                core.credit = max(0, core.credit - 1)
                 break
             verdict = core.await_verdict()
             if verdict == abi.constants["OK"]:
@@ -234,12 +234,10 @@ class Dispatches:
                 )
             serial = None if window is None else window.serial
             core.engine.dispatch_again(form, state.routes, serial, stream, data)
+            core.credit.spend(core.engine.number)
             if fixed and not grows:
-                core.credit = max(0, core.credit - 1)
                 break
-            if core.credit > 0 and window is not None:
-                # Every rank had this many windows left, so each has one for this call.
-                core.credit -= 1
+            if window is not None and core.credit.left() >= 0:
                 break
             core.calls.refuse_capture("handle: only one made with fixed_rows can be captured")
             verdict = core.await_verdict()

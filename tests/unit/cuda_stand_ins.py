@@ -56,12 +56,14 @@ class Gpu:
         rows: that the next first dispatches report for this rank and the fullest.
         verdicts: of the next calls judged; then OK, or GROW where no window was announced.
         free_windows: of the rank that has fewest; None: of this one.
+        behind: calls launched but not judged until the host waits for one of them.
         capturing: whether streams are.
     """
 
     rows: tuple[int, int] = (5, 7)
     verdicts: list[str] = field(default_factory=list)
     free_windows: int | None = None
+    behind: int = 0
     capturing: bool = False
     launches: list[Launch] = field(default_factory=list)
     copies: list[tuple[int, int, int, int]] = field(default_factory=list)
@@ -86,6 +88,7 @@ class Library:
     def __init__(self, gpu: Gpu, real: Any) -> None:
         self.gpu, self._real = gpu, real
         self._next_event = 1
+        self._unjudged: list[Any] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
@@ -95,7 +98,9 @@ class Library:
         block = structure.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(structure)))
         event = abi.structures["sequence"].from_address(sequence).next
         self.gpu.launches.append(Launch(name, block, stream, event))
-        self._judge(block)
+        self._unjudged.append(block)
+        while len(self._unjudged) > self.gpu.behind:
+            self._judge(self._unjudged.pop(0))
         return 0
 
     def _judge(self, block: Any) -> None:
@@ -110,7 +115,8 @@ class Library:
         report.rows, report.max_rows = self.gpu.rows
         report.bad_choice = -1
         free = self.gpu.free_windows
-        report.free_windows = announcement.window_fd if free is None else free
+        free = announcement.window_fd if free is None else free
+        report.free_windows = block.number << abi.constants["FREE_BITS"] | free
         if verdict not in ("OK", "GROW"):
             report.refusals += 1
 
@@ -142,6 +148,8 @@ class Library:
         return self._note("combine", call, sequence, stream)
 
     def epcomm_cuda_wait_prepared(self, report: int, number: int, timeout_ns: int) -> int:
+        while self._unjudged and self._unjudged[0].number <= number:
+            self._judge(self._unjudged.pop(0))
         assert abi.structures["report"].from_address(report).prepared == number
         self.gpu.waited += 1
         return 0

@@ -275,7 +275,7 @@ def test_counts_of_a_result_are_its_own(buffer, gpu):
 
 def test_cached_calls_wait_only_where_a_rank_may_have_no_window_left(buffer, gpu):
     handle = buffer.dispatch(inputs(), choices()).handle
-    gpu.free_windows = 2
+    gpu.free_windows, gpu.behind = 2, 100
     buffer.dispatch(inputs(), choices())  # tells that every rank has two more
     waited = gpu.waited
     seen = []
@@ -283,6 +283,33 @@ def test_cached_calls_wait_only_where_a_rank_may_have_no_window_left(buffer, gpu
         buffer.dispatch(inputs(), handle=handle)
         seen.append(gpu.waited - waited)
     assert seen == [0, 0, 1, 1, 1]  # the third has waited, and may count on two more again
+
+
+@pytest.mark.parametrize(("behind", "waits"), [(0, 0), (2, 0), (3, 2)])
+def test_cached_calls_do_not_wait_where_the_gpu_keeps_up(buffer, gpu, behind, waits):
+    handle = buffer.dispatch(inputs(), choices()).handle
+    gpu.free_windows, gpu.behind = 2, behind
+    buffer.dispatch(inputs(), choices())
+    waited = gpu.waited
+    for _ in range(8):
+        buffer.dispatch(inputs(), handle=handle)
+    assert gpu.waited - waited == waits
+
+
+def test_replays_of_a_graph_tell_of_no_windows(buffer, gpu):
+    handle = buffer.dispatch(inputs(), choices()).handle
+    gpu.free_windows = 3
+    buffer.dispatch(inputs(), choices())
+    report = buffer._backend._engine.report
+    earlier = report.free_windows
+    gpu.free_windows, gpu.behind = 0, 100
+    held = [buffer.dispatch(inputs(), choices()) for _ in range(3)]
+    buffer.dispatch(inputs(), handle=handle)
+    report.free_windows = earlier
+    waited = gpu.waited
+    buffer.dispatch(inputs(), handle=handle)
+    assert gpu.waited == waited + 1
+    del held
 
 
 def test_fixed_rows_wait_for_nothing_once_there_are_windows(buffer, gpu):
