@@ -92,8 +92,9 @@ int launch_calibrate(const epcomm_cuda_calibrate& call, cudaStream_t stream) {
         calibrate_shared(call) > shared_limit()) {
         return cudaErrorInvalidValue;
     }
-    return launch(calibrate_kernel, call, call.num_blocks, 32 * call.num_warps,
-                  calibrate_shared(call), stream);
+    calibrate_kernel<<<call.num_blocks, 32 * call.num_warps, size_t(calibrate_shared(call)),
+                       stream>>>(call);
+    return cudaGetLastError();
 }
 
 int load_calibrate() { return load(calibrate_kernel); }

@@ -56,8 +56,8 @@ int launch_packing(const epcomm_cuda_dispatch& call, cudaStream_t stream) {
     if (bytes == 0) return cudaErrorInvalidValue;
     const auto kernel =
         call.announce ? dispatch_kernel<packing, false> : dispatch_kernel<packing, true>;
-    kernel<<<call.num_blocks, 32 * call.num_warps, size_t(offset + bytes), stream>>>(call, plan);
-    return cudaGetLastError();
+    return launch(kernel, {call.num_blocks, 32 * call.num_warps, offset + bytes}, stream, call,
+                  plan);
 }
 
 int launch_dispatch(const epcomm_cuda_dispatch& call, cudaStream_t stream) {

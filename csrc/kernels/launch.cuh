@@ -31,11 +31,40 @@ int load(Kernel kernel) {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(dynamic));
 }
 
-template <typename Kernel, typename Call>
-int launch(Kernel kernel, const Call& call, int blocks, int threads, int64_t bytes,
-           cudaStream_t stream) {
-    kernel<<<blocks, threads, size_t(bytes), stream>>>(call);
-    return cudaGetLastError();
+/// Blocks of a launch, their threads and dynamic shared memory.
+struct Grid {
+    int blocks;
+    int threads;
+    int64_t shared_bytes;
+};
+
+/// Whether blocks of a kernel can come to their SMs before what is ahead on its stream has ended.
+inline bool comes_early() {
+    int device = 0, major = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return false;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    return major >= 9;
+}
+
+/// Launch a kernel that begins with begin_call(). Its blocks come to their SMs as soon as those of
+/// the kernel ahead have left; that this one's stores are seen they wait for in begin_call(). Our
+/// kernels never let the next one come sooner: the SMs it took might be those that a peer's kernel
+/// needs, for which the present one waits.
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
+           const Arguments&... arguments) {
+    static const bool early = comes_early();
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(grid.blocks));
+    config.blockDim = dim3(unsigned(grid.threads));
+    config.dynamicSmemBytes = size_t(grid.shared_bytes);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = early ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 }  // namespace epcomm

@@ -55,6 +55,14 @@ __device__ __forceinline__ void store_once(void* address, uint4 v) {
                  : "memory");
 }
 
+/// Wait until what is before this kernel on its stream has ended and its stores are seen: the
+/// host lets blocks come to their SMs earlier, see launch.cuh.
+__device__ __forceinline__ void await_stream() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ uint64_t now_ns() {
     uint64_t ns;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));

@@ -29,8 +29,9 @@ int launch_two_hop_combine(const epcomm_cuda_two_hop_combine& all, cudaStream_t 
         using Kind = decltype(kind);
         const int most = kTwoHopSumThreads<Kind>;
         const int threads = call.num_threads < most ? call.num_threads : most;
-        return launch(two_hop_combine_of<Kind>(f32, wire), all, call.num_blocks, threads,
-                      two_hop_combine_shared<Kind>(all, threads), stream);
+        return launch(two_hop_combine_of<Kind>(f32, wire),
+                      {call.num_blocks, threads, two_hop_combine_shared<Kind>(all, threads)},
+                      stream, all);
     });
 }
 

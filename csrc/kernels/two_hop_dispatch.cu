@@ -9,8 +9,8 @@ int launch_two_hop_packing(const epcomm_cuda_two_hop_dispatch& all, cudaStream_t
     const int64_t bytes = two_hop_dispatch_shared(all, packing);
     if (bytes > shared_limit()) return cudaErrorInvalidValue;
     return with_staging_kind(all.rail, [&](auto kind) {
-        return launch(two_hop_dispatch_kernel<decltype(kind), packing>, all, all.call.num_blocks,
-                      32 * all.call.num_warps, bytes, stream);
+        return launch(two_hop_dispatch_kernel<decltype(kind), packing>,
+                      {all.call.num_blocks, 32 * all.call.num_warps, bytes}, stream, all);
     });
 }
 

@@ -13,8 +13,8 @@ int launch_two_hop_layout(const epcomm_cuda_two_hop_layout& all, cudaStream_t st
     const int64_t bytes = 4 * TwoHopLayoutShared::ints(all, warps);
     if (bytes > shared_limit()) return cudaErrorInvalidValue;
     return with_fabric_kind(all.rail, [&](auto kind) {
-        return launch(two_hop_layout_kernel<decltype(kind)>, all, all.call.num_blocks, 32 * warps,
-                      bytes, stream);
+        return launch(two_hop_layout_kernel<decltype(kind)>,
+                      {all.call.num_blocks, 32 * warps, bytes}, stream, all);
     });
 }
 

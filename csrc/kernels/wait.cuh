@@ -121,6 +121,7 @@ __device__ inline bool wait_counter(const epcomm_cuda_world& world, const uint64
 /// one that gave up must do nothing: what the earlier one would have left is not there, and peers
 /// may still read what was announced for that number. The whole block.
 __device__ inline uint64_t begin_call(const epcomm_cuda_world& world) {
+    await_stream();
     const epcomm_cuda_control* own = own_control(world);
     const uint64_t finished = load_relaxed(&own->epoch.value);
     const bool usable = load_acquire(&own->aborted.value) == 0;
