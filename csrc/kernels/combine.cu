@@ -24,9 +24,9 @@ __global__ void __launch_bounds__(kMaxThreads<many>, 1)
     if (!announce_known(call, what)) return;
     const int verdict = judge_combine(call, epoch);
     if (verdict == EPCOMM_CUDA_OK) {
-        const bool weighted = find_offers(call, epoch, offers);
+        const bool extras = has_extras(call, find_offers(call, epoch, offers));
         begin_role(world, EPCOMM_CUDA_ROLE_REDUCE);
-        if (weighted) {
+        if (extras) {
             pull_tokens<f32, many, true>(call, offers, plan, shared);
         } else {
             pull_tokens<f32, many, false>(call, offers, plan, shared);
@@ -53,9 +53,8 @@ int launch_combine_of(const epcomm_cuda_combine& call, cudaStream_t stream) {
     const int64_t room = shared_limit() - int64_t(sizeof(Offer)) * EPCOMM_CUDA_MAX_LOCAL;
     int warps = (call.num_threads < kMaxThreads<many> ? call.num_threads : kMaxThreads<many>) / 32;
     while (warps > 1 && pull_bytes(plan) * warps > room) --warps;
-    combine_kernel<f32, many>
-        <<<call.num_blocks, 32 * warps, size_t(pull_bytes(plan) * warps), stream>>>(call, plan);
-    return cudaGetLastError();
+    return launch(combine_kernel<f32, many>,
+                  {call.num_blocks, 32 * warps, pull_bytes(plan) * warps}, stream, call, plan);
 }
 
 int launch_combine(const epcomm_cuda_combine& call, cudaStream_t stream) {

@@ -4,6 +4,8 @@
 // ring needs no barrier.
 #pragma once
 
+#include <type_traits>
+
 #include "deal.cuh"
 #include "reduce.cuh"
 #include "timeline.cuh"
@@ -36,11 +38,9 @@ __host__ __device__ inline int64_t pull_bytes(const PullPlan& plan) {
     return int64_t(kPullStages) * plan.copies * kColumn + kPullTokens * sizeof(PullToken);
 }
 
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-    asm volatile(
-        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
-        "l"(from)
-        : "memory");
+/// `to`: an address in shared memory.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
 __device__ __forceinline__ void copy_async_commit() {
@@ -52,13 +52,30 @@ __device__ __forceinline__ void copy_async_wait_oldest() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPullStages - 1) : "memory");
 }
 
+/// Call `with` with a number of copies as a constant; 0 where a column has no room for them.
+template <class With>
+__device__ __forceinline__ void with_count(int count, const With& with) {
+    static_assert(kPullCopies == 8, "one case a count");
+    switch (count) {
+        case 1: return with(std::integral_constant<int, 1>());
+        case 2: return with(std::integral_constant<int, 2>());
+        case 3: return with(std::integral_constant<int, 3>());
+        case 4: return with(std::integral_constant<int, 4>());
+        case 5: return with(std::integral_constant<int, 5>());
+        case 6: return with(std::integral_constant<int, 6>());
+        case 7: return with(std::integral_constant<int, 7>());
+        case 8: return with(std::integral_constant<int, 8>());
+        default: return with(std::integral_constant<int, 0>());
+    }
+}
+
 /// Sends columns on their way, in order of tokens. The whole warp.
-template <bool weighted>
+template <bool extras>
 struct Puller {
     const epcomm_cuda_combine& call;
     const Offer* offers;
     const PullPlan& plan;
-    uint8_t* columns;
+    uint32_t columns;  ///< this lane's 16 bytes of the first column, an address in shared memory
     PullToken* tokens;
     Dealer dealer;
     int token;   ///< being loaded; -1: none is left
@@ -67,8 +84,8 @@ struct Puller {
     const uint8_t* from[kPullCopies];
     int coming;  ///< the token after it, whose list is on its way
     epcomm_cuda_dest coming_dest;
-    int slot;
-    int queued;  ///< place of the next token in the queue
+    int column_bytes;  ///< of all copies
+    int queued;        ///< place of the next token in the queue
 
     __device__ Puller(const epcomm_cuda_combine& c, const Offer* o, const PullPlan& p,
                       uint8_t* shared)
@@ -79,10 +96,11 @@ struct Puller {
           token(0),
           offset(c.row_bytes),
           count(0),
-          slot(0),
+          column_bytes(p.copies * kColumn),
           queued(0) {
-        columns = shared + warp_id() * pull_bytes(plan);
-        tokens = reinterpret_cast<PullToken*>(columns + kPullStages * plan.copies * kColumn);
+        uint8_t* own = shared + warp_id() * pull_bytes(plan);
+        columns = uint32_t(__cvta_generic_to_shared(own)) + lane_id() * 16;
+        tokens = reinterpret_cast<PullToken*>(own + kPullStages * column_bytes);
         ask();
     }
 
@@ -107,7 +125,7 @@ struct Puller {
         if (goes) {
             const Offer& offer = offers[coming_dest.rank];
             row = offer.rows + int64_t(coming_dest.row) * call.row_bytes;
-            if (weighted && fits) {
+            if (extras && fits) {
                 entry.weights[lane_id()] =
                     offer.weights == nullptr ? 1.0f : offer.weights[coming_dest.row];
             }
@@ -127,73 +145,73 @@ struct Puller {
         if (token >= 0) ask();
     }
 
-    /// The next column. Always closes a group, so that groups count columns.
-    __device__ __forceinline__ void load() {
-        if (token >= 0 && offset >= call.row_bytes) next_token();
-        if (token >= 0) {
-            uint8_t* to = columns + slot * plan.copies * kColumn + lane_id() * 16;
-            if (offset + lane_id() * 16 < call.row_bytes) {
+    /// This lane's 16 bytes of `copies` copies, which is how many there are.
+    template <int copies>
+    __device__ __forceinline__ void load_copies(uint32_t to) {
 #pragma unroll
-                for (int i = 0; i < kPullCopies; ++i) {
-                    if (i < count) copy_async(to + i * kColumn, from[i] + offset);
-                }
-            }
-            offset += count < 0 ? call.row_bytes : kColumn;
+        for (int i = 0; i < copies; ++i) copy_async(to + i * kColumn, from[i] + offset);
+    }
+
+    /// The next column, whatever its token. `to`: this lane's place for it.
+    __device__ __forceinline__ void load(uint32_t to) {
+        if (token >= 0 && offset >= call.row_bytes) next_token();
+        if (token < 0) return;
+        if (offset + lane_id() * 16 < call.row_bytes) {
+            with_count(count, [&](auto copies) { load_copies<copies>(to); });
         }
-        copy_async_commit();
-        slot = slot + 1 == kPullStages ? 0 : slot + 1;
+        offset += count < 0 ? call.row_bytes : kColumn;
     }
 };
 
-/// Sum this lane's 16 bytes of exactly `count` copies.
-template <int count, bool f32, bool weighted>
-__device__ __forceinline__ void sum_column(const PullToken& token, const uint8_t* column, int at,
-                                           const Result& result) {
-    uint4 v[count];
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-        v[i] = *reinterpret_cast<const uint4*>(column + i * kColumn);
-    }
-    float sum[kElements<f32>] = {};
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-        accumulate<f32, weighted>(v[i], weighted ? token.weights[i] : 1.0f, sum);
-    }
-    finish_column<f32>(result, at, sum);
+__device__ __forceinline__ uint4 load_shared(uint32_t from) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(from)
+                 : "memory");
+    return v;
 }
 
-template <bool f32, bool weighted>
-__device__ __forceinline__ void sum_any(const PullToken& token, int count, const uint8_t* column,
-                                        int at, const Result& result) {
-    static_assert(kPullCopies == 8, "one case a count");
-    switch (count) {
-#define EPCOMM_SUM(n) \
-    case n: sum_column<n, f32, weighted>(token, column, at, result); break;
-        EPCOMM_SUM(1)
-        EPCOMM_SUM(2)
-        EPCOMM_SUM(3)
-        EPCOMM_SUM(4)
-        EPCOMM_SUM(5)
-        EPCOMM_SUM(6)
-        EPCOMM_SUM(7)
-        EPCOMM_SUM(8)
-#undef EPCOMM_SUM
-        default: {
-            float nothing[kElements<f32>] = {};
-            finish_column<f32>(result, at, nothing);
-        }
+/// A column whose copies have come: this lane's 16 bytes of it.
+struct Column {
+    uint32_t from;  ///< address in shared memory
+    int at;         ///< in the row, bytes
+};
+
+/// Sum exactly `count` copies, then load as many of the token's column after those under way, if it
+/// has one: so one look at the count does for both.
+template <int count, bool f32, bool extras>
+__device__ __forceinline__ void sum_column(const PullToken& token, const Column& column,
+                                           const Result& result, Puller<extras>& puller) {
+    constexpr bool from_first = kFromFirst<f32, extras> && count > 0;
+    uint4 v[count + 1];
+#pragma unroll
+    for (int i = 0; i < count; ++i) v[i] = load_shared(column.from + i * kColumn);
+    float sum[kElements<f32>] = {};
+    if (from_first) widen<f32>(v[0], sum);
+#pragma unroll
+    for (int i = from_first; i < count; ++i) {
+        accumulate<f32, extras>(v[i], extras ? token.weights[i] : 1.0f, sum);
+    }
+    finish_column<f32, extras, from_first>(result, column.at, sum);
+    if (column.at + kPullStages * kColumn < result.call.row_bytes) {
+        puller.template load_copies<count>(column.from);
     }
 }
 
 /// All tokens, handed out to all warps of all blocks. One loop for all counts of copies: a loop
 /// for each was a third slower, as the warps of a block then run different code. `many`: a token
 /// may have more copies than a column has room for; the call for those costs registers.
-template <bool f32, bool many, bool weighted>
+template <bool f32, bool many, bool extras>
 __device__ inline void pull_tokens(const epcomm_cuda_combine& call, const Offer* offers,
                                    const PullPlan& plan, uint8_t* shared) {
-    Puller<weighted> puller(call, offers, plan, shared);
-    for (int s = 0; s < kPullStages; ++s) puller.load();
-    int slot = 0;
+    Puller<extras> puller(call, offers, plan, shared);
+    for (int s = 0; s < kPullStages; ++s) {
+        puller.load(puller.columns + s * puller.column_bytes);
+        copy_async_commit();
+    }
+    Column column = {puller.columns, 0};
+    const uint32_t last = puller.columns + (kPullStages - 1) * puller.column_bytes;
     for (int queue = 0;; queue = queue + 1 == kPullTokens ? 0 : queue + 1) {
         const PullToken& entry = puller.tokens[queue];
         const int token = entry.token, count = entry.count;
@@ -202,21 +220,27 @@ __device__ inline void pull_tokens(const epcomm_cuda_combine& call, const Offer*
         delay_row(call.world, token);
         count_item(call.world);
         if (many && count < 0) {
-            sum_token_plain<f32, weighted>(
+            sum_token_plain<f32, extras>(
                 call, offers, copies_of(call.routes.dests, call.routes.max_dests, token), token);
         }
         // A token with too many copies took one place in the ring, and nothing arrives there.
         const int end = count < 0 ? kColumn : call.row_bytes;
         for (int first = 0; first < end; first += kColumn) {
-            const int at = first + lane_id() * 16;
+            column.at = first + lane_id() * 16;
             copy_async_wait_oldest();
-            if (count >= 0 && at < call.row_bytes) {
-                const uint8_t* column =
-                    puller.columns + slot * plan.copies * kColumn + lane_id() * 16;
-                sum_any<f32, weighted>(entry, count, column, at, result);
+            if (count >= 0 && column.at < call.row_bytes) {
+                with_count(count, [&](auto copies) {
+                    sum_column<copies, f32, extras>(entry, column, result, puller);
+                });
             }
-            puller.load();
-            slot = slot + 1 == kPullStages ? 0 : slot + 1;
+            // Groups count columns, so one is closed even where nothing is loaded.
+            if (first + kPullStages * kColumn < end) {
+                puller.offset += kColumn;
+            } else {
+                puller.load(column.from);
+            }
+            copy_async_commit();
+            column.from = column.from == last ? puller.columns : column.from + puller.column_bytes;
         }
     }
 }

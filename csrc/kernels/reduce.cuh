@@ -57,7 +57,8 @@ __device__ inline uint32_t canonical_nans(uint32_t pair, float low, float high) 
     return pair;
 }
 
-template <bool f32>
+/// `from_first`: for sums that began with a row and not with zero, see kFromFirst.
+template <bool f32, bool from_first = false>
 __device__ __forceinline__ uint4 narrow(const float (&x)[kElements<f32>]) {
     uint32_t words[4];
 #pragma unroll
@@ -66,6 +67,7 @@ __device__ __forceinline__ uint4 narrow(const float (&x)[kElements<f32>]) {
             words[i] = __float_as_uint(x[i]);
         } else {
             words[i] = two_bf16(x[2 * i], x[2 * i + 1]);
+            if (from_first) words[i] = add_bf16(words[i], 0);
         }
     }
     if constexpr (!f32) {
@@ -92,26 +94,40 @@ __device__ __forceinline__ void accumulate(const uint4& v, float weight,
     }
 }
 
+/// Whether a call needs the code with `extras`: weights of rows, which are 1 where there are none,
+/// and biases. What most calls do without took a quarter of their instructions.
+__device__ __forceinline__ bool has_extras(const epcomm_cuda_combine& call, bool weighted) {
+    return weighted || call.bias[0] != nullptr || call.bias[1] != nullptr;
+}
+
+/// Whether a sum begins with its first row instead of zero. That makes a difference only to -0, and
+/// sums of BF16 are never rounded to it; so +0 is added in the end, to two elements at once.
+template <bool f32, bool extras>
+constexpr bool kFromFirst = !f32 && !extras;
+
 /// Where a token's result goes: the same place in `out` and in the biases.
 struct Result {
     const epcomm_cuda_combine& call;
     int64_t offset;  ///< bytes
 };
 
-template <bool f32>
+/// Add the biases and store the sums.
+template <bool f32, bool extras, bool from_first = false>
 __device__ __forceinline__ void finish_column(const Result& result, int column,
                                               float (&sum)[kElements<f32>]) {
     const int64_t at = result.offset + column;
+    if constexpr (extras) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const auto* bias = static_cast<const uint8_t*>(result.call.bias[i]);
-        if (bias != nullptr) accumulate<f32, false>(load_once(bias + at), 1.0f, sum);
+        for (int i = 0; i < 2; ++i) {
+            const auto* bias = static_cast<const uint8_t*>(result.call.bias[i]);
+            if (bias != nullptr) accumulate<f32, false>(load_once(bias + at), 1.0f, sum);
+        }
     }
-    store_once(static_cast<uint8_t*>(result.call.out) + at, narrow<f32>(sum));
+    store_once(static_cast<uint8_t*>(result.call.out) + at, narrow<f32, from_first>(sum));
 }
 
 /// Any number of copies by plain loads, eight in flight; lane i holds copy i's address and weight.
-template <bool f32, bool weighted>
+template <bool f32, bool extras>
 __device__ __noinline__ void sum_many(const uint8_t* row, float weight, int count, int row_bytes,
                                       const Result result) {
     constexpr int kGroup = 8;
@@ -130,11 +146,11 @@ __device__ __noinline__ void sum_many(const uint8_t* row, float weight, int coun
             }
 #pragma unroll
             for (int j = 0; j < kGroup; ++j) {
-                if (i + j < count) accumulate<f32, weighted>(v[j], by[j], sum);
+                if (i + j < count) accumulate<f32, extras>(v[j], by[j], sum);
             }
         }
         if (at >= row_bytes) continue;
-        finish_column<f32>(result, at, sum);
+        finish_column<f32, extras>(result, at, sum);
     }
 }
 
@@ -143,7 +159,7 @@ __device__ __forceinline__ Result result_of(const epcomm_cuda_combine& call, int
 }
 
 /// Sum one token's row.
-template <bool f32, bool weighted>
+template <bool f32, bool extras>
 __device__ __forceinline__ void sum_token_plain(const epcomm_cuda_combine& call,
                                                 const Offer* offers, const Copies& copies,
                                                 int token) {
@@ -152,9 +168,9 @@ __device__ __forceinline__ void sum_token_plain(const epcomm_cuda_combine& call,
     if (lane_id() < copies.count) {
         const Offer& offer = offers[copies.rank];
         row = offer.rows + int64_t(copies.row) * call.row_bytes;
-        if (weighted && offer.weights != nullptr) weight = offer.weights[copies.row];
+        if (extras && offer.weights != nullptr) weight = offer.weights[copies.row];
     }
-    sum_many<f32, weighted>(row, weight, copies.count, call.row_bytes, result_of(call, token));
+    sum_many<f32, extras>(row, weight, copies.count, call.row_bytes, result_of(call, token));
 }
 
 }  // namespace epcomm

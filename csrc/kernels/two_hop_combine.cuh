@@ -25,16 +25,16 @@ __device__ __forceinline__ WireRecord wire_record(const TwoHopSum& sum, uint8_t*
 }
 
 /// Sum the node's rows of one received record into one to send.
-template <class Formats, bool weighted>
+template <class Formats, bool extras>
 __device__ __forceinline__ void reduce_record(const TwoHopSum& sum, const CopyList& copies,
                                               uint8_t* record) {
     constexpr bool f32 = Formats::f32;
     const epcomm_cuda_combine& call = sum.all.call;
-    const NearRows rows = near_rows<weighted>(copies, sum.offers, call.row_bytes);
+    const NearRows rows = near_rows<extras>(copies, sum.offers, call.row_bytes);
     for (int first = 0; first < call.row_bytes; first += kSumColumns * 32 * 16) {
         Sums<f32> sums;
         sums.clear();
-        sum_near<f32, weighted, kFrugal<Formats::wire>>(rows, first, call.row_bytes, &sums);
+        sum_near<f32, extras, kFrugal<Formats::wire>>(rows, first, call.row_bytes, &sums);
         store_wire<f32, Formats::wire>(sums, first, call.row_bytes, wire_record(sum, record));
     }
     const int K = call.world.num_topk;
@@ -47,7 +47,7 @@ __device__ __forceinline__ void reduce_record(const TwoHopSum& sum, const CopyLi
 }
 
 /// Reduce one record for a rail peer; the warp that completes a chunk sends it.
-template <class Kind, class Formats, bool weighted>
+template <class Kind, class Formats, bool extras>
 __device__ __forceinline__ bool return_record(const TwoHopSum& sum, int node, int slot) {
     const epcomm_cuda_combine& call = sum.all.call;
     const epcomm_cuda_rail& rail = sum.all.rail;
@@ -58,7 +58,7 @@ __device__ __forceinline__ bool return_record(const TwoHopSum& sum, int node, in
     delay_row(call.world, slot);
     const CopyList copies = load_list(sum.all.hops.forwarded + at * K, K, call.layout);
     uint8_t* record = rail.send + staging_offset<Kind>(chunking, node, slot, record_bytes);
-    reduce_record<Formats, weighted>(sum, copies, record);
+    reduce_record<Formats, extras>(sum, copies, record);
     count_item(call.world);
     return written<Kind>(call.world, rail, {node, slot, 1}, sum.all.hops.received[peer],
                          record_bytes, sum.what);
@@ -68,10 +68,10 @@ __device__ __forceinline__ bool return_record(const TwoHopSum& sum, int node, in
 __host__ __device__ inline int combine_senders(int warps) { return warps < 4 ? 1 : warps / 2; }
 
 /// Role: reduce for the rail peers.
-template <class Kind, class Formats, bool weighted>
+template <class Kind, class Formats, bool extras>
 __device__ inline bool return_records(const TwoHopSum& sum) {
     const auto send = [&](const Records& one) {
-        return return_record<Kind, Formats, weighted>(sum, one.node, one.slot);
+        return return_record<Kind, Formats, extras>(sum, one.node, one.slot);
     };
     const epcomm_cuda_rail& rail = sum.all.rail;
     const int32_t* received = sum.all.hops.received;
@@ -135,14 +135,14 @@ struct RawColumns {
 /// Sum columns of a token over the nodes in their order, where the wire has the rows' format: the
 /// first record's loads are on their way while the node's own rows are summed, each other's while
 /// the one before it is added. `before`: how many nodes are before this one.
-template <bool f32, bool weighted>
+template <bool f32, bool extras>
 __device__ __forceinline__ void sum_ahead(const NearRows& rows, const FarRecords& far, int before,
                                           int first, int row_bytes, Sums<f32>* total) {
     RawColumns next;
     if (far.count != 0) next.load(far.at(0), first, row_bytes);
     Sums<f32> part;
     part.clear();
-    sum_near<f32, weighted, true>(rows, first, row_bytes, &part);
+    sum_near<f32, extras, true>(rows, first, row_bytes, &part);
     for (int i = 0; i <= far.count; ++i) {
         if (i == before && rows.lanes != 0) total->add(part);
         if (i == far.count) break;
@@ -156,27 +156,27 @@ __device__ __forceinline__ void sum_ahead(const NearRows& rows, const FarRecords
 }
 
 /// Sum one token over the nodes in their order, add the biases and store the result.
-template <class Formats, bool weighted>
+template <class Formats, bool extras>
 __device__ __forceinline__ void finish_token(const TwoHopSum& sum, int token,
                                              const CopyList& copies, const FarRecords& far) {
     constexpr bool f32 = Formats::f32;
     const epcomm_cuda_combine& call = sum.all.call;
     const int own = sum.all.rail.chunking.node;
-    const NearRows rows = near_rows<weighted>(copies, sum.offers, call.row_bytes);
+    const NearRows rows = near_rows<extras>(copies, sum.offers, call.row_bytes);
     const int before = __popc(__ballot_sync(kWarp, far.node >= 0 && far.node < own));
     const Result result = result_of(call, token);
     for (int first = 0; first < call.row_bytes; first += kSumColumns * 32 * 16) {
         Sums<f32> total;
         total.clear();
         if constexpr (Formats::kRaw) {
-            sum_ahead<f32, weighted>(rows, far, before, first, call.row_bytes, &total);
+            sum_ahead<f32, extras>(rows, far, before, first, call.row_bytes, &total);
         } else {
             for (int i = 0; i <= far.count; ++i) {
                 if (i == before && rows.lanes != 0) {
                     Sums<f32> part;
                     part.clear();
-                    sum_near<f32, weighted, kFrugal<Formats::wire>>(rows, first, call.row_bytes,
-                                                                    &part);
+                    sum_near<f32, extras, kFrugal<Formats::wire>>(rows, first, call.row_bytes,
+                                                                  &part);
                     total.add(part);
                 }
                 if (i == far.count) break;
@@ -187,7 +187,7 @@ __device__ __forceinline__ void finish_token(const TwoHopSum& sum, int token,
 #pragma unroll
         for (int u = 0; u < kSumColumns; ++u) {
             const int at = column_at(first, u);
-            if (at < call.row_bytes) finish_column<f32>(result, at, total.column[u]);
+            if (at < call.row_bytes) finish_column<f32, extras>(result, at, total.column[u]);
         }
     }
 }
@@ -228,7 +228,7 @@ __device__ __forceinline__ bool read_records(const TwoHopSum& sum, int token) {
 }
 
 /// Role: finish this rank's own tokens.
-template <class Kind, class Formats, bool weighted>
+template <class Kind, class Formats, bool extras>
 __device__ inline bool finish_tokens(const TwoHopSum& sum) {
     const epcomm_cuda_combine& call = sum.all.call;
     const int K = call.world.num_topk;
@@ -244,7 +244,7 @@ __device__ inline bool finish_tokens(const TwoHopSum& sum) {
         FarRecords far;
         if (!far_records<Kind>(sum, token, &arrivals, &far)) return false;
         count_item(call.world);
-        finish_token<Formats, weighted>(sum, token, copies, far);
+        finish_token<Formats, extras>(sum, token, copies, far);
         if (call.topk_weights != nullptr) finish_weights(sum, token, copies, far);
         if constexpr (Kind::kBounded) {
             if (!read_records<Kind>(sum, token)) return false;
@@ -252,16 +252,16 @@ __device__ inline bool finish_tokens(const TwoHopSum& sum) {
     }
 }
 
-template <class Kind, class Formats, bool weighted>
+template <class Kind, class Formats, bool extras>
 __device__ __forceinline__ bool combine_two_hop(const TwoHopSum& sum) {
     const epcomm_cuda_world& world = sum.all.call.world;
     if (!Kind::kBounded || warp_id() < combine_senders(int(blockDim.x >> 5))) {
         begin_role(world, EPCOMM_CUDA_ROLE_REDUCE);
-        if (!return_records<Kind, Formats, weighted>(sum)) return false;
+        if (!return_records<Kind, Formats, extras>(sum)) return false;
         end_role(world);
     }
     begin_role(world, EPCOMM_CUDA_ROLE_FINISH);
-    const bool ok = finish_tokens<Kind, Formats, weighted>(sum);
+    const bool ok = finish_tokens<Kind, Formats, extras>(sum);
     end_role(world);
     return ok;
 }
@@ -303,17 +303,16 @@ __global__ void __launch_bounds__(kTwoHopSumThreads<Kind>, 1)
     delay(world, kDelayAnnounced);
     const int verdict = judge_combine(call, epoch);
     if (verdict == EPCOMM_CUDA_OK) {
-        const bool weighted = find_offers(call, epoch, offers);
+        const bool extras = has_extras(call, find_offers(call, epoch, offers));
         what.phase = EPCOMM_PHASE_RETURN;
         SendShare* share = nullptr;
         if constexpr (Kind::kBounded) {
             share = deal_share(all.rail, shared_bytes, combine_senders(int(blockDim.x >> 5)));
         }
         const TwoHopSum sum = {all, offers, share, what};
-        // Weights of one change no bit.
         constexpr bool kAlways = Formats::wire == kAnyWire;
-        const bool ok = kAlways || weighted ? combine_two_hop<Kind, Formats, true>(sum)
-                                            : combine_two_hop<Kind, Formats, kAlways>(sum);
+        const bool ok = kAlways || extras ? combine_two_hop<Kind, Formats, true>(sum)
+                                          : combine_two_hop<Kind, Formats, kAlways>(sum);
         if (!__syncthreads_and(ok)) return;
     }
     delay(world, kDelayMoved);

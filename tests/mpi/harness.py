@@ -25,8 +25,9 @@ class Case:
         routing: "uniform", "skewed" (low experts are hot), "one rank" (all tokens to rank 0's
             experts), "sparse" (most choices dropped) or "dropped" (all of them).
         tokens: per rank, repeated as needed.
-        values: of rows: "normal", or "any magnitude": tiles of zeros, and around any power of two,
-            subnormals included, that leaves room for sums.
+        values: of rows: "normal"; "any magnitude": tiles of zeros, and around any power of two,
+            subnormals included, that leaves room for sums; "around zero": zeros of both signs, and
+            BF16's smallest numbers.
         packed: pass a (FP8, scales) pair with these scales: "f32" or "ue8m0".
     """
 
@@ -80,6 +81,11 @@ def draw_rows(rows: int, case: Case, rng: np.random.Generator) -> torch.Tensor:
         scale = 2.0**exponent * (rng.random(shape) > 0.1)
         scale = scale.reshape(rows, shape[1] * TILE)[:, : case.hidden]
         values = (values * scale).astype(np.float32)
+    if case.values == "around zero":
+        least = np.float32(2.0**-133)
+        values = rng.choice(
+            np.array([-0.0, -0.0, -0.0, 0.0, least, -least], np.float32), values.shape
+        )
     return torch.from_numpy(values).to(case.dtype)
 
 

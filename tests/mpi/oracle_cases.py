@@ -22,6 +22,10 @@ CASES = {
     "row weights by expert": Case(1, row_weights=True, layout="expert", dtype=torch.float32),
     "one bias": Case(1, num_bias=1),
     "two biases": Case(1, num_bias=2, dtype=torch.float32),
+    "zeros of both signs": Case(1, hidden=1288, values="around zero"),
+    "zeros of both signs, weights, one bias": Case(
+        1, hidden=1288, values="around zero", row_weights=True, num_bias=1
+    ),
     "logfmt8": Case(1, hidden=200, wire="logfmt8"),
     "logfmt10": Case(1, hidden=136, wire="logfmt10"),
     "logfmt8 of any magnitude": Case(1, hidden=392, wire="logfmt8", values="any magnitude"),
