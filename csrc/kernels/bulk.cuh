@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "memory.cuh"
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define EPCOMM_BULK 1
 #else
@@ -16,10 +18,6 @@ namespace epcomm {
 
 // L2 hint of rows that this kernel touches once (the encoding createpolicy makes).
 constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-    return uint32_t(__cvta_generic_to_shared(p));
-}
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)));

@@ -23,11 +23,8 @@ __device__ __forceinline__ unsigned rows_of_list(int local, int layout) {
     return __ballot_sync(kWarp, local >= 0 && (layout == EPCOMM_LAYOUT_EXPERT || first));
 }
 
-/// Entry `lane` of a list of K entries closed by rank -1.
-__device__ __forceinline__ CopyList load_list(const epcomm_cuda_dest* list, int num_topk,
-                                              int layout) {
-    epcomm_cuda_dest mine = {-1, -1, -1};
-    if (lane_id() < num_topk) mine = list[lane_id()];
+/// The list of which each lane has loaded an entry; rank -1: none.
+__device__ __forceinline__ CopyList list_of_entries(const epcomm_cuda_dest& mine, int layout) {
     CopyList copies;
     copies.local = mine.rank;
     copies.choice = mine.choice;

@@ -55,6 +55,37 @@ __device__ __forceinline__ void store_once(void* address, uint4 v) {
                  : "memory");
 }
 
+/// An address in shared memory, as instructions take it.
+using SharedAddress = uint32_t;
+
+__device__ __forceinline__ SharedAddress shared_address(const void* pointer) {
+    return uint32_t(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ uint4 load_shared(SharedAddress from) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(from)
+                 : "memory");
+    return v;
+}
+
+/// Copy 16 bytes without waiting, in the group that the next copy_async_commit() closes.
+__device__ __forceinline__ void copy_async(SharedAddress to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void copy_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+/// Wait until this lane has at most `pending` groups under way.
+template <int pending>
+__device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
 /// Wait until what is before this kernel on its stream has ended and its stores are seen: the
 /// host lets blocks come to their SMs earlier, see launch.cuh.
 __device__ __forceinline__ void await_stream() {

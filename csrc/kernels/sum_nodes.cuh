@@ -62,8 +62,8 @@ __device__ __forceinline__ int column_at(int first, int u) {
 /// Sum the node's rows into cleared `sums`. The whole warp.
 ///
 /// A load that a lane may skip leaves its registers as they were, which keeps them alive in the
-/// loops around this one. `frugal` clears them first, where others need these 32 registers.
-template <bool f32, bool weighted, bool frugal>
+/// loops around this one; so they are cleared first.
+template <bool f32, bool weighted>
 __device__ __forceinline__ void sum_near(const NearRows& rows, int first, int row_bytes,
                                          Sums<f32>* sums) {
     unsigned left = rows.lanes;
@@ -76,10 +76,8 @@ __device__ __forceinline__ void sum_near(const NearRows& rows, int first, int ro
             const int from = left == 0 ? 0 : __ffs(int(left)) - 1;
             const uint8_t* row = shuffle_pointer(rows.row, from);
             by[i] = __shfl_sync(kWarp, rows.weight, from);
-            if constexpr (frugal) {
 #pragma unroll
-                for (int u = 0; u < kSumColumns; ++u) v[i][u] = {};
-            }
+            for (int u = 0; u < kSumColumns; ++u) v[i][u] = {};
             if (left == 0) continue;
             left &= left - 1;
             ++count;

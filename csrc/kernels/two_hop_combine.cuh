@@ -8,6 +8,8 @@
 
 #include "call.cuh"
 #include "credits.cuh"
+#include "seats.cuh"
+#include "terms.cuh"
 #include "wire.cuh"
 
 namespace epcomm {
@@ -16,6 +18,7 @@ namespace epcomm {
 struct TwoHopSum {
     const epcomm_cuda_two_hop_combine& all;
     const Offer* offers;
+    uint8_t* sums;     ///< shared memory of all warps, where records hold rows as they are
     SendShare* share;  ///< this warp's, if it sends and staging is bounded
     Waiting what;
 };
@@ -30,14 +33,24 @@ __device__ __forceinline__ void reduce_record(const TwoHopSum& sum, const CopyLi
                                               uint8_t* record) {
     constexpr bool f32 = Formats::f32;
     const epcomm_cuda_combine& call = sum.all.call;
-    const NearRows rows = near_rows<extras>(copies, sum.offers, call.row_bytes);
-    for (int first = 0; first < call.row_bytes; first += kSumColumns * 32 * 16) {
-        Sums<f32> sums;
-        sums.clear();
-        sum_near<f32, extras, kFrugal<Formats::wire>>(rows, first, call.row_bytes, &sums);
-        store_wire<f32, Formats::wire>(sums, first, call.row_bytes, wire_record(sum, record));
-    }
     const int K = call.world.num_topk;
+    if constexpr (Formats::kRaw) {
+        const SumPlace place(sum.sums);
+        const int near = list_near<extras>(copies, sum.offers, call.row_bytes, place.list);
+        __syncwarp();
+        sum_terms<f32, extras>({near, near, 0}, place, call.row_bytes,
+                               [&](int at, auto& row, auto from_first) {
+                                   store_once(record + at, narrow<f32, from_first>(row));
+                               });
+    } else {
+        const NearRows rows = near_rows<extras>(copies, sum.offers, call.row_bytes);
+        for (int first = 0; first < call.row_bytes; first += kSumColumns * 32 * 16) {
+            Sums<f32> sums;
+            sums.clear();
+            sum_near<f32, extras>(rows, first, call.row_bytes, &sums);
+            store_wire<f32, Formats::wire>(sums, first, call.row_bytes, wire_record(sum, record));
+        }
+    }
     if (!call.announcement.with_weights) return;
     float weight = 0.0f;
     near_weight(copies, sum.offers, K, call.layout, &weight);
@@ -46,22 +59,31 @@ __device__ __forceinline__ void reduce_record(const TwoHopSum& sum, const CopyLi
     }
 }
 
-/// Reduce one record for a rail peer; the warp that completes a chunk sends it.
+/// Reduce records for a rail peer; the warp that completes a chunk sends it.
 template <class Kind, class Formats, bool extras>
-__device__ __forceinline__ bool return_record(const TwoHopSum& sum, int node, int slot) {
+__device__ __forceinline__ bool return_some(const TwoHopSum& sum, const Records& records) {
     const epcomm_cuda_combine& call = sum.all.call;
     const epcomm_cuda_rail& rail = sum.all.rail;
     const epcomm_chunking& chunking = rail.chunking;
     const int K = call.world.num_topk, record_bytes = sum.all.record.bytes;
-    const int peer = epcomm_peer_index(chunking.node, node);
-    const int64_t at = int64_t(peer) * chunking.max_records + slot;
-    delay_row(call.world, slot);
-    const CopyList copies = load_list(sum.all.hops.forwarded + at * K, K, call.layout);
-    uint8_t* record = rail.send + staging_offset<Kind>(chunking, node, slot, record_bytes);
-    reduce_record<Formats, extras>(sum, copies, record);
-    count_item(call.world);
-    return written<Kind>(call.world, rail, {node, slot, 1}, sum.all.hops.received[peer],
-                         record_bytes, sum.what);
+    const int peer = epcomm_peer_index(chunking.node, records.node);
+    const Seat seat(K, records.count);
+    Copy copy = {-1, -1, -1};
+    if (seat.taken) {
+        const int64_t at = int64_t(peer) * chunking.max_records + records.slot + seat.row;
+        const epcomm_cuda_dest dest = sum.all.hops.forwarded[at * K + seat.k];
+        copy = {dest.rank, dest.choice, dest.row};
+    }
+    uint8_t* first =
+        rail.send + staging_offset<Kind>(chunking, records.node, records.slot, record_bytes);
+    for (int r = 0; r < records.count; ++r) {
+        delay_row(call.world, records.slot + r);
+        count_item(call.world);
+        reduce_record<Formats, extras>(sum, list_of_row(copy, r, K, call.layout),
+                                       first + int64_t(r) * record_bytes);
+    }
+    return written<Kind>(call.world, rail, records, sum.all.hops.received[peer], record_bytes,
+                         sum.what);
 }
 
 /// Warps of a block that send first where staging is bounded.
@@ -70,8 +92,8 @@ __host__ __device__ inline int combine_senders(int warps) { return warps < 4 ? 1
 /// Role: reduce for the rail peers.
 template <class Kind, class Formats, bool extras>
 __device__ inline bool return_records(const TwoHopSum& sum) {
-    const auto send = [&](const Records& one) {
-        return return_record<Kind, Formats, extras>(sum, one.node, one.slot);
+    const auto send = [&](const Records& records) {
+        return return_some<Kind, Formats, extras>(sum, records);
     };
     const epcomm_cuda_rail& rail = sum.all.rail;
     const int32_t* received = sum.all.hops.received;
@@ -79,11 +101,33 @@ __device__ inline bool return_records(const TwoHopSum& sum) {
         return send_as_credited<Kind>(sum.all.call.world, rail, received, sum.share, sum.what,
                                       send);
     } else {
-        return send_in_turn(rail, received, 1, send);
+        const int K = sum.all.call.world.num_topk;
+        return send_in_turn(rail, received, records_together(rail.chunking, K), send);
     }
 }
 
-/// A token's records: lane i < F holds the node and the address of the i-th, in order of nodes.
+/// One of this rank's tokens. What the lanes have of it is on its way while another is summed.
+struct OwnToken {
+    int token;             ///< -1: there are no more
+    epcomm_cuda_dest row;  ///< lane k < K: an entry of the list of its rows in this node
+    epcomm_cuda_far far;   ///< lane i < F: its i-th record, in order of nodes; node -1: none
+};
+
+/// The next token. The whole warp.
+template <class Dealer>
+__device__ __forceinline__ OwnToken next_token(const TwoHopSum& sum, Dealer& dealer) {
+    const epcomm_cuda_combine& call = sum.all.call;
+    const int K = call.world.num_topk, F = sum.all.hops.max_far;
+    uint32_t* dealt = &own_control(call.world)->dealt;
+    const int taken = lane_id() == 0 ? dealer.take(dealt, call.routes.num_tokens) : 0;
+    OwnToken next = {__shfl_sync(kWarp, taken, 0), {-1, -1, -1}, {-1, -1}};
+    if (next.token < 0) return next;
+    if (lane_id() < K) next.row = call.routes.dests[int64_t(next.token) * K + lane_id()];
+    if (lane_id() < F) next.far = sum.all.hops.far[int64_t(next.token) * F + lane_id()];
+    return next;
+}
+
+/// A token's records: lane i < count holds the node and the address of the i-th.
 struct FarRecords {
     int count;
     int node;
@@ -95,15 +139,12 @@ struct FarRecords {
     }
 };
 
-/// Load a token's records once they have come. The whole warp; false: gave up.
+/// Wait for a token's records. The whole warp; false: gave up.
 template <class Kind>
-__device__ __forceinline__ bool far_records(const TwoHopSum& sum, int token, Arrivals* arrivals,
-                                            FarRecords* far) {
+__device__ __forceinline__ bool far_records(const TwoHopSum& sum, const epcomm_cuda_far& mine,
+                                            Arrivals* arrivals, FarRecords* far) {
     const epcomm_cuda_rail& rail = sum.all.rail;
     const epcomm_chunking& chunking = rail.chunking;
-    const int F = sum.all.hops.max_far;
-    epcomm_cuda_far mine = {-1, -1};
-    if (lane_id() < F) mine = sum.all.hops.far[int64_t(token) * F + lane_id()];
     far->count = __popc(__ballot_sync(kWarp, mine.node >= 0));
     far->node = mine.node;
     far->record = nullptr;
@@ -119,76 +160,66 @@ __device__ __forceinline__ bool far_records(const TwoHopSum& sum, int token, Arr
     return true;
 }
 
-/// A lane's columns of a record that holds the row as it is.
-struct RawColumns {
-    uint4 column[kSumColumns];
-
-    __device__ __forceinline__ void load(const uint8_t* record, int first, int row_bytes) {
-#pragma unroll
-        for (int u = 0; u < kSumColumns; ++u) {
-            const int at = column_at(first, u);
-            column[u] = at < row_bytes ? load_once(record + at) : uint4{};
-        }
-    }
-};
-
-/// Sum columns of a token over the nodes in their order, where the wire has the rows' format: the
-/// first record's loads are on their way while the node's own rows are summed, each other's while
-/// the one before it is added. `before`: how many nodes are before this one.
-template <bool f32, bool extras>
-__device__ __forceinline__ void sum_ahead(const NearRows& rows, const FarRecords& far, int before,
-                                          int first, int row_bytes, Sums<f32>* total) {
-    RawColumns next;
-    if (far.count != 0) next.load(far.at(0), first, row_bytes);
-    Sums<f32> part;
-    part.clear();
-    sum_near<f32, extras, true>(rows, first, row_bytes, &part);
-    for (int i = 0; i <= far.count; ++i) {
-        if (i == before && rows.lanes != 0) total->add(part);
-        if (i == far.count) break;
-        const RawColumns raw = next;
-        if (i + 1 < far.count) next.load(far.at(i + 1), first, row_bytes);
-#pragma unroll
-        for (int u = 0; u < kSumColumns; ++u) {
-            accumulate<f32, false>(raw.column[u], 1.0f, total->column[u]);
-        }
-    }
-}
-
-/// Sum one token over the nodes in their order, add the biases and store the result.
+/// Sum one token over the nodes in their order, add the biases and store the result. `before`: how
+/// many of its records are of nodes before this one.
 template <class Formats, bool extras>
-__device__ __forceinline__ void finish_token(const TwoHopSum& sum, int token,
-                                             const CopyList& copies, const FarRecords& far) {
+__device__ __forceinline__ void finish_raw(const TwoHopSum& sum, int token, const CopyList& copies,
+                                           const FarRecords& far, int before) {
     constexpr bool f32 = Formats::f32;
     const epcomm_cuda_combine& call = sum.all.call;
-    const int own = sum.all.rail.chunking.node;
+    const SumPlace place(sum.sums);
+    const int near = list_near<extras>(copies, sum.offers, call.row_bytes, place.list);
+    if (lane_id() < far.count) {
+        place.list->row[near + lane_id()] = far.record;
+        if constexpr (extras) place.list->weight[near + lane_id()] = 1.0f;
+    }
+    __syncwarp();
+    const Result result = result_of(call, token);
+    sum_terms<f32, extras>({near + far.count, near, before}, place, call.row_bytes,
+                           [&](int at, auto& row, auto from_first) {
+                               finish_column<f32, extras, from_first>(result, at, row);
+                           });
+}
+
+/// The same for records of any format.
+template <class Formats, bool extras>
+__device__ __forceinline__ void finish_any(const TwoHopSum& sum, int token, const CopyList& copies,
+                                           const FarRecords& far, int before) {
+    constexpr bool f32 = Formats::f32;
+    const epcomm_cuda_combine& call = sum.all.call;
     const NearRows rows = near_rows<extras>(copies, sum.offers, call.row_bytes);
-    const int before = __popc(__ballot_sync(kWarp, far.node >= 0 && far.node < own));
     const Result result = result_of(call, token);
     for (int first = 0; first < call.row_bytes; first += kSumColumns * 32 * 16) {
         Sums<f32> total;
         total.clear();
-        if constexpr (Formats::kRaw) {
-            sum_ahead<f32, extras>(rows, far, before, first, call.row_bytes, &total);
-        } else {
-            for (int i = 0; i <= far.count; ++i) {
-                if (i == before && rows.lanes != 0) {
-                    Sums<f32> part;
-                    part.clear();
-                    sum_near<f32, extras, kFrugal<Formats::wire>>(rows, first, call.row_bytes,
-                                                                  &part);
-                    total.add(part);
-                }
-                if (i == far.count) break;
-                const WireRecord record = wire_record(sum, far.at(i));
-                add_wire<f32, Formats::wire>(record, first, call.row_bytes, &total);
+        for (int i = 0; i <= far.count; ++i) {
+            if (i == before && rows.lanes != 0) {
+                Sums<f32> part;
+                part.clear();
+                sum_near<f32, extras>(rows, first, call.row_bytes, &part);
+                total.add(part);
             }
+            if (i == far.count) break;
+            const WireRecord record = wire_record(sum, far.at(i));
+            add_wire<f32, Formats::wire>(record, first, call.row_bytes, &total);
         }
 #pragma unroll
         for (int u = 0; u < kSumColumns; ++u) {
             const int at = column_at(first, u);
             if (at < call.row_bytes) finish_column<f32, extras>(result, at, total.column[u]);
         }
+    }
+}
+
+template <class Formats, bool extras>
+__device__ __forceinline__ void finish_token(const TwoHopSum& sum, int token,
+                                             const CopyList& copies, const FarRecords& far) {
+    const int own = sum.all.rail.chunking.node;
+    const int before = __popc(__ballot_sync(kWarp, far.node >= 0 && far.node < own));
+    if constexpr (Formats::kRaw) {
+        finish_raw<Formats, extras>(sum, token, copies, far, before);
+    } else {
+        finish_any<Formats, extras>(sum, token, copies, far, before);
     }
 }
 
@@ -212,18 +243,14 @@ __device__ __forceinline__ void finish_weights(const TwoHopSum& sum, int token,
 
 /// Say of a token's records that they have been read. The whole warp; false: the fabric failed.
 template <class Kind>
-__device__ __forceinline__ bool read_records(const TwoHopSum& sum, int token) {
+__device__ __forceinline__ bool read_records(const TwoHopSum& sum, const epcomm_cuda_far& mine) {
     const epcomm_cuda_rail& rail = sum.all.rail;
-    const int F = sum.all.hops.max_far;
-    bool ok = true;
     __syncwarp();
-    if (lane_id() < F) {
-        const epcomm_cuda_far mine = sum.all.hops.far[int64_t(token) * F + lane_id()];
-        ok = mine.node < 0 ||
-             read_record<Kind>(sum.all.call.world, rail, mine.node, mine.slot,
-                               sum.all.hops.sent[epcomm_peer_index(rail.chunking.node, mine.node)],
-                               sum.what);
-    }
+    const bool ok =
+        mine.node < 0 ||
+        read_record<Kind>(sum.all.call.world, rail, mine.node, mine.slot,
+                          sum.all.hops.sent[epcomm_peer_index(rail.chunking.node, mine.node)],
+                          sum.what);
     return __all_sync(kWarp, ok) != 0;
 }
 
@@ -231,25 +258,24 @@ __device__ __forceinline__ bool read_records(const TwoHopSum& sum, int token) {
 template <class Kind, class Formats, bool extras>
 __device__ inline bool finish_tokens(const TwoHopSum& sum) {
     const epcomm_cuda_combine& call = sum.all.call;
-    const int K = call.world.num_topk;
-    uint32_t* dealt = &own_control(call.world)->dealt;
-    auto dealer = dealer_of<Kind>(dealt);
+    auto dealer = dealer_of<Kind>(&own_control(call.world)->dealt);
     Arrivals arrivals;
-    while (true) {
-        int token = lane_id() == 0 ? dealer.take(dealt, call.routes.num_tokens) : 0;
-        token = __shfl_sync(kWarp, token, 0);
-        if (token < 0) return true;
-        const CopyList copies = load_list(call.routes.dests + int64_t(token) * K, K, call.layout);
-        delay_row(call.world, token);
+    OwnToken next = next_token(sum, dealer);
+    while (next.token >= 0) {
+        const OwnToken own = next;
+        next = next_token(sum, dealer);
+        const CopyList copies = list_of_entries(own.row, call.layout);
+        delay_row(call.world, own.token);
         FarRecords far;
-        if (!far_records<Kind>(sum, token, &arrivals, &far)) return false;
+        if (!far_records<Kind>(sum, own.far, &arrivals, &far)) return false;
         count_item(call.world);
-        finish_token<Formats, extras>(sum, token, copies, far);
-        if (call.topk_weights != nullptr) finish_weights(sum, token, copies, far);
+        finish_token<Formats, extras>(sum, own.token, copies, far);
+        if (call.topk_weights != nullptr) finish_weights(sum, own.token, copies, far);
         if constexpr (Kind::kBounded) {
-            if (!read_records<Kind>(sum, token)) return false;
+            if (!read_records<Kind>(sum, own.far)) return false;
         }
     }
+    return true;
 }
 
 template <class Kind, class Formats, bool extras>
@@ -266,22 +292,28 @@ __device__ __forceinline__ bool combine_two_hop(const TwoHopSum& sum) {
     return ok;
 }
 
-/// Credits take registers, of which fewer threads have more each.
-template <class Kind>
-constexpr int kTwoHopSumThreads = Kind::kBounded ? 384 : 512;
+/// Credits take registers, as do float32 rows and formats found at run time; fewer threads have
+/// more each.
+template <class Kind, class Formats>
+constexpr int kTwoHopSumThreads = Formats::kRaw && !Formats::f32 && !Kind::kBounded ? 640 : 512;
 
-/// Dynamic shared memory: shares of the warps that send.
-template <class Kind>
-__host__ inline int64_t two_hop_combine_shared(const epcomm_cuda_two_hop_combine& all,
-                                               int threads) {
-    if constexpr (!Kind::kBounded) return 0;
-    const int senders = combine_senders(threads / 32);
-    return int64_t(senders) *
-           SendShare::bytes(all.rail.chunking.num_nodes - 1, all.call.num_blocks * senders);
+/// Dynamic shared memory: where warps sum | shares of the warps that send.
+template <class Formats>
+__host__ __device__ inline int64_t two_hop_sums_bytes(int warps) {
+    return Formats::kRaw ? warps * kTermsBytes : 0;
 }
 
 template <class Kind, class Formats>
-__global__ void __launch_bounds__(kTwoHopSumThreads<Kind>, 1)
+__host__ inline int64_t two_hop_combine_shared(const epcomm_cuda_two_hop_combine& all, int warps) {
+    const int64_t sums = two_hop_sums_bytes<Formats>(warps);
+    if constexpr (!Kind::kBounded) return sums;
+    const int senders = combine_senders(warps);
+    return sums + int64_t(senders) * SendShare::bytes(all.rail.chunking.num_nodes - 1,
+                                                      all.call.num_blocks * senders);
+}
+
+template <class Kind, class Formats>
+__global__ void __launch_bounds__(kTwoHopSumThreads<Kind, Formats>, 1)
     two_hop_combine_kernel(const __grid_constant__ epcomm_cuda_two_hop_combine all) {
     __shared__ Offer offers[EPCOMM_CUDA_MAX_LOCAL];
     extern __shared__ __align__(128) uint8_t shared_bytes[];
@@ -307,9 +339,11 @@ __global__ void __launch_bounds__(kTwoHopSumThreads<Kind>, 1)
         what.phase = EPCOMM_PHASE_RETURN;
         SendShare* share = nullptr;
         if constexpr (Kind::kBounded) {
-            share = deal_share(all.rail, shared_bytes, combine_senders(int(blockDim.x >> 5)));
+            const int warps = int(blockDim.x >> 5);
+            share = deal_share(all.rail, shared_bytes + two_hop_sums_bytes<Formats>(warps),
+                               combine_senders(warps));
         }
-        const TwoHopSum sum = {all, offers, share, what};
+        const TwoHopSum sum = {all, offers, shared_bytes, share, what};
         constexpr bool kAlways = Formats::wire == kAnyWire;
         const bool ok = kAlways || extras ? combine_two_hop<Kind, Formats, true>(sum)
                                           : combine_two_hop<Kind, Formats, kAlways>(sum);

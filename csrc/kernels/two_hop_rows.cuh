@@ -4,8 +4,8 @@
 
 #include "choices.cuh"
 #include "credits.cuh"
-#include "labels.cuh"
 #include "move.cuh"
+#include "seats.cuh"
 
 namespace epcomm {
 
@@ -16,18 +16,6 @@ struct TwoHop {
     uint32_t* area;    ///< this warp's, for a row's scales, when packing
     SendShare* share;  ///< this warp's, if it sends and staging is bounded
     Waiting what;
-};
-
-/// A lane's place: choice `k` of row `row` of those at hand.
-struct Seat {
-    int row;
-    int k;
-    bool taken;  ///< there is such a row
-
-    __device__ __forceinline__ Seat(int num_topk, int rows)
-        : row(lane_id() / num_topk), k(lane_id() % num_topk), taken(row < rows && k < num_topk) {
-        taken = taken && row < 32 / num_topk;
-    }
 };
 
 /// Ids and weights of the lanes' choices of `token`, each lane's own.
@@ -42,35 +30,10 @@ __device__ __forceinline__ Labels labels_of_tokens(const epcomm_cuda_dispatch& c
     return labels;
 }
 
-/// Row `row`'s of what the lanes have of all rows: lane k gets choice k's, others `none`.
-template <typename T>
-__device__ __forceinline__ T of_row(T mine, int row, int num_topk, T none) {
-    const T found = __shfl_sync(kWarp, mine, (row * num_topk + lane_id()) & 31);
-    return lane_id() < num_topk ? found : none;
-}
-
 __device__ __forceinline__ Labels labels_of_row(const Labels& all, int row, int num_topk) {
     return {of_row(all.expert, row, num_topk, -1), of_row(all.weight, row, num_topk, 0.0f),
             __shfl_sync(kWarp, all.source_rank, row * num_topk),
             __shfl_sync(kWarp, all.source_token, row * num_topk)};
-}
-
-/// An entry of a row's list of copies; local -1: none.
-struct Copy {
-    int local;
-    int choice;
-    int row;
-};
-
-__device__ __forceinline__ CopyList list_of_row(const Copy& all, int row, int num_topk,
-                                                int layout) {
-    CopyList copies;
-    copies.local = of_row(all.local, row, num_topk, -1);
-    copies.choice = of_row(all.choice, row, num_topk, -1);
-    copies.row = of_row(all.row, row, num_topk, -1);
-    copies.count = __popc(__ballot_sync(kWarp, copies.local >= 0));
-    copies.rows = rows_of_list(copies.local, layout);
-    return copies;
 }
 
 /// The row of `token` as it enters the first hop.

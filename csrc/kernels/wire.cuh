@@ -1,6 +1,7 @@
 // Sums to records and back, in every format of the wire.
 #pragma once
 
+#include "columns.cuh"
 #include "logfmt_record.cuh"
 #include "sum_nodes.cuh"
 
@@ -128,10 +129,6 @@ __device__ __forceinline__ void add_logfmt(const logfmt::Row& row, int first, Su
 /// Any format, looked at for each part of a record: for what is not worth a kernel of its own.
 constexpr int kAnyWire = -1;
 
-/// Whether a kernel with this wire has registers to spare for loads that lanes skip.
-template <int wire>
-constexpr bool kFrugal = wire == kAnyWire || kLogfmtBits<wire> != 0;
-
 /// A record and what is known of it.
 struct WireRecord {
     uint8_t* bytes;
@@ -192,17 +189,24 @@ struct Formats {
     static constexpr bool kRaw = wire == (f32 ? EPCOMM_FORMAT_F32 : EPCOMM_FORMAT_BF16);
 };
 
+/// Whether sums are sent in a format.
+__host__ __device__ inline bool is_wire(int format) {
+    return format == EPCOMM_FORMAT_F32 || format == EPCOMM_FORMAT_BF16 ||
+           format == EPCOMM_FORMAT_LOGFMT8 || format == EPCOMM_FORMAT_LOGFMT10;
+}
+
 /// Call `with` with the `Formats` of the kernel for such rows and such a wire. `few`: without the
-/// kernels for the usual wires, which are as fast as can be and take a minute to compile. Null for
-/// a format that combines do not send.
+/// kernels for records that hold rows as they are, in which a column has room for `num_topk` rows.
 template <bool few, class With>
-auto with_formats(bool f32, int wire, const With& with) {
-    const bool known = wire == EPCOMM_FORMAT_F32 || wire == EPCOMM_FORMAT_BF16 ||
-                       wire == EPCOMM_FORMAT_LOGFMT8 || wire == EPCOMM_FORMAT_LOGFMT10;
-    if (!known) return decltype(with(Formats<true, kAnyWire>()))(nullptr);
+auto with_formats(bool f32, int wire, int num_topk, const With& with) {
     if constexpr (!few) {
-        if (f32 && wire == EPCOMM_FORMAT_F32) return with(Formats<true, EPCOMM_FORMAT_F32>());
-        if (!f32 && wire == EPCOMM_FORMAT_BF16) return with(Formats<false, EPCOMM_FORMAT_BF16>());
+        const bool room = num_topk <= kPullCopies;
+        if (room && f32 && wire == EPCOMM_FORMAT_F32) {
+            return with(Formats<true, EPCOMM_FORMAT_F32>());
+        }
+        if (room && !f32 && wire == EPCOMM_FORMAT_BF16) {
+            return with(Formats<false, EPCOMM_FORMAT_BF16>());
+        }
     }
     return f32 ? with(Formats<true, kAnyWire>()) : with(Formats<false, kAnyWire>());
 }

@@ -13,8 +13,10 @@ from ..native import combine_record, dispatch_record
 from . import abi
 from .rail import fill_record
 
-#: Warps of a block; the two-hop kernels move rows by plain loads, which need many.
-_WARPS = 16
+#: Warps of a block. A dispatch moves rows by plain loads, which need many; a combine takes as many
+#: as the kernel for its formats has registers for.
+_DISPATCH_WARPS = 16
+_COMBINE_WARPS = 20
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,9 @@ class TwoHopBlocks:
         """
         call.routes.max_dests = self._config.num_topk
         if hops is not None and name == "dispatch":
-            call.num_warps = _WARPS
+            call.num_warps = _DISPATCH_WARPS
         if hops is not None and name == "combine":
-            call.num_threads = 32 * _WARPS
+            call.num_threads = 32 * _COMBINE_WARPS
         block = self._blocks[name]
         block.put("call", ctypes.addressof(call), ctypes.sizeof(call))
         block.put("hops", *_bytes_of(self._no_hops if hops is None else hops.block))

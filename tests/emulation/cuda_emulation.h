@@ -74,6 +74,13 @@ using Place = ucontext_t;
 inline void change_place(Place* from, Place* to) { swapcontext(from, to); }
 #endif
 
+/// Asked for and not waited for.
+struct AsyncCopy {
+    void* to;
+    const void* from;
+    uint64_t group;
+};
+
 struct Fiber {
     Place place;
     std::unique_ptr<char[]> stack;
@@ -82,6 +89,8 @@ struct Fiber {
     // It is not run while this word has this value.
     const uint64_t* waits_on = nullptr;
     uint64_t waits_while = 0;
+    std::vector<AsyncCopy> copies;
+    uint64_t copy_groups = 0;  // closed
 };
 
 struct Block {

@@ -25,6 +25,32 @@ inline void store_relaxed(uint64_t* address, uint64_t value) {
 inline uint4 load_once(const void* address) { return *static_cast<const uint4*>(address); }
 inline void store_once(void* address, uint4 v) { *static_cast<uint4*>(address) = v; }
 inline void await_stream() {}
+
+using SharedAddress = uintptr_t;
+
+inline SharedAddress shared_address(const void* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer);
+}
+inline uint4 load_shared(SharedAddress from) { return *reinterpret_cast<const uint4*>(from); }
+
+inline void copy_async(SharedAddress to, const void* from) {
+    emulation::Fiber* self = emulation::block->current;
+    self->copies.push_back({reinterpret_cast<void*>(to), from, self->copy_groups});
+}
+inline void copy_async_commit() { ++emulation::block->current->copy_groups; }
+
+/// Copies are made as late as they may be, of what lies there then.
+template <int pending>
+void copy_async_wait() {
+    emulation::Fiber* self = emulation::block->current;
+    auto& copies = self->copies;
+    size_t made = 0;
+    for (; made < copies.size() && copies[made].group + pending < self->copy_groups; ++made) {
+        *static_cast<uint4*>(copies[made].to) = *static_cast<const uint4*>(copies[made].from);
+    }
+    copies.erase(copies.begin(), copies.begin() + long(made));
+}
+
 inline uint64_t now_ns() {
     timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);

@@ -53,7 +53,7 @@ void (*kernel_of(const emulated_launch& launch))(const void*) {
     const auto* call = static_cast<const Call*>(launch.call);
     const bool f32 = call->call.announcement.format == EPCOMM_FORMAT_F32;
     return epcomm::with_formats<Kind::kFewKernels>(
-        f32, call->call.announcement.wire, [](auto formats) {
+        f32, call->call.announcement.wire, call->call.world.num_topk, [](auto formats) {
             return run_kernel<Call, epcomm::two_hop_combine_kernel<Kind, decltype(formats)>>;
         });
 }
