@@ -33,7 +33,7 @@ def formats_of(case: Case) -> tuple[WireFormat, WireFormat]:
     return given, given if case.quantize is None else _QUANTIZED[case.quantize]
 
 
-def _array(tensor: torch.Tensor | None) -> np.ndarray | None:
+def array_of(tensor: torch.Tensor | None) -> np.ndarray | None:
     return None if tensor is None else np.ascontiguousarray(tensor.numpy())
 
 
@@ -65,14 +65,14 @@ def check_case(
             "fixed_rows": fixed,
             "warps": warps,
         }
-        topk_idx, weights = mine.topk_idx.numpy(), _array(mine.topk_weights)
+        topk_idx, weights = mine.topk_idx.numpy(), array_of(mine.topk_weights)
         y = (
             oracle.to_bytes(out.y),
             WireFormat.F32 if case.dtype == torch.float32 else WireFormat.BF16,
         )
         extra: dict[str, Any] = {
-            "weights": _array(out.weights),
-            "topk_weights": _array(out.topk_weights),
+            "weights": array_of(out.weights),
+            "topk_weights": array_of(out.topk_weights),
             "bias": [oracle.to_bytes(b) for b in out.bias],
             "warps": warps,
         }
@@ -120,7 +120,7 @@ def queue_dispatch(
             given,
             fmt,
             mine.topk_idx.numpy(),
-            _array(mine.topk_weights),
+            array_of(mine.topk_weights),
             status=int(rank.topology.rank == refusing),
         )
     return inputs

@@ -1,7 +1,8 @@
-// The dispatch inside a node as host code, by loads and stores instead of bulk copies. Built into a
-// library that the tests drive from Python.
+// Dispatch and combine inside a node as host code, rows dispatched by loads and stores instead of
+// bulk copies. Built into a library that the tests drive from Python.
 #include <chrono>
 
+#include "../../csrc/kernels/combine.cuh"
 #include "../../csrc/kernels/dispatch.cuh"
 #include "cuda_emulation.h"
 
@@ -22,7 +23,8 @@ typedef struct {
     int32_t warps;
     int32_t layout_warps;
     int32_t delay_us;  ///< before it
-    const epcomm_cuda_dispatch* call;
+    const epcomm_cuda_dispatch* dispatch;
+    const epcomm_cuda_combine* combine;  ///< if it is one
 } node_launch;
 
 }  // extern "C"
@@ -33,6 +35,20 @@ struct Arguments {
     epcomm_cuda_dispatch call;
     epcomm::DispatchPlan plan;
 };
+
+template <bool f32, bool many>
+void run_combine(const void* pointer) {
+    const auto& call = *static_cast<const epcomm_cuda_combine*>(pointer);
+    epcomm::combine_kernel<f32, many>(call, epcomm::plan_combine(call));
+}
+
+void (*kernel_of(const epcomm_cuda_combine& call))(const void*) {
+    const bool many = call.routes.max_dests > epcomm::kPullCopies;
+    if (call.announcement.format == EPCOMM_FORMAT_F32) {
+        return many ? run_combine<true, true> : run_combine<true, false>;
+    }
+    return many ? run_combine<false, true> : run_combine<false, false>;
+}
 
 template <int packing>
 void run_kernel(const void* pointer) {
@@ -50,11 +66,17 @@ void (*kernel_of(const epcomm_cuda_dispatch& call))(const void*) {
 }
 
 void run_launch(const node_launch& launch, uint64_t seed) {
-    Arguments arguments = {*launch.call, {}};
-    const bool packs = launch.call->announcement.format != launch.call->input_format;
-    arguments.plan.scale_bytes = packs ? launch.call->row.scale_bytes : 0;
+    if (launch.combine != nullptr) {
+        emulation::run_blocks(launch.blocks, launch.warps, seed, launch.combine,
+                              kernel_of(*launch.combine));
+        return;
+    }
+    const epcomm_cuda_dispatch& call = *launch.dispatch;
+    Arguments arguments = {call, {}};
+    const bool packs = call.announcement.format != call.input_format;
+    arguments.plan.scale_bytes = packs ? call.row.scale_bytes : 0;
     arguments.plan.layout_warps = launch.layout_warps;
-    emulation::run_blocks(launch.blocks, launch.warps, seed, &arguments, kernel_of(*launch.call));
+    emulation::run_blocks(launch.blocks, launch.warps, seed, &arguments, kernel_of(call));
 }
 
 }  // namespace

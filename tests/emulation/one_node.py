@@ -1,4 +1,4 @@
-"""Ranks of one node whose dispatch kernels run on the host: memory, parameters and launches."""
+"""Ranks of one node whose kernels run on the host: memory, parameters and launches."""
 
 import ctypes
 from functools import cache
@@ -10,6 +10,7 @@ from kernels import Kernels, RankMemory, RouteArrays, compile_kernels
 
 from epcomm import native
 from epcomm.backend import Config
+from epcomm.cpu.window import combine_parts
 from epcomm.formats.wire import WireFormat
 from epcomm.native import constants
 
@@ -34,7 +35,8 @@ class _Launch(ctypes.Structure):
         ("warps", ctypes.c_int32),
         ("layout_warps", ctypes.c_int32),
         ("delay_us", ctypes.c_int32),
-        ("call", ctypes.c_void_p),
+        ("dispatch", ctypes.c_void_p),
+        ("combine", ctypes.c_void_p),
     ]
 
 
@@ -74,11 +76,11 @@ class Node:
         counts = {len(rank.queue) for rank in self.ranks}
         (count,) = counts
         launches = (_Launch * (count * len(self.ranks)))()
-        queue = [call for rank in self.ranks for call in rank.queue]
-        for launch, call in zip(launches, queue, strict=True):
+        queue = [one for rank in self.ranks for one in rank.queue]
+        for launch, (name, call) in zip(launches, queue, strict=True):
             launch.blocks, launch.warps = self.blocks, self.warps
             launch.layout_warps, launch.delay_us = self.layout_warps, int(rng.integers(0, 3000))
-            launch.call = call.ctypes.data
+            setattr(launch, name, call.ctypes.data)
         self.library.emulate_node(ctypes.addressof(launches), len(self.ranks), count, seed)
         for rank in self.ranks:
             rank.queue.clear()
@@ -92,18 +94,19 @@ class Rank(RankMemory):
         E = node.config.num_experts
         super().__init__(node.kernels, 1, num_ranks, E)
         self.bins = np.zeros((node.blocks, 1 + num_ranks + E), np.int32)
-        self.window = aligned(1 << 21)
-        self.queue: list[np.ndarray] = []
+        self.window, self.exposed = aligned(1 << 21), aligned(1 << 21)
+        self.queue: list[tuple[str, np.ndarray]] = []
         self.number = 0
 
     def connect(self, timeout: float) -> None:
         """Fill in the block that names other ranks' memory."""
         ranks = self.node.ranks
-        table = np.array([[rank.window.ctypes.data] for rank in ranks], np.uint64)
+        windows = [[rank.window.ctypes.data, rank.exposed.ctypes.data] for rank in ranks]
+        table = np.array(windows, np.uint64)
         world = np.zeros((), self.node.dtypes["world"])
         world["rank"] = world["local_rank"] = self.rank
         world["num_ranks"] = world["num_local"] = self.num_ranks
-        world["num_nodes"] = world["num_windows"] = 1
+        world["num_nodes"], world["num_windows"] = 1, 2
         world["num_experts"] = self.node.config.num_experts
         world["num_topk"] = self.node.config.num_topk
         world["timeout_ns"] = int(timeout * 1e9)
@@ -153,10 +156,56 @@ class Rank(RankMemory):
         call["scales"] = 0 if scales is None else scales.ctypes.data
         call["topk_weights"] = 0 if weights is None else weights.ctypes.data
         call["input_format"], call["announce"] = input_format, cached
-        self.queue.append(call)
+        self.queue.append(("dispatch", call))
         routes.row = row
         self.keep += [x, weights, scales, routes, call]
         return routes
+
+    def combine(
+        self,
+        routes: "Routes",
+        y: np.ndarray,
+        fmt: WireFormat,
+        *,
+        weights: np.ndarray | None = None,
+        topk_weights: np.ndarray | None = None,
+        bias: list[np.ndarray] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Queue a combine of rows ``y`` (bytes); returns where its results will be."""
+        config, bias = self.node.config, bias or []
+        by_expert, tokens = bool(routes.row["layout"]), len(routes.topk_idx)
+        parts = combine_parts(len(y), y.shape[1], config.num_topk, by_expert)
+        for array, start in (
+            (y, parts.x),
+            (weights, parts.row_weights),
+            (topk_weights, parts.topk_weights),
+        ):
+            if array is not None:
+                self.exposed[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+        call = np.zeros((), self.node.dtypes["combine"])
+        call["world"] = self.world.reshape(1).view(np.uint8)
+        announced = call["announcement"].view(native.dtypes["announcement"]).reshape(())
+        announced["op"], announced["format"] = constants["OP_COMBINE"], fmt
+        announced["layout"], announced["wire"] = int(by_expert), fmt
+        announced["with_weights"] = topk_weights is not None
+        announced["window_serial"], announced["row_weights"] = 1, weights is not None
+        announced["window_bytes"] = self.exposed.nbytes
+        announced["rows_offset"] = parts.x
+        announced["weights_offset"] = parts.row_weights
+        announced["topk_offset"] = parts.topk_weights
+        out = np.zeros((tokens, y.shape[1]), np.uint8)
+        back = None
+        if topk_weights is not None:
+            back = np.full((tokens, config.num_topk), np.nan, np.float32)
+            call["topk_weights"] = back.ctypes.data
+        self.number += 1
+        call["number"] = self.number
+        call["routes"] = routes.block.reshape(1).view(np.uint8)
+        call["bias"][: len(bias)] = [b.ctypes.data for b in bias]
+        call["out"], call["row_bytes"], call["layout"] = out.ctypes.data, y.shape[1], int(by_expert)
+        self.queue.append(("combine", call))
+        self.keep += [routes, call, out, back, *bias]
+        return out, back
 
     def received(self, routes: "Routes", fixed_rows: int = -1) -> dict[str, np.ndarray]:
         """What lies in this rank's window after a dispatch."""
