@@ -9,8 +9,7 @@ namespace epcomm {
 
 /// Rows a column has room for; sums of more are made by plain loads.
 constexpr int kPullCopies = 8;
-constexpr int kPullStages = 2;    ///< columns of a warp; more were measured to change nothing
-constexpr int kColumn = 32 * 16;  ///< bytes a warp takes at once
+constexpr int kPullStages = 2;  ///< columns of a warp; more were measured to change nothing
 
 /// A column whose rows have come: this lane's 16 bytes of each.
 struct Column {

@@ -138,5 +138,6 @@ __device__ __forceinline__ int lane_id() { return int(threadIdx.x & 31); }
 __device__ __forceinline__ int warp_id() { return int(threadIdx.x >> 5); }
 
 constexpr unsigned kWarp = 0xffffffffu;
+constexpr int kColumn = 32 * 16;  ///< bytes of a warp's accesses of 16 bytes
 
 }  // namespace epcomm

@@ -1,37 +1,44 @@
-// Moving a row's bytes from one place to several by 16-byte loads and stores. Enough loads of a
-// warp are in flight that 16 warps keep an SM's share of the memory busy: a packed row of H = 7168
-// takes two trips to memory, its scales come with the first. Nothing has to drain between two rows.
+// Moving a row's bytes from one place to several by 16-byte loads and stores, with nothing that has
+// to drain between two rows.
 #pragma once
 
 #include "pack_round.cuh"
 
 namespace epcomm {
 
-constexpr int kMoveUnroll = 7;  ///< 16-byte loads a lane has in flight
+constexpr int kMoveUnroll = 7;  ///< columns of which a lane holds its part
+constexpr int kMoveBatch = kMoveUnroll * kColumn;
 
 __device__ __forceinline__ uint8_t* shuffle_pointer(uint8_t* pointer, int lane) {
     return reinterpret_cast<uint8_t*>(
         __shfl_sync(kWarp, reinterpret_cast<unsigned long long>(pointer), lane));
 }
 
-/// Copy `bytes` (a multiple of 16) to the `to` of every lane in `lanes`. The whole warp.
+/// Store what lanes hold of a row of `bytes` (a multiple of 16) from byte `first` on, at the `to`
+/// of every lane in `lanes`. The whole warp.
+__device__ __forceinline__ void store_batch(const uint4 (&v)[kMoveUnroll], int first, int bytes,
+                                            unsigned lanes, uint8_t* to) {
+    const int at = first + lane_id() * 16;
+    for (unsigned left = lanes; left != 0; left &= left - 1) {
+        uint8_t* base = shuffle_pointer(to, __ffs(int(left)) - 1) + at;
+#pragma unroll
+        for (int u = 0; u < kMoveUnroll; ++u) {
+            if (at + u * kColumn < bytes) store_once(base + u * kColumn, v[u]);
+        }
+    }
+}
+
+/// Copy a row. The whole warp.
 __device__ __forceinline__ void move_row(const uint8_t* from, int bytes, unsigned lanes,
                                          uint8_t* to) {
-    constexpr int kColumn = 32 * 16;
-    for (int first = 0; first < bytes; first += kMoveUnroll * kColumn) {
+    for (int first = 0; first < bytes; first += kMoveBatch) {
         const int at = first + lane_id() * 16;
         uint4 v[kMoveUnroll];
 #pragma unroll
         for (int u = 0; u < kMoveUnroll; ++u) {
             if (at + u * kColumn < bytes) v[u] = load_once(from + at + u * kColumn);
         }
-        for (unsigned left = lanes; left != 0; left &= left - 1) {
-            uint8_t* base = shuffle_pointer(to, __ffs(int(left)) - 1) + at;
-#pragma unroll
-            for (int u = 0; u < kMoveUnroll; ++u) {
-                if (at + u * kColumn < bytes) store_once(base + u * kColumn, v[u]);
-            }
-        }
+        store_batch(v, first, bytes, lanes, to);
     }
 }
 
@@ -103,34 +110,6 @@ __device__ __forceinline__ void load_words(uint32_t (&held)[kHeldWords], const u
     for (int i = 0; i < kHeldWords; ++i) {
         const int w = i * 32 + lane_id();
         held[i] = w < count ? from[w] : 0;
-    }
-}
-
-/// Where a row comes from and goes to, by lane.
-struct Move {
-    const uint8_t* rows;    ///< of the one source
-    const uint32_t* words;  ///< its scales, if they are not made on the way
-    unsigned lanes;
-    uint8_t* to;
-    uint8_t* scales_to;
-};
-
-/// `packing`: 0 rows as they are, 1 from BF16, 2 from float32. `bytes` are the source's;
-/// `area` is this warp's in shared memory, for the scales. The whole warp.
-template <int packing>
-__device__ __forceinline__ void move_with_scales(const Move& move, int bytes, int scale_words,
-                                                 bool power_of_two, uint32_t* area) {
-    uint32_t held[kHeldWords];
-    if constexpr (packing == 0) {
-        load_words(held, move.words, scale_words);
-        move_row(move.rows, bytes, move.lanes, move.to);
-        store_words(held, move.words, scale_words, move.lanes, move.scales_to);
-    } else {
-        pack_and_move_row<packing == 2>(move.rows, bytes / (packing == 2 ? 4 : 2), power_of_two,
-                                        move.lanes, move.to, area);
-        load_words(held, area, scale_words);
-        store_words(held, area, scale_words, move.lanes, move.scales_to);
-        __syncwarp();
     }
 }
 

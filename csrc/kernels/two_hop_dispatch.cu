@@ -5,7 +5,11 @@
 namespace epcomm {
 
 template <int packing>
-int launch_two_hop_packing(const epcomm_cuda_two_hop_dispatch& all, cudaStream_t stream) {
+int launch_two_hop_packing(epcomm_cuda_two_hop_dispatch all, cudaStream_t stream) {
+    // Fewer warps where shared memory is smaller than sm_90's.
+    while (all.call.num_warps > 2 && two_hop_dispatch_shared(all, packing) > shared_limit()) {
+        --all.call.num_warps;
+    }
     const int64_t bytes = two_hop_dispatch_shared(all, packing);
     if (bytes > shared_limit()) return cudaErrorInvalidValue;
     return with_staging_kind(all.rail, [&](auto kind) {

@@ -15,10 +15,6 @@ namespace epcomm {
 
 constexpr int kTwoHopThreads = 512;
 
-__device__ __forceinline__ bool makes_power_of_two(const epcomm_cuda_dispatch& call) {
-    return call.announcement.format == EPCOMM_FORMAT_FP8_UE8M0;
-}
-
 /// Write records for another node; the warp that completes a chunk sends it.
 template <class Kind, int packing>
 __device__ __forceinline__ bool write_records(const TwoHop& hop, const Records& records) {
@@ -32,6 +28,12 @@ __device__ __forceinline__ bool write_records(const TwoHop& hop, const Records& 
         token = all.hops.token_of[int64_t(peer) * chunking.max_records + records.slot + seat.row];
         index = all.hops.index[int64_t(token) * K + seat.k];
     }
+    const auto source = [&](int row) {
+        return row_of_token(call, __shfl_sync(kWarp, token, row * K));
+    };
+    // Rows that are packed come through registers.
+    const unsigned fed = packing == 0 ? (1u << records.count) - 1 : 0;
+    RowFeed feed(source, fed, call.row.row_bytes, hop.feed);
     uint8_t* first = all.rail.send +
                      staging_offset<Kind>(chunking, records.node, records.slot, all.record.bytes);
     write_record_labels(hop, seat, records.node, first + int64_t(seat.row) * all.record.bytes,
@@ -44,8 +46,11 @@ __device__ __forceinline__ bool write_records(const TwoHop& hop, const Records& 
         move.lanes = 1;
         move.to = first + int64_t(r) * all.record.bytes;
         move.scales_to = move.to + all.record.scales;
-        move_with_scales<packing>(move, call.row_in_bytes, call.row.scale_bytes / 4,
-                                  makes_power_of_two(call), hop.area);
+        if constexpr (packing == 0) {
+            move_with_scales(move, call.row.scale_bytes / 4, feed);
+        } else {
+            pack_with_scales<packing == 2>(move, call, hop.area);
+        }
     }
     return written<Kind>(call.world, all.rail, records, all.hops.sent[peer], all.record.bytes,
                          hop.what);
@@ -86,6 +91,15 @@ __device__ __forceinline__ void store_tokens(const TwoHop& hop, const Range& tok
             call.routes.dests[int64_t(tokens.first + seat.row) * K + seat.k];
         copy = {dest.rank, dest.choice, dest.row};
     }
+    // Rows without a copy in this node do not come.
+    unsigned fed = 0;
+    const unsigned copies_here = __ballot_sync(kWarp, copy.local >= 0);
+    for (int r = 0; packing == 0 && r < tokens.count; ++r) {
+        const unsigned own = copies_here >> r * K & (K < 32 ? (1u << K) - 1 : kWarp);
+        fed |= unsigned(own != 0) << r;
+    }
+    const auto source = [&](int row) { return row_of_token(call, tokens.first + row); };
+    RowFeed feed(source, fed, call.row.row_bytes, hop.feed);
     const Labels labels = labels_of_tokens(call, seat, tokens.first + seat.row);
     for (int r = 0; r < tokens.count; ++r) {
         const CopyList copies = list_of_row(copy, r, K, call.row.layout);
@@ -94,8 +108,11 @@ __device__ __forceinline__ void store_tokens(const TwoHop& hop, const Range& tok
         Move move = move_of_token(call, tokens.first + r);
         aim(call, hop.targets, copies, &move);
         store_row_labels(call, hop.targets, copies, labels_of_row(labels, r, K));
-        move_with_scales<packing>(move, call.row_in_bytes, call.row.scale_bytes / 4,
-                                  makes_power_of_two(call), hop.area);
+        if constexpr (packing == 0) {
+            move_with_scales(move, call.row.scale_bytes / 4, feed);
+        } else {
+            pack_with_scales<packing == 2>(move, call, hop.area);
+        }
     }
 }
 
@@ -129,6 +146,8 @@ __device__ __forceinline__ bool forward_some(const TwoHop& hop, const Records& r
     const int K = call.world.num_topk, peer = epcomm_peer_index(chunking.node, records.node);
     const uint8_t* first =
         all.rail.receive + staging_offset<Kind>(chunking, records.node, records.slot, layout.bytes);
+    const auto source = [&](int row) { return first + int64_t(row) * layout.bytes; };
+    RowFeed feed(source, (1u << records.count) - 1, call.row.row_bytes, hop.feed);
     const Seat seat(K, records.count);
     Labels labels = {-1, 0.0f, 0, 0};
     int index = -1;
@@ -152,11 +171,10 @@ __device__ __forceinline__ bool forward_some(const TwoHop& hop, const Records& r
         count_item(call.world);
         const CopyList copies = list_of_row(copy, r, K, call.row.layout);
         Move move = {};
-        move.rows = first + int64_t(r) * layout.bytes;
-        move.words = reinterpret_cast<const uint32_t*>(move.rows + layout.scales);
+        move.words = reinterpret_cast<const uint32_t*>(source(r) + layout.scales);
         aim(call, hop.targets, copies, &move);
         store_row_labels(call, hop.targets, copies, labels_of_row(labels, r, K));
-        move_with_scales<0>(move, call.row.row_bytes, call.row.scale_bytes / 4, false, nullptr);
+        move_with_scales(move, call.row.scale_bytes / 4, feed);
     }
     bool ok = true;
     if constexpr (Kind::kBounded) {
@@ -220,10 +238,10 @@ __device__ inline bool move_records(const TwoHop& hop) {
     }
 }
 
-/// Shared memory: targets | scales areas | shares of the warps that send.
+/// Shared memory: feeds | targets | scales areas | shares of the warps that send.
 __host__ __device__ inline int64_t two_hop_dispatch_areas(const epcomm_cuda_dispatch& call,
                                                           int packing) {
-    return int64_t(call.world.num_local) * sizeof(Target) +
+    return int64_t(call.num_warps) * kFeedBytes + int64_t(call.world.num_local) * sizeof(Target) +
            (packing == 0 ? 0 : int64_t(call.num_warps) * call.row.scale_bytes);
 }
 
@@ -242,8 +260,9 @@ __global__ void __launch_bounds__(kTwoHopThreads, 1)
     extern __shared__ __align__(128) uint8_t shared_bytes[];
     const epcomm_cuda_dispatch& call = all.call;
     const epcomm_cuda_world& world = call.world;
-    auto* targets = reinterpret_cast<Target*>(shared_bytes);
-    auto* area = reinterpret_cast<uint32_t*>(shared_bytes + world.num_local * sizeof(Target) +
+    uint8_t* feeds_end = shared_bytes + call.num_warps * kFeedBytes;
+    auto* targets = reinterpret_cast<Target*>(feeds_end);
+    auto* area = reinterpret_cast<uint32_t*>(feeds_end + world.num_local * sizeof(Target) +
                                              (packing == 0 ? 0 : warp_id() * call.row.scale_bytes));
     if (packing != 0) {
         for (int i = lane_id(); i < call.row.scale_bytes / 4; i += 32) area[i] = 0;
@@ -280,7 +299,7 @@ __global__ void __launch_bounds__(kTwoHopThreads, 1)
         __syncthreads();
         clear_unused(call, targets[world.local_rank]);
         what.phase = EPCOMM_PHASE_DATA;
-        const TwoHop hop = {all, targets, area, share, what};
+        const TwoHop hop = {all, targets, area, shared_bytes + warp_id() * kFeedBytes, share, what};
         if (!__syncthreads_and(move_records<Kind, packing>(hop))) return;
     }
     delay(world, kDelayMoved);

@@ -4,7 +4,7 @@
 
 #include "choices.cuh"
 #include "credits.cuh"
-#include "move.cuh"
+#include "feed.cuh"
 #include "seats.cuh"
 
 namespace epcomm {
@@ -14,6 +14,7 @@ struct TwoHop {
     const epcomm_cuda_two_hop_dispatch& all;
     const Target* targets;
     uint32_t* area;    ///< this warp's, for a row's scales, when packing
+    uint8_t* feed;     ///< this warp's, for rows on their way
     SendShare* share;  ///< this warp's, if it sends and staging is bounded
     Waiting what;
 };
@@ -36,13 +37,52 @@ __device__ __forceinline__ Labels labels_of_row(const Labels& all, int row, int 
             __shfl_sync(kWarp, all.source_token, row * num_topk)};
 }
 
+/// Where a row comes from and goes to, by lane.
+struct Move {
+    const uint8_t* rows;    ///< of the one source, if it is packed on the way
+    const uint32_t* words;  ///< its scales, if they are not made on the way
+    unsigned lanes;
+    uint8_t* to;
+    uint8_t* scales_to;
+};
+
+__device__ __forceinline__ const uint8_t* row_of_token(const epcomm_cuda_dispatch& call,
+                                                       int token) {
+    return static_cast<const uint8_t*>(call.x) + int64_t(token) * call.row_in_bytes;
+}
+
 /// The row of `token` as it enters the first hop.
 __device__ __forceinline__ Move move_of_token(const epcomm_cuda_dispatch& call, int token) {
     Move move = {};
-    move.rows = static_cast<const uint8_t*>(call.x) + int64_t(token) * call.row_in_bytes;
+    move.rows = row_of_token(call, token);
     move.words =
         static_cast<const uint32_t*>(call.scales) + int64_t(token) * (call.row.scale_bytes / 4);
     return move;
+}
+
+/// Store the next row that a feed brings, and its scales. The whole warp.
+template <class Source>
+__device__ __forceinline__ void move_with_scales(const Move& move, int scale_words,
+                                                 RowFeed<Source>& feed) {
+    uint32_t held[kHeldWords];
+    load_words(held, move.words, scale_words);
+    move_fed_row(feed, move.lanes, move.to);
+    store_words(held, move.words, scale_words, move.lanes, move.scales_to);
+}
+
+/// The same for a row of BF16 or float32, which is packed on its way. `area`: this warp's in shared
+/// memory, for the scales.
+template <bool f32>
+__device__ __forceinline__ void pack_with_scales(const Move& move, const epcomm_cuda_dispatch& call,
+                                                 uint32_t* area) {
+    const bool power_of_two = call.announcement.format == EPCOMM_FORMAT_FP8_UE8M0;
+    const int scale_words = call.row.scale_bytes / 4;
+    pack_and_move_row<f32>(move.rows, call.row_in_bytes / (f32 ? 4 : 2), power_of_two, move.lanes,
+                           move.to, area);
+    uint32_t held[kHeldWords];
+    load_words(held, area, scale_words);
+    store_words(held, area, scale_words, move.lanes, move.scales_to);
+    __syncwarp();
 }
 
 /// Fill in where the rows of a list go.
