@@ -13,8 +13,8 @@ from ..native import combine_record, dispatch_record
 from . import abi
 from .rail import fill_record
 
-#: Warps of a block, many because they wait for memory; a combine takes as many of them as the kernel
-#: for its formats has registers for.
+#: Warps of a block, many because they wait for memory; a combine takes as many of them as the
+#: kernel for its formats has registers for.
 _DISPATCH_WARPS = 16
 _COMBINE_WARPS = 20
 
