@@ -23,19 +23,19 @@ class Credit:
         self._free = 0
         self._later: deque[int] = deque()  # dispatches after that call
 
-    def spend(self, number: int) -> None:
-        """The dispatch of this number has been launched."""
-        self._later.append(number)
-
-    def left(self) -> int:
-        """Windows of the rank that has fewest; below 0: it may have had none for the last dispatch.
+    def spend(self, number: int) -> int:
+        """The dispatch of this number has been launched.
 
         What a replayed graph reports is an old call's, and says nothing new.
+
+        Returns:
+            Windows left to the rank that has fewest; below 0: it may have had none for this call.
         """
-        number, free = divmod(self._report.free_windows, 1 << abi.constants["FREE_BITS"])
+        judged, free = divmod(self._report.free_windows, 1 << abi.constants["FREE_BITS"])
         later = self._later
-        if number > self._number:
-            self._number, self._free = number, free
-            while later and later[0] <= number:
+        later.append(number)
+        if judged > self._number:
+            self._number, self._free = judged, free
+            while later and later[0] <= judged:
                 later.popleft()
         return self._free - len(later)

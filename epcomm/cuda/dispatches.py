@@ -234,10 +234,10 @@ class Dispatches:
                 )
             serial = None if window is None else window.serial
             core.engine.dispatch_again(form, state.routes, serial, stream, data)
-            core.credit.spend(core.engine.number)
+            left = core.credit.spend(core.engine.number)
             if fixed and not grows:
                 break
-            if window is not None and core.credit.left() >= 0:
+            if window is not None and left >= 0:
                 break
             core.calls.refuse_capture("handle: only one made with fixed_rows can be captured")
             verdict = core.await_verdict()

@@ -296,6 +296,15 @@ def test_cached_calls_do_not_wait_where_the_gpu_keeps_up(buffer, gpu, behind, wa
     assert gpu.waited - waited == waits
 
 
+@pytest.mark.parametrize("fixed_rows", [None, 9])
+def test_dispatches_leave_nothing_behind(buffer, gpu, fixed_rows):
+    # Not only cached calls count windows, and not only their reports are read.
+    credit = buffer._backend._core.credit
+    for _ in range(50):
+        buffer.dispatch(inputs(), choices(), fixed_rows=fixed_rows)
+    assert len(credit._later) <= 1
+
+
 def test_replays_of_a_graph_tell_of_no_windows(buffer, gpu):
     handle = buffer.dispatch(inputs(), choices()).handle
     gpu.free_windows = 3
