@@ -7,6 +7,8 @@ memory is NumPy's, and all ranks' addresses are one process's.
 import ctypes
 import os
 import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from fabrics import aligned
 
 from epcomm import native
 from epcomm.backend import Config
+from epcomm.cpu.window import combine_parts
 from epcomm.formats.wire import WireFormat
+from epcomm.native import constants
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,6 +106,57 @@ class RankMemory:
         self.report = self.report_bytes[: d["report"].itemsize].view(d["report"])[0]
         self.local_expert_rows = self.report_bytes[d["report"].itemsize :].view(np.int32)
         self.keep: list[Any] = []
+
+
+@dataclass(frozen=True)
+class Summed:
+    """What a rank gives to a combine.
+
+    Attributes:
+        y: rows, bytes [M, H * element].
+        fmt: of the rows.
+        weights: of rows, float32 [M].
+        topk_weights: to bring home, float32 [M, K] or [M].
+        bias: bytes [T, H * element] each.
+    """
+
+    y: np.ndarray
+    fmt: WireFormat
+    weights: np.ndarray | None = None
+    topk_weights: np.ndarray | None = None
+    bias: Sequence[np.ndarray] = ()
+
+
+def fill_combine(
+    call: np.ndarray, routes: "RouteArrays", given: Summed, window: np.ndarray, num_topk: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Fill in a block ``combine`` for rows that lie in window 1; returns where results will be."""
+    by_expert, tokens = bool(routes.row["layout"]), len(routes.topk_idx)
+    parts = combine_parts(len(given.y), given.y.shape[1], num_topk, by_expert)
+    for array, start in (
+        (given.y, parts.x),
+        (given.weights, parts.row_weights),
+        (given.topk_weights, parts.topk_weights),
+    ):
+        if array is not None:
+            window[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    announcement = call["announcement"].view(native.dtypes["announcement"]).reshape(())
+    announcement["op"], announcement["format"] = constants["OP_COMBINE"], given.fmt
+    announcement["layout"], announcement["wire"] = int(by_expert), given.fmt
+    announcement["with_weights"] = given.topk_weights is not None
+    announcement["window_serial"], announcement["row_weights"] = 1, given.weights is not None
+    announcement["window_bytes"] = window.nbytes
+    announcement["rows_offset"] = parts.x
+    announcement["weights_offset"] = parts.row_weights
+    announcement["topk_offset"] = parts.topk_weights
+    out = np.zeros((tokens, given.y.shape[1]), np.uint8)
+    back = None
+    if given.topk_weights is not None:
+        back = np.full((tokens, num_topk), np.nan, np.float32)
+        call["topk_weights"] = back.ctypes.data
+    call["bias"][: len(given.bias)] = [b.ctypes.data for b in given.bias]
+    call["out"], call["row_bytes"], call["layout"] = out.ctypes.data, out.shape[1], int(by_expert)
+    return out, back
 
 
 class RouteArrays:

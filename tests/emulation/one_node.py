@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 from fabrics import aligned
-from kernels import Kernels, RankMemory, RouteArrays, compile_kernels
+from kernels import Kernels, RankMemory, RouteArrays, Summed, compile_kernels, fill_combine
 
 from epcomm import native
 from epcomm.backend import Config
-from epcomm.cpu.window import combine_parts
 from epcomm.formats.wire import WireFormat
 from epcomm.native import constants
 
@@ -172,39 +171,15 @@ class Rank(RankMemory):
         bias: list[np.ndarray] | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Queue a combine of rows ``y`` (bytes); returns where its results will be."""
-        config, bias = self.node.config, bias or []
-        by_expert, tokens = bool(routes.row["layout"]), len(routes.topk_idx)
-        parts = combine_parts(len(y), y.shape[1], config.num_topk, by_expert)
-        for array, start in (
-            (y, parts.x),
-            (weights, parts.row_weights),
-            (topk_weights, parts.topk_weights),
-        ):
-            if array is not None:
-                self.exposed[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
         call = np.zeros((), self.node.dtypes["combine"])
         call["world"] = self.world.reshape(1).view(np.uint8)
-        announced = call["announcement"].view(native.dtypes["announcement"]).reshape(())
-        announced["op"], announced["format"] = constants["OP_COMBINE"], fmt
-        announced["layout"], announced["wire"] = int(by_expert), fmt
-        announced["with_weights"] = topk_weights is not None
-        announced["window_serial"], announced["row_weights"] = 1, weights is not None
-        announced["window_bytes"] = self.exposed.nbytes
-        announced["rows_offset"] = parts.x
-        announced["weights_offset"] = parts.row_weights
-        announced["topk_offset"] = parts.topk_weights
-        out = np.zeros((tokens, y.shape[1]), np.uint8)
-        back = None
-        if topk_weights is not None:
-            back = np.full((tokens, config.num_topk), np.nan, np.float32)
-            call["topk_weights"] = back.ctypes.data
+        given = Summed(y, fmt, weights, topk_weights, bias or ())
+        out, back = fill_combine(call, routes, given, self.exposed, self.node.config.num_topk)
         self.number += 1
         call["number"] = self.number
         call["routes"] = routes.block.reshape(1).view(np.uint8)
-        call["bias"][: len(bias)] = [b.ctypes.data for b in bias]
-        call["out"], call["row_bytes"], call["layout"] = out.ctypes.data, y.shape[1], int(by_expert)
         self.queue.append(("combine", call))
-        self.keep += [routes, call, out, back, *bias]
+        self.keep += [routes, call, out, back, bias]
         return out, back
 
     def received(self, routes: "Routes", fixed_rows: int = -1) -> dict[str, np.ndarray]:

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 from fabrics import Fabric, Member, Proxies, aligned, declare
-from kernels import Kernels, RankMemory, RouteArrays, compile_kernels
+from kernels import Kernels, RankMemory, RouteArrays, Summed, compile_kernels, fill_combine
 
 from epcomm import native
 from epcomm.backend import Config
-from epcomm.cpu.window import combine_parts
 from epcomm.cuda import rail
 from epcomm.fabric.abi import constants as fabric_constants
 from epcomm.fabric.abi import dtypes as fabric_dtypes
@@ -276,34 +275,11 @@ class EmulatedRank(RankMemory):
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Queue a combine of rows ``y`` (bytes); returns where its results will be."""
         config = self.config
-        by_expert, tokens = bool(routes.row["layout"]), len(routes.topk_idx)
-        parts = combine_parts(len(y), y.shape[1], config.num_topk, by_expert)
-        window = self.windows[1]
-        for array, start in (
-            (y, parts.x),
-            (weights, parts.row_weights),
-            (topk_weights, parts.topk_weights),
-        ):
-            if array is not None:
-                window[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
         block, call, announcement = self._start("combine")
-        announcement["op"], announcement["format"] = constants["OP_COMBINE"], fmt
-        announcement["layout"], announcement["wire"] = int(by_expert), wire
-        announcement["with_weights"] = topk_weights is not None
-        announcement["window_serial"], announcement["row_weights"] = 1, weights is not None
-        announcement["rows_offset"] = parts.x
-        announcement["weights_offset"] = parts.row_weights
-        announcement["topk_offset"] = parts.topk_weights
-        out = np.zeros((tokens, config.hidden * (4 if fmt == WireFormat.F32 else 2)), np.uint8)
-        back = None
-        if topk_weights is not None:
-            back = np.full((tokens, config.num_topk), np.nan, np.float32)
-            call["topk_weights"] = back.ctypes.data
-        call["bias"][: len(bias or [])] = [b.ctypes.data for b in bias or []]
-        call["out"] = out.ctypes.data
-        call["row_bytes"], call["layout"] = out.shape[1], int(by_expert)
+        given = Summed(y, fmt, weights, topk_weights, bias or ())
+        out, back = fill_combine(call, routes, given, self.windows[1], config.num_topk)
+        announcement["wire"] = wire
         call["num_blocks"], call["num_threads"] = self.world.blocks, 32 * warps
-        announcement["window_bytes"] = window.nbytes
         call["number"] = self.number = self.number + 1
         routes.fill(block, call)
         record = combine_record(wire, config.hidden, config.num_topk, topk_weights is not None)
