@@ -9,32 +9,20 @@ namespace epcomm {
 
 /// Rows a column has room for; sums of more are made by plain loads.
 constexpr int kPullCopies = 8;
-constexpr int kPullStages = 2;  ///< columns of a warp; more were measured to change nothing
 
-/// A column whose rows have come: this lane's 16 bytes of each.
-struct Column {
-    SharedAddress from;
-    int at;  ///< in the row, bytes
-};
-
-/// The columns of a warp, as this lane has them.
+/// Columns of a warp under way or at hand, as this lane has them: its 16 bytes of each row.
 struct ColumnRing {
     SharedAddress first;
     SharedAddress last;
     int column_bytes;  ///< of all rows
 
-    __device__ __forceinline__ ColumnRing(const uint8_t* shared, int rows)
-        : first(shared_address(shared) + lane_id() * 16), column_bytes(rows * kColumn) {
-        last = first + (kPullStages - 1) * column_bytes;
-    }
+    __device__ __forceinline__ ColumnRing(SharedAddress f, int rows, int columns)
+        : first(f), last(f + (columns - 1) * rows * kColumn), column_bytes(rows * kColumn) {}
 
     __device__ __forceinline__ SharedAddress after(SharedAddress column) const {
         return column == last ? first : column + column_bytes;
     }
 };
-
-/// Wait until the oldest column of this lane's ring has arrived: groups of copies are columns.
-__device__ __forceinline__ void wait_oldest_column() { copy_async_wait<kPullStages - 1>(); }
 
 /// A number that a lambda's argument brings as a constant.
 template <int number>
@@ -64,8 +52,8 @@ template <int count, bool f32, bool extras>
 constexpr bool kBeganFirst = kFromFirst<f32, extras> && count > 0;
 
 /// Copy this lane's 16 bytes of `count` rows, `at` bytes into each. `from`: of the rows, for it.
-template <int count>
-__device__ __forceinline__ void load_column(const uint8_t* const (&from)[kPullCopies], int at,
+template <int count, int room>
+__device__ __forceinline__ void load_column(const uint8_t* const (&from)[room], int at,
                                             SharedAddress to) {
 #pragma unroll
     for (int i = 0; i < count; ++i) copy_async(to + i * kColumn, from[i] + at);

@@ -17,25 +17,20 @@ struct RowFeed {
     int bytes;           ///< of a row
     unsigned rows;       ///< of which something has not been asked for
     int at = 0;          ///< in the first of them
-    int asked = 0;       ///< place of the next batch asked for
-    int taken = 0;       ///< and of the next taken
+    int taken = 0;       ///< place of the next batch taken
 
     __device__ __forceinline__ RowFeed(const Source& s, unsigned r, int b, const uint8_t* shared)
         : source(s), ring(shared_address(shared) + lane_id() * 16), bytes(b), rows(r) {
 #pragma unroll
-        for (int i = 0; i + 1 < kFeedDepth; ++i) ask();
-    }
-
-    __device__ __forceinline__ static int after(int place) {
-        return place + 1 == kFeedDepth ? 0 : place + 1;
+        for (int i = 0; i + 1 < kFeedDepth; ++i) ask(i);
     }
 
     /// Ask for the next batch, if there is one. Always closes a group, so that groups are batches.
-    __device__ __forceinline__ void ask() {
+    __device__ __forceinline__ void ask(int place) {
         if (rows != 0) {
             const int own = at + lane_id() * 16;
             const uint8_t* from = source(__ffs(int(rows)) - 1) + own;
-            const SharedAddress to = ring + asked * kMoveBatch;
+            const SharedAddress to = ring + place * kMoveBatch;
 #pragma unroll
             for (int u = 0; u < kMoveUnroll; ++u) {
                 if (own + u * kColumn < bytes) copy_async(to + u * kColumn, from + u * kColumn);
@@ -47,12 +42,11 @@ struct RowFeed {
             }
         }
         copy_async_commit();
-        asked = after(asked);
     }
 
     /// The next batch, `first` bytes into its row.
     __device__ __forceinline__ void take(int first, uint4 (&v)[kMoveUnroll]) {
-        ask();  // to where the last one taken was
+        ask(taken == 0 ? kFeedDepth - 1 : taken - 1);  // where the last one taken was
         copy_async_wait<kFeedDepth - 1>();
         const int own = first + lane_id() * 16;
         const SharedAddress from = ring + taken * kMoveBatch;
@@ -60,7 +54,7 @@ struct RowFeed {
         for (int u = 0; u < kMoveUnroll; ++u) {
             if (own + u * kColumn < bytes) v[u] = load_shared(from + u * kColumn);
         }
-        taken = after(taken);
+        taken = taken + 1 == kFeedDepth ? 0 : taken + 1;
     }
 };
 

@@ -23,14 +23,25 @@ __device__ __forceinline__ unsigned rows_of_list(int local, int layout) {
     return __ballot_sync(kWarp, local >= 0 && (layout == EPCOMM_LAYOUT_EXPERT || first));
 }
 
-/// The list of which each lane has loaded an entry; rank -1: none.
-__device__ __forceinline__ CopyList list_of_entries(const epcomm_cuda_dest& mine, int layout) {
+/// An entry of such a list; local -1: none.
+struct Copy {
+    int local;
+    int choice;
+    int row;
+};
+
+__device__ __forceinline__ Copy copy_of(const epcomm_cuda_dest& dest) {
+    return {dest.rank, dest.choice, dest.row};
+}
+
+/// The list of which each lane has an entry. The whole warp.
+__device__ __forceinline__ CopyList list_of_copies(const Copy& mine, int layout) {
     CopyList copies;
-    copies.local = mine.rank;
+    copies.local = mine.local;
     copies.choice = mine.choice;
     copies.row = mine.row;
-    copies.count = __popc(__ballot_sync(kWarp, mine.rank >= 0));
-    copies.rows = rows_of_list(mine.rank, layout);
+    copies.count = __popc(__ballot_sync(kWarp, mine.local >= 0));
+    copies.rows = rows_of_list(mine.local, layout);
     return copies;
 }
 

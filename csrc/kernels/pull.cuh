@@ -8,6 +8,8 @@
 
 namespace epcomm {
 
+constexpr int kPullStages = 2;  ///< columns of a warp; more were measured to change nothing
+
 /// How the host laid out shared memory.
 struct PullPlan {
     int copies;  ///< a column has room for
@@ -51,7 +53,8 @@ struct Puller {
         : call(c),
           offers(o),
           plan(p),
-          ring(shared + warp_id() * pull_bytes(p), p.copies),
+          ring(shared_address(shared + warp_id() * pull_bytes(p)) + lane_id() * 16, p.copies,
+               kPullStages),
           dealer(),
           token(0),
           offset(c.row_bytes),
@@ -121,11 +124,11 @@ template <bool f32, bool many, bool extras>
 __device__ inline void pull_tokens(const epcomm_cuda_combine& call, const Offer* offers,
                                    const PullPlan& plan, uint8_t* shared) {
     Puller<extras> puller(call, offers, plan, shared);
-    Column column = {puller.ring.first, 0};
+    SharedAddress column = puller.ring.first;
     for (int s = 0; s < kPullStages; ++s) {
-        puller.load(column.from);
+        puller.load(column);
         copy_async_commit();
-        column.from = puller.ring.after(column.from);
+        column = puller.ring.after(column);
     }
     for (int queue = 0;; queue = queue + 1 == kPullTokens ? 0 : queue + 1) {
         const PullToken& entry = puller.tokens[queue];
@@ -141,18 +144,17 @@ __device__ inline void pull_tokens(const epcomm_cuda_combine& call, const Offer*
         // A token with too many copies took one place in the ring, and nothing arrives there.
         const int end = count < 0 ? kColumn : call.row_bytes;
         for (int first = 0; first < end; first += kColumn) {
-            column.at = first + lane_id() * 16;
-            wait_oldest_column();
-            if (count >= 0 && column.at < call.row_bytes) {
+            const int at = first + lane_id() * 16;
+            copy_async_wait<kPullStages - 1>();
+            if (count >= 0 && at < call.row_bytes) {
                 // One look at the count for this column and for the one that takes its place, if
                 // that is of the same token.
                 with_count(count, [&](auto copies) {
                     float sum[kElements<f32>] = {};
-                    sum_column<copies, f32, extras>(entry.weights, column.from, sum);
-                    finish_column<f32, extras, kBeganFirst<copies, f32, extras>>(result, column.at,
-                                                                                 sum);
-                    if (column.at + kPullStages * kColumn < call.row_bytes) {
-                        load_column<copies>(puller.from, puller.offset, column.from);
+                    sum_column<copies, f32, extras>(entry.weights, column, sum);
+                    finish_column<f32, extras, kBeganFirst<copies, f32, extras>>(result, at, sum);
+                    if (at + kPullStages * kColumn < call.row_bytes) {
+                        load_column<copies>(puller.from, puller.offset, column);
                     }
                 });
             }
@@ -160,10 +162,10 @@ __device__ inline void pull_tokens(const epcomm_cuda_combine& call, const Offer*
             if (first + kPullStages * kColumn < end) {
                 puller.offset += kColumn;
             } else {
-                puller.load(column.from);
+                puller.load(column);
             }
             copy_async_commit();
-            column.from = puller.ring.after(column.from);
+            column = puller.ring.after(column);
         }
     }
 }

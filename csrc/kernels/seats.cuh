@@ -23,22 +23,12 @@ __device__ __forceinline__ T of_row(T mine, int row, int num_topk, T none) {
     return lane_id() < num_topk ? found : none;
 }
 
-/// An entry of a row's list of copies; local -1: none.
-struct Copy {
-    int local;
-    int choice;
-    int row;
-};
-
 __device__ __forceinline__ CopyList list_of_row(const Copy& all, int row, int num_topk,
                                                 int layout) {
-    CopyList copies;
-    copies.local = of_row(all.local, row, num_topk, -1);
-    copies.choice = of_row(all.choice, row, num_topk, -1);
-    copies.row = of_row(all.row, row, num_topk, -1);
-    copies.count = __popc(__ballot_sync(kWarp, copies.local >= 0));
-    copies.rows = rows_of_list(copies.local, layout);
-    return copies;
+    return list_of_copies(
+        {of_row(all.local, row, num_topk, -1), of_row(all.choice, row, num_topk, -1),
+         of_row(all.row, row, num_topk, -1)},
+        layout);
 }
 
 }  // namespace epcomm

@@ -86,23 +86,20 @@ __device__ __forceinline__ void sum_parts(const Terms& terms, const float* weigh
 template <int count, bool f32, bool extras, class Store>
 __device__ __forceinline__ void sum_listed(const Terms& terms, const SumPlace& place, int row_bytes,
                                            const Store& store) {
-    constexpr int kStages = kStagesOf<count>, kBytes = count * kColumn;
+    constexpr int kStages = kStagesOf<count>;
+    const ColumnRing ring(place.columns, count, kStages);
     const uint8_t* from[count + 1];
 #pragma unroll
     for (int i = 0; i < count; ++i) from[i] = place.list->row[i] + lane_id() * 16;
-    const auto load = [&](int at, SharedAddress to) {
-#pragma unroll
-        for (int i = 0; i < count; ++i) copy_async(to + i * kColumn, from[i] + at);
-    };
-    const SharedAddress last = place.columns + (kStages - 1) * kBytes;
     const int own = lane_id() * 16;
 #pragma unroll
     for (int s = 0; s < kStages; ++s) {
-        if (s * kColumn + own < row_bytes) load(s * kColumn, place.columns + s * kBytes);
+        const SharedAddress to = ring.first + s * ring.column_bytes;
+        if (s * kColumn + own < row_bytes) load_column<count>(from, s * kColumn, to);
         copy_async_commit();
     }
     const bool in_parts = terms.before > 1 && terms.near > 0;
-    SharedAddress column = place.columns;
+    SharedAddress column = ring.first;
     for (int first = 0; first < row_bytes; first += kColumn) {
         copy_async_wait<kStages - 1>();
         if (first + own < row_bytes) {
@@ -114,10 +111,10 @@ __device__ __forceinline__ void sum_listed(const Terms& terms, const SumPlace& p
             }
             store(first + own, sum, Constant<kBeganFirst<count, f32, extras>>());
             const int next = first + kStages * kColumn;
-            if (next + own < row_bytes) load(next, column);
+            if (next + own < row_bytes) load_column<count>(from, next, column);
         }
         copy_async_commit();
-        column = column == last ? place.columns : column + kBytes;
+        column = ring.after(column);
     }
 }
 

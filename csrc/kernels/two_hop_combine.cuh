@@ -71,8 +71,7 @@ __device__ __forceinline__ bool return_some(const TwoHopSum& sum, const Records&
     Copy copy = {-1, -1, -1};
     if (seat.taken) {
         const int64_t at = int64_t(peer) * chunking.max_records + records.slot + seat.row;
-        const epcomm_cuda_dest dest = sum.all.hops.forwarded[at * K + seat.k];
-        copy = {dest.rank, dest.choice, dest.row};
+        copy = copy_of(sum.all.hops.forwarded[at * K + seat.k]);
     }
     uint8_t* first =
         rail.send + staging_offset<Kind>(chunking, records.node, records.slot, record_bytes);
@@ -264,7 +263,7 @@ __device__ inline bool finish_tokens(const TwoHopSum& sum) {
     while (next.token >= 0) {
         const OwnToken own = next;
         next = next_token(sum, dealer);
-        const CopyList copies = list_of_entries(own.row, call.layout);
+        const CopyList copies = list_of_copies(copy_of(own.row), call.layout);
         delay_row(call.world, own.token);
         FarRecords far;
         if (!far_records<Kind>(sum, own.far, &arrivals, &far)) return false;

@@ -15,6 +15,18 @@ namespace epcomm {
 
 constexpr int kTwoHopThreads = 512;
 
+/// Store the row of a token, and its scales: as `feed` brings it, or packed on its way.
+template <int packing, class Source>
+__device__ __forceinline__ void move_token(const TwoHop& hop, const Move& move,
+                                           RowFeed<Source>& feed) {
+    const epcomm_cuda_dispatch& call = hop.all.call;
+    if constexpr (packing == 0) {
+        move_with_scales(move, call.row.scale_bytes / 4, feed);
+    } else {
+        pack_with_scales<packing == 2>(move, call, hop.area);
+    }
+}
+
 /// Write records for another node; the warp that completes a chunk sends it.
 template <class Kind, int packing>
 __device__ __forceinline__ bool write_records(const TwoHop& hop, const Records& records) {
@@ -46,11 +58,7 @@ __device__ __forceinline__ bool write_records(const TwoHop& hop, const Records& 
         move.lanes = 1;
         move.to = first + int64_t(r) * all.record.bytes;
         move.scales_to = move.to + all.record.scales;
-        if constexpr (packing == 0) {
-            move_with_scales(move, call.row.scale_bytes / 4, feed);
-        } else {
-            pack_with_scales<packing == 2>(move, call, hop.area);
-        }
+        move_token<packing>(hop, move, feed);
     }
     return written<Kind>(call.world, all.rail, records, all.hops.sent[peer], all.record.bytes,
                          hop.what);
@@ -87,9 +95,7 @@ __device__ __forceinline__ void store_tokens(const TwoHop& hop, const Range& tok
     const Seat seat(K, tokens.count);
     Copy copy = {-1, -1, -1};
     if (seat.taken) {
-        const epcomm_cuda_dest dest =
-            call.routes.dests[int64_t(tokens.first + seat.row) * K + seat.k];
-        copy = {dest.rank, dest.choice, dest.row};
+        copy = copy_of(call.routes.dests[int64_t(tokens.first + seat.row) * K + seat.k]);
     }
     // Rows without a copy in this node do not come.
     unsigned fed = 0;
@@ -108,11 +114,7 @@ __device__ __forceinline__ void store_tokens(const TwoHop& hop, const Range& tok
         Move move = move_of_token(call, tokens.first + r);
         aim(call, hop.targets, copies, &move);
         store_row_labels(call, hop.targets, copies, labels_of_row(labels, r, K));
-        if constexpr (packing == 0) {
-            move_with_scales(move, call.row.scale_bytes / 4, feed);
-        } else {
-            pack_with_scales<packing == 2>(move, call, hop.area);
-        }
+        move_token<packing>(hop, move, feed);
     }
 }
 
