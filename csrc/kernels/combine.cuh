@@ -48,6 +48,7 @@ __global__ void __launch_bounds__(kMaxThreads<many>, 1)
         what.phase = EPCOMM_PHASE_RELEASE;
         if (!meet_node(world, false, what)) return;
     }
+    call_next();
     end_call(world, verdict, epoch, call.number, false);
 }
 

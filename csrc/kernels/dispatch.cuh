@@ -107,6 +107,7 @@ __global__ void __launch_bounds__(512, 1)
         const Waiting what = {call.announcement.op, EPCOMM_PHASE_ARRIVE, epoch};
         if (!meet_node(world, true, what)) return;
     }
+    call_next();
     end_call(world, verdict, epoch, call.number, first);
 }
 

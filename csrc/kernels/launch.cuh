@@ -47,9 +47,10 @@ inline bool comes_early() {
 }
 
 /// Launch a kernel that begins with begin_call(). Its blocks come to their SMs as soon as those of
-/// the kernel ahead have left; that this one's stores are seen they wait for in begin_call(). Our
-/// kernels never let the next one come sooner: the SMs it took might be those that a peer's kernel
-/// needs, for which the present one waits.
+/// the kernel ahead have left, or its last one has said that it waits for nobody any more
+/// (call_next()); that this one's stores are seen they wait for in begin_call(). No kernel lets the
+/// next one come sooner: the SMs it took might be those that a peer's kernel needs, for which the
+/// present one waits.
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
            const Arguments&... arguments) {

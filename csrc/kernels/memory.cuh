@@ -94,6 +94,14 @@ __device__ __forceinline__ void await_stream() {
 #endif
 }
 
+/// This block waits for nobody any more: once all of the kernel's blocks have said so or left, the
+/// next kernel's may come to their SMs. They still wait in await_stream() for this one's end.
+__device__ __forceinline__ void call_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ uint64_t now_ns() {
     uint64_t ns;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));

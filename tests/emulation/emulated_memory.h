@@ -25,6 +25,7 @@ inline void store_relaxed(uint64_t* address, uint64_t value) {
 inline uint4 load_once(const void* address) { return *static_cast<const uint4*>(address); }
 inline void store_once(void* address, uint4 v) { *static_cast<uint4*>(address) = v; }
 inline void await_stream() {}
+inline void call_next() {}
 
 using SharedAddress = uintptr_t;
 
