@@ -41,7 +41,7 @@ class CudaBackend:
         raise_together(bootstrap, error)
         device = check_device(bootstrap, options.num_sms, config.num_topk, beside)
         self._release_sms = weakref.finalize(self, device.release)
-        self.tuning = Tuning(num_sms=device.num_sms)
+        self.tuning = Tuning(num_sms=device.num_sms, memory_limits=device.memory_limits)
         self.device = torch.device("cuda", device.index)
         cupy.cuda.Device(device.index).use()
         shape = Shape(topology, config.num_experts, config.num_topk)

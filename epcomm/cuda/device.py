@@ -12,6 +12,8 @@ from .rates import Place, agree_on_rates
 from .requirements import check_driver, check_gpu, check_sharing, debug_delay_ns
 from .sms import Demand, Neighbourhood, check_sms, enough_sms, free_share
 
+#: Part of a GPU's SMs whose bulk copies its memory cannot keep up with.
+_MOST_SMS = 0.9
 #: SMs that the open buffers of this process hold, by GPU.
 _claimed: Counter[str] = Counter()
 
@@ -26,6 +28,8 @@ class Device:
         num_sms: thread blocks a call of this rank uses, held from now on.
         max_sms: SMs of the GPU.
         beside: SMs held for what runs beside the rank's calls.
+        sms_of_calls: thread blocks of a call of all ranks on the GPU together.
+        copies_in_bulk: whether it has the bulk copy engine.
     """
 
     index: int
@@ -33,6 +37,13 @@ class Device:
     num_sms: int
     max_sms: int
     beside: int = 0
+    sms_of_calls: int = 0
+    copies_in_bulk: bool = True
+
+    @property
+    def memory_limits(self) -> bool:
+        """Whether calls hold so many SMs that the GPU's memory limits how fast they move rows."""
+        return self.copies_in_bulk and self.sms_of_calls >= _MOST_SMS * self.max_sms
 
     def release(self) -> None:
         """Give the SMs back to other buffers of this process; once."""
@@ -59,13 +70,14 @@ def check_device(
     """
     error: Exception | None = None
     host = socket.gethostname()
-    identity, sms, index = "", 0, 0
+    identity, sms, index, bulk = "", 0, 0, False
     try:
         debug_delay_ns()
         check_driver()
         index = check_gpu()
         properties = torch.cuda.get_device_properties(index)
         identity, sms = f"{host} {properties.uuid}", properties.multi_processor_count
+        bulk = properties.major >= 9
     except (RuntimeError, ValueError) as caught:
         error = caught
     raise_together(bootstrap, error)
@@ -88,4 +100,5 @@ def check_device(
     raise_together(bootstrap, error)
     mine = share if num_sms is None else num_sms
     _claimed[identity] += mine + beside
-    return Device(index, identity, mine, sms, beside)
+    of_calls = sum(demand.wanted or share for demand in demands)
+    return Device(index, identity, mine, sms, beside, of_calls, bulk)

@@ -15,6 +15,9 @@ from .routes import Shape
 
 #: What a buffer remembers of each kind; callers that never repeat a call gain nothing.
 _REMEMBERED = 64
+#: Bytes of rows in flight that keep an SM's part of the memory's rate, and the fewest warps that
+#: keep up with them, where the calls hold nearly all SMs of a GPU.
+_ENOUGH_UNDER_WAY, _FEWEST_WARPS = 56 * 1024, 4
 #: Formats of rows as the caller has them.
 FORMATS = {torch.float32: WireFormat.F32, torch.bfloat16: WireFormat.BF16}
 _ROW_DTYPE: dict[int, torch.dtype] = {
@@ -32,17 +35,28 @@ class Tuning:
 
     Attributes:
         num_sms: thread blocks of a call; all must be resident at once.
+        memory_limits: whether the ranks' calls together hold so many SMs of their GPU that memory
+            limits a dispatch.
         dispatch_warps, packing_warps: warps of a dispatch block that moves rows as they are, or
-            packs them to FP8.
+            packs them to FP8; at most.
         dispatch_stages: rows in flight per warp, fewer where they do not fit.
         combine_warps: warps of a combine block.
     """
 
     num_sms: int = 16
+    memory_limits: bool = False
     dispatch_warps: int = 8
     packing_warps: int = 14
     dispatch_stages: int = 2
     combine_warps: int = 20
+
+    def moving_warps(self, row_bytes: int) -> int:
+        """Warps of a dispatch block that moves rows of ``row_bytes`` as they are."""
+        if not self.memory_limits:
+            return self.dispatch_warps
+        # More under way than memory needs only lets ranks, and warps, end further apart.
+        needed = -(-_ENOUGH_UNDER_WAY // (self.dispatch_stages * row_bytes))
+        return max(_FEWEST_WARPS, min(needed, self.dispatch_warps))
 
 
 @dataclass(frozen=True)
@@ -124,6 +138,8 @@ class DispatchForm:
         call.input_format = input_format
         packs = input_format != agreed.format
         call.num_warps = tuning.packing_warps if packs else tuning.dispatch_warps
+        if not packs and not self.first:  # a first call counts and places with all its warps
+            call.num_warps = tuning.moving_warps(call.row_in_bytes)
         call.stages = tuning.dispatch_stages
 
     def parts(self, num_rows: int) -> Any:

@@ -58,6 +58,7 @@ class Gpu:
         free_windows: of the rank that has fewest; None: of this one.
         behind: calls launched but not judged until the host waits for one of them.
         capturing: whether streams are.
+        sms_of_calls: that calls of all its ranks hold.
     """
 
     rows: tuple[int, int] = (5, 7)
@@ -65,6 +66,7 @@ class Gpu:
     free_windows: int | None = None
     behind: int = 0
     capturing: bool = False
+    sms_of_calls: int = 64
     launches: list[Launch] = field(default_factory=list)
     copies: list[tuple[int, int, int, int]] = field(default_factory=list)
     ordered: list[tuple[int, int]] = field(default_factory=list)
@@ -273,7 +275,11 @@ def make_buffer(monkeypatch: Any, gpu: Gpu, **config: Any) -> Any:
     device = importlib.import_module("epcomm.cuda.device")
     monkeypatch.setattr(streams, "_find_stream", lambda _: gpu.stream)
     monkeypatch.setattr(
-        backend, "check_device", lambda *_: device.Device(0, "a GPU", num_sms=16, max_sms=132)
+        backend,
+        "check_device",
+        lambda *_: device.Device(
+            0, "a GPU", num_sms=16, max_sms=132, sms_of_calls=gpu.sms_of_calls
+        ),
     )
     monkeypatch.setattr(epcomm.buffer, "make_bootstrap", lambda *_: _Bootstrap())
     buffer = epcomm.buffer.Buffer(

@@ -134,6 +134,25 @@ def test_parameters_of_a_dispatch(buffer, gpu, name, weighted):
     assert again.x.shape == got.x.shape == (options.get("fixed_rows", 5), HIDDEN)
 
 
+@pytest.mark.parametrize(
+    ("held", "hidden", "warps"),
+    [(96, 7168, 8), (118, 7168, 8), (119, 7168, 4), (128, 7168, 4), (128, 14336, 4),
+     (128, 4096, 7), (128, 2048, 8)],
+)  # fmt: skip
+def test_few_warps_move_long_rows_where_calls_hold_the_gpu(monkeypatch, gpu, held, hidden, warps):
+    gpu.sms_of_calls = held
+    buffer = make_buffer(monkeypatch, gpu, hidden=hidden)
+    x = torch.zeros(TOKENS, hidden, dtype=torch.float8_e4m3fn), torch.zeros(TOKENS, hidden // 128)
+    handle = buffer.dispatch(x, choices()).handle
+    buffer.dispatch(x, handle=handle)
+    first, cached = (launch.block for launch in gpu.launches[-2:])
+    # A first call has more to do before rows move.
+    assert (first.num_warps, cached.num_warps) == (8, warps)
+    buffer.dispatch(torch.zeros(TOKENS, hidden, dtype=torch.bfloat16), handle=handle,
+                    quantize="fp8")  # fmt: skip
+    assert gpu.launches[-1].block.num_warps == 14
+
+
 def test_routes_lie_apart_in_memory_that_handles_keep(buffer, gpu):
     results = [buffer.dispatch(inputs(), choices()) for _ in range(3)]
     spans = []
