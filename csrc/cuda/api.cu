@@ -132,7 +132,7 @@ int epcomm_cuda_wait_prepared(const epcomm_cuda_report* report, uint64_t number,
     int64_t look_at = start + kLookEvery;
     while (true) {
         for (int i = 0; i < 1024; ++i) {
-            if (__atomic_load_n(&report->prepared, __ATOMIC_ACQUIRE) == number) return 0;
+            if (__atomic_load_n(&report->prepared, __ATOMIC_ACQUIRE) >= number) return 0;
         }
         if (__atomic_load_n(&report->failed, __ATOMIC_ACQUIRE) != 0) return 1;
         clock_gettime(CLOCK_MONOTONIC, &t);

@@ -346,7 +346,7 @@ EPCOMM_API int epcomm_cuda_versions(int32_t* driver, int32_t* runtime);
 /// Text of a cudaError_t.
 EPCOMM_API const char* epcomm_cuda_error_text(int error);
 
-/// Poll `report->prepared` until it is `number`, `report->failed` is raised (returns 1) or
+/// Poll `report->prepared` until it is `number` or more, `report->failed` is raised (returns 1) or
 /// `timeout_ns` passes (returns 2). Returns 0 on success, and a negative cudaError_t where the
 /// context is unusable.
 EPCOMM_API int epcomm_cuda_wait_prepared(const epcomm_cuda_report* report, uint64_t number,

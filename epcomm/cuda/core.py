@@ -93,19 +93,39 @@ class Core:
         self.calls.synchronize()
         self.engine.report.acknowledged = self.engine.report.refusals
 
+    def await_window(self) -> int:
+        """Wait until every rank is known to have a window for the last dispatch, or its verdict.
+
+        Reports of earlier calls may suffice, so that the host stays ahead of the GPU.
+
+        Returns:
+            The verdict, or OK.
+        """
+        last, judged = self.engine.number, 0
+        while not self.credit.covers(last):
+            judged = self.credit.next_report(judged, last)
+            if judged == last:
+                return self.await_verdict()
+            self._await_report(judged)
+        return abi.constants["OK"]
+
     def await_verdict(self) -> int:
         """Wait until the last call has been judged; returns the verdict.
 
         A combine is judged for the host only where it has no window that will do.
         """
-        if self.engine.wait_prepared(self._timeout + 30.0) != 0:
+        self._await_report(self.engine.number)
+        return int(self.engine.report.verdict)
+
+    def _await_report(self, number: int) -> None:
+        """Wait until the call of this number, or a later one, has been judged."""
+        if self.engine.wait_prepared(number, self._timeout + 30.0) != 0:
             if self.engine.error() is None:
                 raise BufferClosedError(
                     f"a call did not start within {self._timeout + 30.0:.0f} s: the stream's "
                     "earlier work is not done"
                 )
             raise timeout(self.engine)
-        return int(self.engine.report.verdict)
 
     def refuse(self, op: str, error: Exception, stream: int) -> None:
         """Take part in a call as the rank that refuses it, so that no peer waits."""

@@ -5,6 +5,9 @@ from typing import Any
 
 from . import abi
 
+_FREE_BITS: int = abi.constants.get("FREE_BITS", 0)
+_MOST_FREE = (1 << _FREE_BITS) - 1
+
 
 class Credit:
     """Counts the dispatches that every rank is known to have a window for.
@@ -23,19 +26,25 @@ class Credit:
         self._free = 0
         self._later: deque[int] = deque()  # dispatches after that call
 
-    def spend(self, number: int) -> int:
-        """The dispatch of this number has been launched.
+    def spend(self, number: int) -> bool:
+        """A dispatch of this number is made; returns what ``covers`` does."""
+        self._later.append(number)
+        return self.covers(number)
 
-        What a replayed graph reports is an old call's, and says nothing new.
+    def covers(self, number: int) -> bool:
+        """Whether an earlier call's report shows that all have a window for this last dispatch.
 
-        Returns:
-            Windows left to the rank that has fewest; below 0: it may have had none for this call.
+        Its own report does not: where a rank had none, the verdict says so.
         """
-        judged, free = divmod(self._report.free_windows, 1 << abi.constants["FREE_BITS"])
-        later = self._later
-        later.append(number)
+        report, later = self._report.free_windows, self._later
+        judged = report >> _FREE_BITS
+        # What a replayed graph reports is an old call's, and says nothing new.
         if judged > self._number:
-            self._number, self._free = judged, free
+            self._number, self._free = judged, report & _MOST_FREE
             while later and later[0] <= judged:
                 later.popleft()
-        return self._free - len(later)
+        return self._number < number and self._free >= len(later)
+
+    def next_report(self, after: int, last: int) -> int:
+        """The first dispatch after this one that no report has been read of, ``last`` at most."""
+        return next((number for number in self._later if number > after), last)

@@ -233,14 +233,12 @@ class Dispatches:
                     "windows are too small for this call; make one like it before the capture"
                 )
             serial = None if window is None else window.serial
+            covered = core.credit.spend(core.engine.number + 1)
             core.engine.dispatch_again(form, state.routes, serial, stream, data)
-            left = core.credit.spend(core.engine.number)
-            if fixed and not grows:
-                break
-            if window is not None and left >= 0:
+            if window is not None and (covered or fixed):
                 break
             core.calls.refuse_capture("handle: only one made with fixed_rows can be captured")
-            verdict = core.await_verdict()
+            verdict = core.await_verdict() if window is None else core.await_window()
             if verdict == abi.constants["OK"]:
                 break
             if verdict != abi.constants["GROW"]:

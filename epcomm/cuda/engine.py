@@ -247,14 +247,14 @@ class Engine:
         call.x, call.scales, call.topk_weights = data
         self._launch("dispatch", block, stream, routes.hops)
 
-    def wait_prepared(self, timeout: float) -> int:
-        """Wait for the verdict on the last dispatch. Returns 0, 1 (failed) or 2 (too late).
+    def wait_prepared(self, number: int, timeout: float) -> int:
+        """Wait for the verdict on this call or a later one. Returns 0, 1 (failed), 2 (too late).
 
         Raises:
             RuntimeError: the GPU failed.
         """
         code: int = native.library.epcomm_cuda_wait_prepared(
-            self._report.pointer, self.number, int(timeout * 1e9)
+            self._report.pointer, number, int(timeout * 1e9)
         )
         if code < 0:
             abi.check(-code, "a call")

@@ -296,15 +296,72 @@ def test_cached_calls_wait_only_where_a_rank_may_have_no_window_left(buffer, gpu
     handle = buffer.dispatch(inputs(), choices()).handle
     gpu.free_windows, gpu.behind = 2, 100
     buffer.dispatch(inputs(), choices())  # tells that every rank has two more
-    waited = gpu.waited
-    seen = []
-    for _ in range(5):
+    first = gpu.launches[-1].number
+    gpu.waited_for.clear()
+    for _ in range(2):
         buffer.dispatch(inputs(), handle=handle)
-        seen.append(gpu.waited - waited)
-    assert seen == [0, 0, 1, 1, 1]  # the third has waited, and may count on two more again
+    assert not gpu.waited_for
+    for _ in range(3):
+        buffer.dispatch(inputs(), handle=handle)
+    # Not for their own verdicts: the GPU has two more calls to do meanwhile.
+    assert gpu.waited_for == [first + 1, first + 2, first + 3]
+    assert gpu.launches[-1].number == first + 5
 
 
-@pytest.mark.parametrize(("behind", "waits"), [(0, 0), (2, 0), (3, 2)])
+def test_a_cached_call_waits_for_earlier_ones_until_their_windows_suffice(buffer, gpu):
+    handle = buffer.dispatch(inputs(), choices()).handle
+    gpu.free_windows, gpu.behind = 2, 100
+    buffer.dispatch(inputs(), choices())
+    for _ in range(2):
+        buffer.dispatch(inputs(), handle=handle)
+        buffer.combine(torch.zeros(5, HIDDEN, dtype=torch.bfloat16), handle)
+    gpu.free_windows = 0
+    gpu.waited_for.clear()
+    buffer.dispatch(inputs(), handle=handle)
+    # At last for its own: no report told of a window left. Combines report nothing.
+    own = gpu.launches[-1].number
+    assert gpu.waited_for == [own - 4, own - 2, own]
+    assert buffer._backend._engine.report.prepared == own
+
+
+@pytest.mark.parametrize("behind", [0, 100])
+def test_a_cached_call_that_a_rank_has_no_window_for_is_made_again(buffer, gpu, behind):
+    # Also where its own report, of no window left to anybody, comes before the host looks.
+    gpu.free_windows = 0
+    handle = buffer.dispatch(inputs(), choices()).handle
+    launches, windows = len(gpu.launches), len(buffer._backend._engine.windows)
+    gpu.behind, gpu.verdicts = behind, ["GROW"]
+    buffer.dispatch(inputs(), handle=handle)
+    assert len(gpu.launches) == launches + 2
+    assert len(buffer._backend._engine.windows) == windows + 1
+
+
+def test_a_cached_call_without_a_window_waits_for_its_own_verdict(buffer, gpu):
+    handle = buffer.dispatch(inputs(), choices()).handle
+    gpu.behind = 100
+    held = [buffer.dispatch(inputs(), handle=handle) for _ in range(4)]
+    gpu.free_windows = 9
+    gpu.waited_for.clear()
+    held.append(buffer.dispatch(inputs(), handle=handle))
+    asked, moved = gpu.launches[-2:]
+    assert asked.announcement.window_bytes == 0
+    assert gpu.waited_for == [asked.number]
+    assert moved.announcement.window_bytes
+
+
+@pytest.mark.parametrize("verdict", ["MISMATCH", "STALE"])
+def test_a_refusal_of_a_call_waited_for_is_raised_by_it(buffer, gpu, verdict):
+    handle = buffer.dispatch(inputs(), choices()).handle
+    gpu.free_windows = 0
+    buffer.dispatch(inputs(), choices())
+    gpu.behind = 100
+    buffer.dispatch(inputs(), handle=handle)
+    gpu.verdicts = [verdict]
+    with pytest.raises(epcomm.EpcommError):
+        buffer.dispatch(inputs(), handle=handle)
+
+
+@pytest.mark.parametrize(("behind", "waits"), [(0, 0), (2, 0), (3, 6)])
 def test_cached_calls_do_not_wait_where_the_gpu_keeps_up(buffer, gpu, behind, waits):
     handle = buffer.dispatch(inputs(), choices()).handle
     gpu.free_windows, gpu.behind = 2, behind
@@ -334,9 +391,8 @@ def test_replays_of_a_graph_tell_of_no_windows(buffer, gpu):
     held = [buffer.dispatch(inputs(), choices()) for _ in range(3)]
     buffer.dispatch(inputs(), handle=handle)
     report.free_windows = earlier
-    waited = gpu.waited
     buffer.dispatch(inputs(), handle=handle)
-    assert gpu.waited == waited + 1
+    assert gpu.waited_for[-1] == gpu.launches[-1].number
     del held
 
 
