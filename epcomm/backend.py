@@ -55,7 +55,7 @@ class Options:
     timeline: HostClock | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class DispatchCall:
     """One dispatch: what the user passed, checked.
 
@@ -80,7 +80,7 @@ class DispatchCall:
     async_op: bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class CombineCall:
     """One combine: what the user passed, checked.
 
