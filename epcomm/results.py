@@ -1,9 +1,8 @@
 """What dispatch, combine and get_dispatch_layout return."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -73,6 +72,36 @@ class DispatchLayout:
 
 
 @dataclass
+class Labels:
+    """What came with the rows of a dispatch; see DispatchResult."""
+
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    source: torch.Tensor
+    tokens_per_expert: torch.Tensor
+
+
+class Finished(Protocol):
+    """What a back end knows of a call, and works out when its result is asked."""
+
+    def time_phases(self) -> dict[str, float]:
+        """For the result's ``phases``."""
+
+    def count_traffic(self) -> Traffic:
+        """For the result's ``traffic``."""
+
+
+class Received(Finished, Protocol):
+    """Of a dispatch."""
+
+    def make_labels(self) -> Labels:
+        """For the result's tensors that most callers do not look at."""
+
+    def count_rows(self) -> int:
+        """For the result's ``num_rows``."""
+
+
+@dataclass
 class _Call:
     """What every call returns.
 
@@ -81,28 +110,17 @@ class _Call:
     """
 
     event: Event
-    _time_phases: Callable[[], dict[str, float]] = field(repr=False)
-    _count_traffic: Callable[[], Traffic] = field(repr=False)
+    _call: Finished = field(repr=False)
 
     @cached_property
     def phases(self) -> dict[str, float]:
         """Seconds this rank spent in each phase; on CUDA, asking waits for the call."""
-        return self._time_phases()
+        return self._call.time_phases()
 
     @cached_property
     def traffic(self) -> Traffic:
         """Bytes this rank moved; counted when first asked for."""
-        return self._count_traffic()
-
-
-@dataclass
-class Labels:
-    """What came with the rows of a dispatch; see DispatchResult."""
-
-    topk_idx: torch.Tensor | None
-    topk_weights: torch.Tensor | None
-    source: torch.Tensor
-    tokens_per_expert: torch.Tensor
+        return self._call.count_traffic()
 
 
 @dataclass
@@ -122,12 +140,11 @@ class DispatchResult(_Call):
     x: torch.Tensor
     scales: torch.Tensor | None
     handle: Handle
-    _make_labels: Callable[[], Labels] = field(repr=False)
-    _count_rows: Callable[[], int] = field(repr=False)
+    _call: Received = field(repr=False)
 
     @cached_property
     def _labels(self) -> Labels:
-        return self._make_labels()
+        return self._call.make_labels()
 
     @property
     def topk_idx(self) -> torch.Tensor | None:
@@ -158,7 +175,7 @@ class DispatchResult(_Call):
 
         Padding of experts counts as in use. With ``fixed_rows`` on CUDA, asking waits for the GPU.
         """
-        return self._count_rows()
+        return self._call.count_rows()
 
 
 @dataclass

@@ -3,8 +3,6 @@
 The sums are in ``reduce.py``; this file puts the steps in order.
 """
 
-from functools import partial
-
 import numpy as np
 import torch
 
@@ -56,20 +54,19 @@ class Combine:
         inputs = self._inputs(self._announce())
         out, out_weights = self._reduce(inputs)
         self._release(combines)
-        return CombineResult(
-            x=out,
-            topk_weights=None if out_weights is None else torch.from_numpy(out_weights),
-            event=Event(),
-            _time_phases=lambda: self.phases.seconds,
-            _count_traffic=partial(
-                count_traffic,
-                self.node,
-                self.record,
-                self.routes,
-                self.messages,
-                self.call.x.element_size() * self.node.config.hidden,
-            ),
-        )
+        back = None if out_weights is None else torch.from_numpy(out_weights)
+        return CombineResult(Event(), self, out, back)
+
+    # Asked by the result ------------------------------------------------------------------
+
+    def time_phases(self) -> dict[str, float]:
+        """As epcomm.results.Finished."""
+        return self.phases.seconds
+
+    def count_traffic(self) -> Traffic:
+        """As epcomm.results.Finished."""
+        row_bytes = self.call.x.element_size() * self.node.config.hidden
+        return count_traffic(self.node, self.record, self.routes, self.messages, row_bytes)
 
     # Expose and announce ------------------------------------------------------------------
 

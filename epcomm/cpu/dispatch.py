@@ -4,7 +4,6 @@ The steps are in the files of those names; this one puts them in order.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -385,16 +384,32 @@ class Dispatch:
             lease.tensor(parts.source, (rows, 2), torch.int32),
             torch.from_numpy(routes.plan.tokens_per_expert.copy()),
         )
-        return DispatchResult(
-            x=lease.tensor(parts.x, (rows, config.hidden), _ROW_DTYPE[call.format]),
-            scales=scales,
-            handle=handle,
-            event=Event(),
-            _make_labels=lambda: labels,
-            _count_rows=lambda: int(routes.plan.rows_R[self.node.topology.rank]),
-            _time_phases=lambda: self.phases.seconds,
-            _count_traffic=partial(count_traffic, self.node, self.record, routes, messages),
-        )
+        x = lease.tensor(parts.x, (rows, config.hidden), _ROW_DTYPE[call.format])
+        received = _Received(self, labels, routes, messages)
+        return DispatchResult(Event(), received, x, scales, handle)
+
+
+@dataclass
+class _Received:
+    """As epcomm.results.Received."""
+
+    dispatch: Dispatch
+    labels: Labels
+    routes: Routes
+    messages: int
+
+    def time_phases(self) -> dict[str, float]:
+        return self.dispatch.phases.seconds
+
+    def count_traffic(self) -> Traffic:
+        dispatch = self.dispatch
+        return count_traffic(dispatch.node, dispatch.record, self.routes, self.messages)
+
+    def make_labels(self) -> Labels:
+        return self.labels
+
+    def count_rows(self) -> int:
+        return int(self.routes.plan.rows_R[self.dispatch.node.topology.rank])
 
 
 def count_traffic(node: Node, record: RecordLayout, routes: Routes, messages: int) -> Traffic:

@@ -5,11 +5,31 @@ import torch
 from ..backend import CombineCall
 from ..cpu.window import CombineParts, combine_parts
 from ..results import CombineResult, Handle
+from ..traffic import Traffic
 from . import abi
 from .core import Core
 from .dispatches import CudaRoutes
+from .forms import CombineForm
+from .routes import Routes
 from .sizes import EXPOSED_WINDOWS, window_bytes
 from .verdicts import refusal
+
+
+class _Combined:
+    """As epcomm.results.Finished."""
+
+    __slots__ = ("_core", "_form", "_number", "_routes")
+
+    def __init__(self, core: Core, form: CombineForm, routes: Routes) -> None:
+        self._core, self._form, self._routes = core, form, routes
+        self._number = core.engine.number
+
+    def time_phases(self) -> dict[str, float]:
+        return self._core.time(self._number, False, combines=True)
+
+    def count_traffic(self) -> Traffic:
+        form = self._form
+        return self._core.count("combine", self._routes, form.row_bytes, form.agreed)
 
 
 class Combines:
@@ -57,14 +77,7 @@ class Combines:
                 break
             self._await_growth(state, x.dtype)
         core.raise_late_refusal()
-        number = core.engine.number
-        return CombineResult(
-            x=out,
-            topk_weights=back,
-            event=core.calls.event(),
-            _time_phases=lambda: core.time(number, False, combines=True),
-            _count_traffic=lambda: core.count("combine", routes, form.row_bytes, form.agreed),
-        )
+        return CombineResult(core.calls.event(), _Combined(core, form, routes), out, back)
 
     def combine_input(self, handle: Handle, dtype: torch.dtype) -> torch.Tensor:
         """As the back end's."""

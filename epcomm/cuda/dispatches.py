@@ -1,7 +1,6 @@
 """Dispatch among GPUs."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -9,6 +8,7 @@ from ..backend import DispatchCall
 from ..cpu.layout import BadChoice
 from ..cpu.window import CombineParts, combine_parts
 from ..results import DispatchResult, Handle, Labels
+from ..traffic import Traffic
 from . import abi
 from .core import Core
 from .forms import DispatchForm
@@ -40,7 +40,7 @@ class CudaRoutes:
 
 
 class _Received:
-    """What a dispatch's result works out when asked."""
+    """As epcomm.results.Received."""
 
     __slots__ = ("_core", "_form", "_number", "_rows", "_state", "_window", "_x")
 
@@ -80,10 +80,10 @@ class _Received:
         state = self._state
         return self._rows if state.fixed_rows < 0 else state.routes.count_rows()
 
-    def time(self) -> dict[str, float]:
+    def time_phases(self) -> dict[str, float]:
         return self._core.time(self._number, self._form.first)
 
-    def count(self) -> Any:
+    def count_traffic(self) -> Traffic:
         form = self._form
         return self._core.count("dispatch", self._state.routes, form.row_bytes, form.agreed)
 
@@ -264,16 +264,7 @@ class Dispatches:
             scales = window.tensor(parts.scales, (rows, form.scale_words), form.scales_dtype)
         calls.keep(call.x, call.scales, call.topk_weights)
         received = _Received(self._core, form, state, window, x, rows)
-        return DispatchResult(
-            x=x,
-            scales=scales,
-            handle=handle,
-            event=calls.event(),
-            _make_labels=received.make_labels,
-            _count_rows=received.count_rows,
-            _time_phases=received.time,
-            _count_traffic=received.count,
-        )
+        return DispatchResult(calls.event(), received, x, scales, handle)
 
 
 def _data_of(call: DispatchCall) -> tuple[int, int, int]:
