@@ -113,20 +113,22 @@ def check_tensor(
         TypeError: not a tensor, or another dtype.
         ValueError: another shape, device or memory layout.
     """
-    is_tensor = isinstance(value, torch.Tensor)
-    if not is_tensor and hasattr(value, "__cuda_array_interface__"):
-        value, is_tensor = torch.from_dlpack(value), True
+    tensor = value if isinstance(value, torch.Tensor) else _adopt(value)
     # The questions that tell whether anything is wrong are fewer than those that tell what.
     if (
-        is_tensor
-        and value.dtype in dtypes
-        and _has_shape(value.shape, shape)
-        and value.device == _device(device)
-        and value.is_contiguous()
+        tensor is not None
+        and tensor.dtype in dtypes
+        and ((got := tensor.shape) == shape or _has_shape(got, shape))
+        and tensor.device == _device(device)
+        and tensor.is_contiguous()
     ):
-        tensor: torch.Tensor = value
         return tensor.detach() if tensor.requires_grad else tensor
-    raise _tensor_error(name, value, dtypes, shape, device)
+    raise _tensor_error(name, value if tensor is None else tensor, dtypes, shape, device)
+
+
+def _adopt(value: Any) -> torch.Tensor | None:
+    """A tensor over an array of another library in GPU memory; None: it is no such array."""
+    return torch.from_dlpack(value) if hasattr(value, "__cuda_array_interface__") else None
 
 
 _device = cache(torch.device)
@@ -204,18 +206,16 @@ def check_handle(handle: Any, owner: object) -> Handle:
 def _check_packed(x: Any, config: Config) -> tuple[torch.Tensor, torch.Tensor, WireFormat, int]:
     if len(x) != 2:
         raise TypeError(f"x: expected a tensor or a pair (x, scales), got a tuple of {len(x)}")
-    codes, scales = x
-    q = check_rows("x[0]", codes, _CODES, (None, config.hidden), config)
-    num_tokens = q.shape[0]
-    tiles = -(-config.hidden // _TILE)
-    # UE8M0: four exponents to an int32; arrays of other libraries name their types differently.
-    dtype = getattr(scales, "dtype", None)
-    if dtype is not torch.float32 and "int32" in str(dtype):
-        tiles = -(-tiles // 4)
-    scales = check_tensor(
-        "x[1] (scales)", scales, _SCALES, (num_tokens, tiles), device=config.device
-    )
-    packed = WireFormat.FP8 if scales.dtype is torch.float32 else WireFormat.FP8_UE8M0
+    q = check_rows("x[0]", x[0], _CODES, (None, config.hidden), config)
+    num_tokens, scales = q.shape[0], x[1]
+    words, packed = -(-config.hidden // _TILE), WireFormat.FP8
+    tensor = scales if isinstance(scales, torch.Tensor) else _adopt(scales)
+    if tensor is not None:
+        scales = tensor
+        if tensor.dtype is torch.int32:
+            words, packed = -(-words // 4), WireFormat.FP8_UE8M0  # four exponents to one
+    shape = (num_tokens, words)
+    scales = check_tensor("x[1] (scales)", scales, _SCALES, shape, device=config.device)
     return q, scales, packed, num_tokens
 
 

@@ -78,6 +78,50 @@ def test_check_tensor_accepts_and_detaches():
 
 
 @pytest.mark.parametrize(
+    ("shape", "want"),
+    [
+        ((), (None,)),
+        ((2,), (3,)),
+        ((2, 3), (2,)),
+        ((2, 3), (3, None)),
+        ((2, 3), (None, 2)),
+        ((2, 3), (2, 3, 1)),
+        ((2, 3, 4), (2, None, 5)),
+    ],
+)
+def test_other_shapes_are_refused(shape, want):
+    with pytest.raises(ValueError, match="x: expected shape"):
+        check_tensor("x", torch.zeros(shape), [torch.float32], want)
+
+
+class Foreign:
+    """Stands for an array of another library in GPU memory."""
+
+    __cuda_array_interface__ = None
+
+    def __init__(self, tensor):
+        self.dtype = str(tensor.dtype).removeprefix("torch.")
+        self.__dlpack__, self.__dlpack_device__ = tensor.__dlpack__, tensor.__dlpack_device__
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words", "fmt"),
+    [(torch.float32, 2, WireFormat.FP8), (torch.int32, 1, WireFormat.FP8_UE8M0)],
+)
+def test_scales_of_another_library_are_adopted(dtype, words, fmt):
+    scales = torch.zeros(3, words, dtype=dtype)
+    call = dispatch((torch.zeros(3, 256, dtype=torch.float8_e4m3fn), Foreign(scales)),
+                    torch.zeros(3, 2, dtype=torch.int64))  # fmt: skip
+    assert call.format == fmt
+    assert call.scales.data_ptr() == scales.data_ptr()
+
+
+def test_shapes_of_any_rank_are_accepted():
+    for shape, want in [((), ()), ((2,), (None,)), ((2, 3, 4), (2, None, 4)), ((0, 3), (None, 3))]:
+        assert check_tensor("x", torch.zeros(shape), [torch.float32], want).shape == shape
+
+
+@pytest.mark.parametrize(
     ("value", "kind", "words"),
     [
         ([1.0], TypeError, "y: expected a torch.Tensor, got list"),
