@@ -70,7 +70,7 @@ class Combines:
                 rows_offset=offset,
                 weights_offset=-1 if call.weights is None else parts.row_weights,
                 topk_offset=parts.topk_weights,
-                bias=tuple([b.data_ptr() for b in call.bias]),
+                bias=tuple([b.data_ptr() for b in call.bias]) if call.bias else (),
                 topk_weights=0 if back is None else back.data_ptr(),
             )
             if serial is not None:

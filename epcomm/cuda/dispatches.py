@@ -95,6 +95,7 @@ class Dispatches:
         self._core = core
         self._hidden = core.config.hidden
         self._memory = RoutesMemory()
+        self._enough = 0  # bytes that so many windows are known to have as can be lent at a time
 
     def dispatch(self, call: DispatchCall) -> DispatchResult:
         """As the back end's."""
@@ -207,7 +208,9 @@ class Dispatches:
 
     def _too_few(self, needed: int) -> bool:
         """Whether calls that cannot ask for a window may meet none of ``needed`` bytes."""
-        return self._core.receive.count(needed) < RECEIVE_WINDOWS
+        if needed > self._enough and self._core.receive.count(needed) >= RECEIVE_WINDOWS:
+            self._enough = needed
+        return needed > self._enough
 
     def _grow_receive(self, needed: int, *, all_of_them: bool) -> None:
         receive = self._core.receive

@@ -85,6 +85,7 @@ class Engine:
         self.world = self._make_world(controls, timeout)
         self._capture = ctypes.c_uint64()
         self._capture_at = ctypes.addressof(self._capture)
+        self._enter: Any = native.library.epcomm_cuda_enter
 
     def _share(self, num_bytes: int) -> tuple[DeviceBlock, list[int]]:
         """A block on every rank: this rank's, and the node's addresses here.
@@ -143,7 +144,7 @@ class Engine:
 
     def enter(self, stream: int) -> bool:
         """Let ``stream`` wait for the last call; whether it is being captured into a graph."""
-        code = native.library.epcomm_cuda_enter(self._sequence_at, stream, self._capture_at)
+        code = self._enter(self._sequence_at, stream, self._capture_at)
         if code != 0:
             abi.check(code, "ordering streams")
         return self._capture.value != 0
@@ -165,11 +166,9 @@ class Engine:
 
     # Launches -------------------------------------------------------------------------------
 
-    def _announce(self, block: Block, num_tokens: int, handle: int, window: int | None) -> None:
-        """Fill in what calls announce differently. No window: this rank has none that will do."""
+    def _announce(self, block: Block, window: int | None) -> None:
+        """Fill in what each call announces. No window: this rank has none that will do."""
         announcement = block.announcement
-        announcement.num_tokens = num_tokens
-        announcement.handle_epoch = handle
         announcement.window_fd = self.free_windows
         if window is None:
             announcement.window_serial = announcement.window_bytes = 0
@@ -213,10 +212,10 @@ class Engine:
         if form.layout is not None:
             assert self.scale_out is not None
             routes.hops = self.scale_out.make_hops(routes.num_tokens, form.agreed.layout)
-            self._announce(form.layout, routes.num_tokens, 0, window)
-            form.layout.call.routes = routes.block
+            self._announce(form.layout, window)
+            form.layout.follow(routes, 0)
             self._launch("layout", form.layout, stream, routes.hops)
-        self._move(form, routes, 0, window, stream, data)
+        self._move(form, routes, window, stream, data)
         return routes
 
     def dispatch_again(
@@ -229,21 +228,20 @@ class Engine:
     ) -> None:
         """Announce and move the rows along routes that are known. Arguments as of dispatch."""
         self.number += 1
-        self._move(form, routes, routes.number, window, stream, data)
+        self._move(form, routes, window, stream, data)
 
     def _move(
         self,
         form: DispatchForm,
         routes: Routes,
-        handle: int,
         window: int | None,
         stream: int,
         data: Data,
     ) -> None:
         block = form.block
-        self._announce(block, routes.num_tokens, handle, window)
+        self._announce(block, window)
+        block.follow(routes, 0 if form.first else routes.number)
         call = block.call
-        call.routes = routes.block
         call.x, call.scales, call.topk_weights = data
         self._launch("dispatch", block, stream, routes.hops)
 
@@ -277,15 +275,19 @@ class Engine:
         """Sum the rows of every token. ``weights_offset`` < 0: rows carry no weight."""
         self.number += 1
         block = form.block
-        self._announce(block, routes.num_tokens, routes.number, window)
-        announcement, call = block.announcement, block.call
-        announcement.rows_offset = rows_offset
-        announcement.row_weights = weights_offset >= 0
-        announcement.weights_offset = max(weights_offset, 0)
-        announcement.topk_offset = topk_offset
-        call.routes = routes.block
-        call.bias[0] = bias[0] if bias else 0
-        call.bias[1] = bias[1] if len(bias) > 1 else 0
+        self._announce(block, window)
+        block.follow(routes, routes.number)
+        call = block.call
+        places = (rows_offset, weights_offset, topk_offset, bias)
+        if places != form.places:
+            announcement = block.announcement
+            announcement.rows_offset = rows_offset
+            announcement.row_weights = weights_offset >= 0
+            announcement.weights_offset = max(weights_offset, 0)
+            announcement.topk_offset = topk_offset
+            call.bias[0] = bias[0] if bias else 0
+            call.bias[1] = bias[1] if len(bias) > 1 else 0
+            form.places = places
         call.out, call.topk_weights = out, topk_weights
         self._launch("combine", block, stream, routes.hops)
 
@@ -294,7 +296,7 @@ class Engine:
         self.number += 1
         name = "combine" if op == native.constants["OP_COMBINE"] else "dispatch"
         block = Block(name, self.world, Agreed(op, 0, 0), 1)
-        self._announce(block, 0, 0, None)
+        self._announce(block, None)
         block.announcement.status = native.constants["STATUS_REFUSED"]
         block.announcement.reason = reason.encode()[: native.constants["REASON_BYTES"]]
         call = block.call

@@ -2,7 +2,7 @@
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,7 +11,7 @@ from ..backend import CombineCall, DispatchCall
 from ..formats.wire import WireFormat
 from ..native import constants
 from . import abi
-from .routes import Shape
+from .routes import Routes, Shape
 
 #: What a buffer remembers of each kind; callers that never repeat a call gain nothing.
 _REMEMBERED = 64
@@ -79,14 +79,42 @@ class Block:
         call: the structure.
         announcement: in it.
         address: of it.
+        follows: number of the dispatch whose routes are in it; 0: none.
     """
 
     def __init__(self, name: str, world: Any, agreed: Agreed, num_blocks: int) -> None:
         self.call = abi.structures[name](world=world, num_blocks=num_blocks)
         self.announcement = self.call.announcement
         self.address = ctypes.addressof(self.call)
+        self.follows = 0
         for field, value in vars(agreed).items():
             setattr(self.announcement, field, value)
+
+    def follow(self, routes: Routes, handle: int) -> None:
+        """Fill in routes, unless they are there, and what is announced of them.
+
+        Args:
+            routes: of the call.
+            handle: number of the dispatch that made them; 0: this one does. So the same for all
+                calls of this block with these routes.
+        """
+        if self.follows == routes.number:
+            return
+        self.announcement.num_tokens = routes.num_tokens
+        self.announcement.handle_epoch = handle
+        self.call.routes = routes.block
+        self.follows = routes.number
+
+
+class Parts(NamedTuple):
+    """Offsets in a window, and bytes in all; as ``epcomm_cuda_parts``, but quick to read."""
+
+    rows: int
+    scales: int
+    topk_idx: int
+    topk_weights: int
+    source: int
+    bytes: int
 
 
 class DispatchForm:
@@ -121,7 +149,7 @@ class DispatchForm:
         ue8m0 = agreed.format == WireFormat.FP8_UE8M0
         self.scales_dtype = torch.int32 if ue8m0 else torch.float32
         self.row_bytes: int = row.row_bytes + row.scale_bytes
-        self._parts: dict[int, Any] = {}
+        self._parts: dict[int, Parts] = {}
         self.by_expert = agreed.layout == constants["LAYOUT_EXPERT"]
         self.max_dests = shape.num_topk
         if not self.by_expert and shape.topology.num_nodes == 1:
@@ -142,14 +170,15 @@ class DispatchForm:
             call.num_warps = tuning.moving_warps(call.row_in_bytes)
         call.stages = tuning.dispatch_stages
 
-    def parts(self, num_rows: int) -> Any:
-        """Where the parts of ``num_rows`` rows lie in a window (``epcomm_cuda_parts``)."""
+    def parts(self, num_rows: int) -> Parts:
+        """Where the parts of ``num_rows`` rows lie in a window."""
         parts = self._parts.get(num_rows)
         if parts is None:
-            parts = abi.structures["parts"]()
+            found = abi.structures["parts"]()
             native.library.epcomm_cuda_window_parts(
-                ctypes.addressof(self._row), num_rows, ctypes.addressof(parts)
+                ctypes.addressof(self._row), num_rows, ctypes.addressof(found)
             )
+            parts = Parts(*(getattr(found, name) for name in Parts._fields))
             _remember(self._parts, num_rows, parts)
         return parts
 
@@ -161,6 +190,7 @@ class CombineForm:
         agreed: what all ranks must share.
         row_bytes: of a row.
         block: parameters of the kernel.
+        places: offsets in the window and addresses of biases that are in it.
     """
 
     def __init__(self, forms: "Forms", agreed: Agreed) -> None:
@@ -170,6 +200,7 @@ class CombineForm:
         call = self.block.call
         call.row_bytes, call.layout = self.row_bytes, agreed.layout
         call.num_threads = 32 * forms.tuning.combine_warps
+        self.places: tuple[Any, ...] = ()
 
 
 class Forms:

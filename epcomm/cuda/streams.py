@@ -107,6 +107,7 @@ class Calls:
         self.address = self.caller_address = self.caller.cuda_stream
         self.capturing = False
         self._events = _Events()
+        self._give_back = self._events.give_back
         self._event: CudaEvent | None = None
 
     def find_stream(self, async_op: bool) -> int:
@@ -127,8 +128,9 @@ class Calls:
     def begin(self, async_op: bool) -> int:
         """As ``find_stream``, for a call that launches kernels and has an event."""
         address = self.find_stream(async_op)
-        event = self._event = CudaEvent(self._events.take(), self._events.give_back)
-        self._engine.note_end(event.address)
+        event = self._events.take()
+        self._event = CudaEvent(event, self._give_back)
+        self._engine.note_end(event)
         return address
 
     def event(self) -> CudaEvent:

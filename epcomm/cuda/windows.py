@@ -41,6 +41,34 @@ def _kind_of(dtype: torch.dtype) -> tuple[int, int, torch.dtype | None]:
     return code, bits, dtype
 
 
+class _View:
+    """Part of a window as the library describes it to torch.
+
+    Attributes:
+        reference: to the structure, which spares a conversion for every call.
+    """
+
+    __slots__ = ("_extents", "_seen_as", "_shown", "_view", "reference")
+
+    def __init__(self, view: Any) -> None:
+        self._view, self._extents = view, view.extents
+        self.reference = ctypes.byref(view)
+        self._shown: tuple[int, tuple[int, ...], torch.dtype] | None = None
+        self._seen_as: torch.dtype | None = None
+
+    def show(self, address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype | None:
+        """Describe this; returns the type to view the tensor as where DLPack lacks it."""
+        shown = (address, shape, dtype)
+        if shown != self._shown:
+            view, extents = self._view, self._extents
+            view.data = address
+            view.code, view.bits, self._seen_as = _kind_of(dtype)
+            view.ndim = len(shape)
+            extents[0], extents[1] = shape[0], shape[-1]
+            self._shown = shown
+        return self._seen_as
+
+
 class Window:
     """One of this rank's windows; several tensors may show parts of it at a time.
 
@@ -62,12 +90,10 @@ class Window:
         self._address: int = address
         self.loan = abi.structures["loan"].from_address(address)
         view, start = abi.structures["view"], abi.structures["loan"].views.offset
-        views = [
-            view.from_address(address + start + i * ctypes.sizeof(view))
+        self._views = [
+            _View(view.from_address(address + start + i * ctypes.sizeof(view)))
             for i in range(abi.constants["VIEWS"])
         ]
-        # With references, which spare a conversion for every call.
-        self._views = [(one, one.extents, ctypes.byref(one)) for one in views]
         self._used = 0  # views of the present loan
 
     def lend(
@@ -80,12 +106,10 @@ class Window:
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor over part of the window; it keeps the window lent."""
-        code, bits, seen_as = _kind_of(dtype)
-        view, extents, reference = self._views[self._used]
+        view = self._views[self._used]
         self._used += 1
-        view.data = self.pointer + offset
-        view.code, view.bits, view.ndim = code, bits, len(shape)
-        extents[0], extents[1] = shape[0], shape[-1]
+        seen_as = view.show(self.pointer + offset, shape, dtype)
+        reference = view.reference
         _lend(reference)
         tensor = from_dlpack(_make_capsule(reference, _NAME, None))
         return tensor if seen_as is None else tensor.view(seen_as)
@@ -133,23 +157,23 @@ class WindowPool:
         It is free again once the call is made, unless a tensor of it has been: the next borrower's
         call waits for this one.
         """
-        window = self._find_free(nbytes)
+        window, size, left, largest = None, nbytes - 1, 0, self.largest
+        for one in self._windows:
+            if one.loan.holders == 1:
+                held = one.nbytes
+                if held == largest:
+                    left += 1
+                if held > size:
+                    window, size = one, held
+        self.num_left = left - (size == largest)
         if calls.capturing:
             return self._reserve(window, nbytes)
-        # Whoever let go of the rows may still be reading them on another stream.
-        if window is not None and window.last_stream not in (None, calls.address):
-            self._engine.order(window.last_stream, calls.address)
+        if window is not None:
+            # Whoever let go of the rows may still be reading them on another stream.
+            last = window.last_stream
+            if last is not None and last != calls.address:
+                self._engine.order(last, calls.address)
         return window
-
-    def _find_free(self, nbytes: int) -> Window | None:
-        best, size, left, largest = None, nbytes - 1, 0, self.largest
-        for window in self._windows:
-            if window.loan.holders == 1:
-                left += window.nbytes == largest
-                if window.nbytes > size:
-                    best, size = window, window.nbytes
-        self.num_left = left - (size == largest)
-        return best
 
     def _reserve(self, window: Window | None, nbytes: int) -> Window | None:
         """A window for graphs; ``window`` becomes one if none of them is free."""

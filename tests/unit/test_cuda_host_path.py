@@ -441,6 +441,68 @@ def test_parameters_of_a_combine(buffer, gpu):
     assert len(gpu.copies) == 2
 
 
+def test_parameters_change_with_the_handle_and_come_back(buffer, gpu):
+    gpu.free_windows = 9
+    handles = [buffer.dispatch(inputs(), choices()).handle for _ in range(2)]
+    shorter = inputs()[:2].contiguous()
+    handles.append(buffer.dispatch(shorter, choices()[:2].contiguous()).handle)
+    y = buffer.combine_input(handles[0])
+    bias = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16)
+    for one, added in [(0, None), (1, None), (1, bias), (0, None), (2, None), (0, bias)]:
+        handle = handles[one]
+        routes = handle._state.routes
+        buffer.dispatch(inputs()[: routes.num_tokens].contiguous(), handle=handle)
+        cached = gpu.launches[-1]
+        buffer.combine(y, handle, bias=None if added is None else added[: routes.num_tokens])
+        combined = gpu.launches[-1]
+        for launch in (cached, combined):
+            assert bytes(launch.block.routes) == bytes(routes.block)
+            assert launch.announcement.num_tokens == (2 if one == 2 else TOKENS)
+            assert launch.announcement.handle_epoch == routes.number
+        address = 0 if added is None else added.data_ptr()
+        assert list(combined.block.bias) == [address, 0]
+    weights = torch.ones(5)
+    offsets = []
+    for given in (weights, None, weights):
+        buffer.combine(y, handles[0], weights=given)
+        announced = gpu.launches[-1].announcement
+        offsets.append((announced.row_weights, announced.weights_offset > 0))
+    assert offsets == [(1, True), (0, False), (1, True)]
+
+
+def test_a_window_shows_other_parts_to_another_call(buffer, gpu):
+    # Windows take turns, so that each of these calls finds one that the others have used.
+    for _ in range(2):
+        for form, rows in [("pair", 5), ("bf16", 5), ("pair", 3), ("ue8m0 pair", 3), ("f32", 5)]:
+            gpu.rows = (rows, 7)
+            got = buffer.dispatch(inputs(form), choices(), WEIGHTS)
+            address, _ = window_of(buffer, gpu.launches[-1].announcement.window_serial)
+            given = inputs(form)
+            x, scales = given if isinstance(given, tuple) else (given, None)
+            assert (got.x.data_ptr(), got.x.dtype, got.x.shape) == (
+                address,
+                x.dtype,
+                (rows, HIDDEN),
+            )
+            assert (got.scales is None) == (scales is None)
+            if scales is not None:
+                assert (got.scales.dtype, got.scales.shape) == (
+                    scales.dtype, (rows, scales.shape[1])
+                )  # fmt: skip
+                assert got.scales.data_ptr() >= address + rows * HIDDEN
+            assert got.topk_idx.shape == (rows, TOPK)
+            del got
+
+
+def test_fixed_rows_of_several_sizes_find_windows(buffer, gpu):
+    for fixed_rows in (9, 4, 900, 9, 5000):
+        got = buffer.dispatch(inputs(), choices(), fixed_rows=fixed_rows)
+        assert got.x.shape == (fixed_rows, HIDDEN)
+        address, num_bytes = window_of(buffer, gpu.launches[-1].announcement.window_serial)
+        assert got.x.data_ptr() == address
+        assert num_bytes >= got.x.nbytes
+
+
 def test_rows_of_a_dispatch_are_combined_in_place_and_others_copied(buffer, gpu):
     got = buffer.dispatch(inputs(), choices())
     received = gpu.launches[-1].announcement.window_serial
