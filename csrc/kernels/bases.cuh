@@ -20,9 +20,11 @@ __device__ __forceinline__ const int32_t* rows_from(const epcomm_cuda_world& wor
     return rank_rows_of(world, announcement_from(world, source, epoch));
 }
 
-/// The sum over all sources of entry `i`; `before` (if wanted): over the ranks below this one.
-__device__ inline int sum_of_sources(const epcomm_cuda_world& world, uint64_t epoch, int i,
-                                     int* before = nullptr) {
+/// The sum over all sources of entry `i`. Every source, in order, is shown to `visit(source, sum)`
+/// with the sum over those below it.
+template <class Visit>
+__device__ __forceinline__ int sum_of_sources(const epcomm_cuda_world& world, uint64_t epoch, int i,
+                                              Visit&& visit) {
     constexpr int kTogether = 8;  // loads under way
     int total = 0;
     for (int first = 0; first < world.num_ranks; first += kTogether) {
@@ -34,11 +36,19 @@ __device__ inline int sum_of_sources(const epcomm_cuda_world& world, uint64_t ep
         }
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) {
-            if (before != nullptr && first + j == world.rank) *before = total;
+            if (first + j < world.num_ranks) visit(first + j, total);
             total += value[j];
         }
     }
     return total;
+}
+
+/// The same; `before`: the sum over the ranks below this one.
+__device__ inline int sum_of_sources(const epcomm_cuda_world& world, uint64_t epoch, int i,
+                                     int* before) {
+    return sum_of_sources(world, epoch, i, [&](int source, int sum) {
+        if (source == world.rank) *before = sum;
+    });
 }
 
 /// rows[r] = rows rank r will hold (layout rank); base[r] = first row of this rank's copies there.
@@ -95,7 +105,8 @@ __device__ inline void count_local_experts(const epcomm_cuda_world& world, uint6
                                            int32_t* counts) {
     const int R = world.num_ranks, per_rank = world.num_experts / R;
     for (int local = int(threadIdx.x); local < per_rank; local += int(blockDim.x)) {
-        counts[local] = sum_of_sources(world, epoch, R + world.rank * per_rank + local);
+        const int expert = world.rank * per_rank + local;
+        counts[local] = sum_of_sources(world, epoch, R + expert, [](int, int) {});
     }
 }
 

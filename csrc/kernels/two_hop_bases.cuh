@@ -2,7 +2,7 @@
 // this node, of every source of this rail.
 #pragma once
 
-#include "announce.cuh"
+#include "bases.cuh"
 #include "epcomm_cuda_rail.h"
 
 namespace epcomm {
@@ -18,47 +18,39 @@ struct TwoHopBases {
     int num_keys;
 };
 
-/// Layout rank: a key is a local rank. The whole block.
+/// Leave the first row of `source`'s copies for `key` wherever it is wanted.
+__device__ __forceinline__ void leave_base(const epcomm_cuda_world& world,
+                                           const epcomm_cuda_rail& rail, const TwoHopBases& to,
+                                           int source, int key, int first) {
+    if (source == world.rank) to.own_base[key] = first;
+    if (!to.leads) return;
+    const epcomm_cuda_place place = rail.places[source];
+    if (place.local == world.local_rank) to.base[place.node * to.num_keys + key] = first;
+}
+
+/// Layout rank: a key is a local rank. A warp per rank, a lane per source.
 __device__ inline void two_hop_bases_by_rank(const epcomm_cuda_world& world,
                                              const epcomm_cuda_rail& rail, uint64_t epoch,
                                              const TwoHopBases& to) {
-    const int own = rail.chunking.node, L = world.num_local;
-    const int sources = to.leads ? world.num_nodes : 1;
-    for (int i = int(threadIdx.x); i < sources * L; i += int(blockDim.x)) {
-        const int n = to.leads ? i / L : own, l = i % L;
+    const int R = world.num_ranks, lane = lane_id();
+    const int ranks = to.leads ? R : world.num_local;
+    for (int i = warp_id(); i < ranks; i += int(blockDim.x >> 5)) {
+        const int r = to.leads ? i : world.node_ranks[i];
+        const epcomm_cuda_place place = rail.places[r];
+        const bool here = place.node == rail.chunking.node;
         int total = 0;
-        for (int s = 0; s < rail.rail[n]; ++s) {
-            total += rank_rows_of(world, announcement_from(world, s, epoch))[world.node_ranks[l]];
+        for (int first = 0; first < R; first += 32) {
+            const int s = first + lane;
+            const int count = s < R ? rows_from(world, s, epoch)[r] : 0;
+            const int sum = sum_to_lane(count);
+            if (s < R && here) leave_base(world, rail, to, s, place.local, total + sum - count);
+            total += __shfl_sync(kWarp, sum, 31);
         }
-        if (n == own) to.own_base[l] = total;
-        if (to.leads) to.base[n * L + l] = total;
-    }
-    if (!to.leads) return;
-    for (int r = int(threadIdx.x); r < world.num_ranks; r += int(blockDim.x)) {
-        int total = 0;
-        for (int s = 0; s < world.num_ranks; ++s) {
-            total += rank_rows_of(world, announcement_from(world, s, epoch))[r];
-        }
-        to.rows[r] = total;
+        if (lane == 0 && to.leads) to.rows[r] = total;
     }
 }
 
-/// One expert of a rank of this node: the base of every source of the rail. One lane.
-__device__ inline void base_of_expert(const epcomm_cuda_world& world, const epcomm_cuda_rail& rail,
-                                      uint64_t epoch, const TwoHopBases& to, int expert, int key,
-                                      int start) {
-    const int own = rail.chunking.node, R = world.num_ranks;
-    for (int n = to.leads ? 0 : own; n < (to.leads ? world.num_nodes : own + 1); ++n) {
-        int before = 0;
-        for (int s = 0; s < rail.rail[n]; ++s) {
-            before += rank_rows_of(world, announcement_from(world, s, epoch))[R + expert];
-        }
-        if (n == own) to.own_base[key] = start + before;
-        if (to.leads) to.base[n * to.num_keys + key] = start + before;
-    }
-}
-
-/// Layout expert: a key is an expert of this node. A warp per rank.
+/// Layout expert: a key is an expert of this node. A warp per rank, a lane per expert.
 __device__ inline void two_hop_bases_by_expert(const epcomm_cuda_world& world,
                                                const epcomm_cuda_rail& rail, int alignment,
                                                uint64_t epoch, const TwoHopBases& to) {
@@ -66,24 +58,25 @@ __device__ inline void two_hop_bases_by_expert(const epcomm_cuda_world& world,
     const int ranks = to.leads ? R : world.num_local;
     for (int i = warp_id(); i < ranks; i += int(blockDim.x >> 5)) {
         const int r = to.leads ? i : world.node_ranks[i];
-        const bool here = rail.places[r].node == rail.chunking.node, mine = r == world.rank;
+        const epcomm_cuda_place place = rail.places[r];
+        const bool here = place.node == rail.chunking.node, mine = r == world.rank;
         int start = 0;
         for (int chunk = 0; chunk < per_rank; chunk += 32) {
-            const int local = chunk + lane, expert = r * per_rank + local;
-            int total = 0;
-            for (int s = 0; s < R && local < per_rank; ++s) {
-                total += rank_rows_of(world, announcement_from(world, s, epoch))[R + expert];
-            }
+            const int local = chunk + lane, entry = R + r * per_rank + local;
+            int total = 0, before = 0;
+            if (local < per_rank) total = sum_of_sources(world, epoch, entry, &before);
             const int padded = (total + alignment - 1) / alignment * alignment;
-            int sum = padded;  // inclusive prefix sum over the lanes
-            for (int step = 1; step < 32; step *= 2) {
-                const int lower = __shfl_up_sync(kWarp, sum, step);
-                if (lane >= step) sum += lower;
-            }
-            const int first = start + sum - padded;
+            const int sum = sum_to_lane(padded), first = start + sum - padded;
             if (local < per_rank && here) {
-                base_of_expert(world, rail, epoch, to, expert,
-                               rail.places[r].local * per_rank + local, first);
+                const int key = place.local * per_rank + local;
+                if (to.leads) {
+                    // Again, now that the expert's first row is known: the loads are at hand.
+                    sum_of_sources(world, epoch, entry, [&](int source, int below) {
+                        leave_base(world, rail, to, source, key, first + below);
+                    });
+                } else {
+                    to.own_base[key] = first + before;
+                }
             }
             if (local < per_rank && mine && to.leads) {
                 to.starts[local] = first;
