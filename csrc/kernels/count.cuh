@@ -49,6 +49,23 @@ __device__ inline int column_sum(const int32_t* column, int64_t stride, int coun
     return sum;
 }
 
+/// Turn `count` counts, `stride` apart, into the first number of each, in place: `next` for the first
+/// one, and each further one's behind those before.
+__device__ inline void scan_column(int* column, int stride, int count, int next) {
+    for (int first = 0; first < count; first += kLoadsTogether) {
+        int value[kLoadsTogether];
+#pragma unroll
+        for (int i = 0; i < kLoadsTogether; ++i) {
+            value[i] = first + i < count ? column[(first + i) * stride] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kLoadsTogether; ++i) {
+            if (first + i < count) column[(first + i) * stride] = next;
+            next += value[i];
+        }
+    }
+}
+
 /// Some of a token's choices.
 struct Ids {
     int64_t id[kLoadsTogether];  ///< -1 beyond the last

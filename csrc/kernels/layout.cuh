@@ -77,12 +77,8 @@ __device__ inline void scan_warps(const epcomm_cuda_dispatch& call, const Layout
     int* per_warp = by_expert ? shared.warp_experts : shared.warp_ranks;
     for (int i = int(threadIdx.x); i < bins; i += int(blockDim.x)) {
         const int32_t* column = call.world.block_bins + (by_expert ? R : 0) + i;
-        int next = shared.base[i] + column_sum(column, R + E, int(blockIdx.x));
-        for (int w = 0; w < shared.warps; ++w) {
-            const int count = per_warp[w * bins + i];
-            per_warp[w * bins + i] = next;
-            next += count;
-        }
+        const int next = shared.base[i] + column_sum(column, R + E, int(blockIdx.x));
+        scan_column(per_warp + i, bins, shared.warps, next);
     }
 }
 

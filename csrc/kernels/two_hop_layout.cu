@@ -8,7 +8,7 @@ int launch_two_hop_layout(const epcomm_cuda_two_hop_layout& all, cudaStream_t st
     if (all.call.num_blocks < 1 || all.call.world.num_topk > EPCOMM_CUDA_MAX_DESTS) {
         return cudaErrorInvalidValue;
     }
-    int warps = 8;
+    int warps = kLayoutWarps;
     while (warps > 1 && 4 * TwoHopLayoutShared::ints(all, warps) > shared_limit()) warps /= 2;
     const int64_t bytes = 4 * TwoHopLayoutShared::ints(all, warps);
     if (bytes > shared_limit()) return cudaErrorInvalidValue;

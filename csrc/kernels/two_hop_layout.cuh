@@ -11,6 +11,9 @@
 
 namespace epcomm {
 
+/// Warps of a block, where their counts fit into shared memory.
+constexpr int kLayoutWarps = 16;
+
 /// Shared memory of the kernel, in ints. `wide`: bins of the layout's key, `other`: of the other.
 struct TwoHopLayoutShared {
     int* warp_bins;   ///< [warps][N + wide]
@@ -62,14 +65,12 @@ __device__ inline void count_two_hop_block(const epcomm_cuda_two_hop_layout& all
     int32_t* sums = world.block_bins + int64_t(blockIdx.x) * num_bins(world);
     for (int i = int(threadIdx.x); i < num_bins(world); i += int(blockDim.x)) {
         const bool is_rank = i >= N && i < N + world.num_ranks;
-        int sum = 0;
         if (i < N || is_rank != by_expert) {
             const int bin = i < N || is_rank ? i : i - world.num_ranks;
-            for (int w = 0; w < warps; ++w) sum += shared.warp_bins[w * each + bin];
+            sums[i] = column_sum(shared.warp_bins + bin, each, warps);
         } else {
-            sum = shared.other_bins[is_rank ? i - N : i - N - world.num_ranks];
+            sums[i] = shared.other_bins[is_rank ? i - N : i - N - world.num_ranks];
         }
-        sums[i] = sum;
     }
 }
 
@@ -80,9 +81,7 @@ __device__ inline bool announce_two_hop(const epcomm_cuda_two_hop_layout& all,
     const epcomm_cuda_world& world = all.call.world;
     const int bins = num_bins(world);
     for (int i = int(threadIdx.x); i < bins; i += int(blockDim.x)) {
-        int sum = 0;
-        for (int b = 0; b < int(gridDim.x); ++b) sum += world.block_bins[int64_t(b) * bins + i];
-        shared.counts[i] = sum;
+        shared.counts[i] = column_sum(world.block_bins + i, bins, int(gridDim.x));
     }
     __syncthreads();
     const bool bad = own_control(world)->bad_choice != INT32_MAX;
@@ -99,15 +98,8 @@ __device__ inline void scan_two_hop_warps(const epcomm_cuda_two_hop_layout& all,
     const bool by_expert = all.call.row.layout == EPCOMM_LAYOUT_EXPERT;
     for (int i = int(threadIdx.x); i < each; i += int(blockDim.x)) {
         const int bin = i < N || !by_expert ? i : i + world.num_ranks;
-        int next = 0;
-        for (int b = 0; b < int(blockIdx.x); ++b) {
-            next += world.block_bins[int64_t(b) * num_bins(world) + bin];
-        }
-        for (int w = 0; w < int(blockDim.x >> 5); ++w) {
-            const int count = shared.warp_bins[w * each + i];
-            shared.warp_bins[w * each + i] = next;
-            next += count;
-        }
+        const int next = column_sum(world.block_bins + bin, num_bins(world), int(blockIdx.x));
+        scan_column(shared.warp_bins + i, each, int(blockDim.x >> 5), next);
     }
 }
 
@@ -133,7 +125,7 @@ __device__ inline void find_two_hop_bases(const epcomm_cuda_two_hop_layout& all,
 }
 
 template <class Kind>
-__global__ void __launch_bounds__(256, 1)
+__global__ void __launch_bounds__(32 * kLayoutWarps, 1)
     two_hop_layout_kernel(const __grid_constant__ epcomm_cuda_two_hop_layout all) {
     extern __shared__ __align__(128) uint8_t shared_bytes[];
     const epcomm_cuda_layout& call = all.call;
