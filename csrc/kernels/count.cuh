@@ -18,20 +18,17 @@ struct Share {
     int end;
 };
 
-/// The first `each` warps of every block share the tokens, in order; for one of these.
-__device__ inline Share warp_share(int num_tokens, int each) {
+/// The first `each` warps of every block share the tokens, in order; for one of these. `step`: how
+/// many tokens a warp takes at a time.
+__device__ inline Share warp_share(int num_tokens, int each, int step = 32) {
     const int warps = int(gridDim.x) * each;
     const int warp = int(blockIdx.x) * each + warp_id();
-    const int groups = (num_tokens + 31) / 32;
-    // Groups of 32 are dealt as evenly as possible, in order.
-    const int few = groups / warps, rest = groups % warps;
+    const int steps = (num_tokens + step - 1) / step;
+    // Steps are dealt as evenly as possible, in order.
+    const int few = steps / warps, rest = steps % warps;
     const int first = warp * few + min(warp, rest);
     const int count = few + (warp < rest ? 1 : 0);
-    return {min(first * 32, num_tokens), min((first + count) * 32, num_tokens)};
-}
-
-__device__ inline Share warp_share(int num_tokens) {
-    return warp_share(num_tokens, int(blockDim.x >> 5));
+    return {min(first * step, num_tokens), min((first + count) * step, num_tokens)};
 }
 
 /// The sum of `count` values, `stride` apart.
@@ -49,8 +46,8 @@ __device__ inline int column_sum(const int32_t* column, int64_t stride, int coun
     return sum;
 }
 
-/// Turn `count` counts, `stride` apart, into the first number of each, in place: `next` for the first
-/// one, and each further one's behind those before.
+/// Turn `count` counts, `stride` apart, into the first number of each, in place: `next` for the
+/// first one, and each further one's behind those before.
 __device__ inline void scan_column(int* column, int stride, int count, int next) {
     for (int first = 0; first < count; first += kLoadsTogether) {
         int value[kLoadsTogether];
