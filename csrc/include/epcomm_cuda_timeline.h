@@ -9,9 +9,11 @@
 /// X(NAME): what a span is about. Those of a whole block have warp -1.
 ///   COUNT     block: count choices
 ///   MEET      block: until all of the rank's blocks have come as far
-///   ANNOUNCE  block 0: announce, between nodes also hand on what the rail peers announce
+///   ANNOUNCE  block 0: announce, between nodes also hand on what the rail peers announce; a first
+///             dispatch does that in LISTEN
 ///   LISTEN    block: until all announcements are in
-///   PLACE     warp: find every copy's row
+///   PLACE     warp: find every copy's row; between nodes before LISTEN its number among this
+///             rank's, and behind it the row
 ///   PACK      warp: write records of a dispatch for other nodes
 ///   PUT       warp, in PACK or REDUCE: hand a chunk that is complete to the fabric
 ///   CREDIT    warp, in PACK or REDUCE: bounded staging: no place is free for what is to be sent

@@ -144,9 +144,10 @@ __device__ __forceinline__ int number(int* next, int key) {
 }
 
 /// Write the lists of this step's tokens: near copies and records, each closed by -1. The whole
-/// warp. `index`: of the choice's row; `slot`: of the record that the choice leads.
+/// warp. `index`: of the choice's row, `slot`: of the record that the choice leads. A near copy's
+/// row is its index yet.
 __device__ __forceinline__ void write_lists(const epcomm_cuda_two_hop_layout& all, const Choice& c,
-                                            int index, int slot, const int* base) {
+                                            int index, int slot) {
     const epcomm_cuda_layout& call = all.call;
     const epcomm_cuda_rail& rail = all.rail;
     const int K = call.world.num_topk, F = all.hops.max_far, own = rail.chunking.node;
@@ -167,14 +168,7 @@ __device__ __forceinline__ void write_lists(const epcomm_cuda_two_hop_layout& al
     epcomm_cuda_far* far = all.hops.far + int64_t(c.token) * F;
     if (c.k >= num_near) dests[c.k] = {int16_t(-1), int16_t(-1), -1};
     if (c.k >= num_far && c.k < F) far[c.k] = {-1, -1};
-    if (near) {
-        const int local = rail.places[c.rank].local;
-        const int per_rank = call.world.num_experts / call.world.num_ranks;
-        const int key = call.row.layout == EPCOMM_LAYOUT_EXPERT
-                            ? local * per_rank + c.expert % per_rank
-                            : local;
-        dests[at] = {int16_t(local), int16_t(c.k), base[key] + index};
-    }
+    if (near) dests[at] = {rail.places[c.rank].local, int16_t(c.k), index};
     if (sends) {
         far[at - num_near] = {c.node, slot};
         all.hops
@@ -183,10 +177,9 @@ __device__ __forceinline__ void write_lists(const epcomm_cuda_two_hop_layout& al
     }
 }
 
-/// Second pass: number every row and record. `next`: this warp's first numbers, laid out as
-/// `warp_bins`; `base`: first row of this rank's copies on its own node, by key.
-__device__ inline void place_choices(const epcomm_cuda_two_hop_layout& all, int* next,
-                                     const int* base) {
+/// Second pass: number every row and record, among this rank's own. `next`: this warp's first
+/// numbers, laid out as `warp_bins`.
+__device__ inline void number_choices(const epcomm_cuda_two_hop_layout& all, int* next) {
     const epcomm_cuda_layout& call = all.call;
     const int K = call.world.num_topk;
     const bool by_expert = call.row.layout == EPCOMM_LAYOUT_EXPERT;
@@ -199,8 +192,40 @@ __device__ inline void place_choices(const epcomm_cuda_two_hop_layout& all, int*
             index = c.expert < 0 ? -1 : shared;
         }
         if (c.inside) all.hops.index[int64_t(c.token) * K + c.k] = index;
-        write_lists(all, c, index, slot, base);
+        write_lists(all, c, index, slot);
     });
+}
+
+/// Last pass: rows of near copies begin at `base`, the first row of this rank's by key. The warp
+/// goes through the lists that it wrote, several of a lane's entries at a time.
+__device__ inline void add_bases(const epcomm_cuda_two_hop_layout& all, const int* base) {
+    const epcomm_cuda_layout& call = all.call;
+    const int K = call.world.num_topk, per_rank = call.world.num_experts / call.world.num_ranks;
+    const bool by_expert = call.row.layout == EPCOMM_LAYOUT_EXPERT;
+    const Share share = step_share(call);
+    epcomm_cuda_dest* dests = call.routes.dests + int64_t(share.begin) * K;
+    const int64_t* ids = call.routes.topk_idx + int64_t(share.begin) * K;
+    const int end = (share.end - share.begin) * K;
+    for (int first = lane_id(); first < end; first += 32 * kLoadsTogether) {
+        epcomm_cuda_dest dest[kLoadsTogether];
+        int key[kLoadsTogether];
+#pragma unroll
+        for (int i = 0; i < kLoadsTogether; ++i) {
+            dest[i] = {int16_t(-1), int16_t(-1), -1};
+            if (first + 32 * i < end) dest[i] = dests[first + 32 * i];
+        }
+#pragma unroll
+        for (int i = 0; i < kLoadsTogether; ++i) {
+            key[i] = dest[i].rank;
+            if (!by_expert || dest[i].rank < 0) continue;
+            const int at = first + 32 * i, expert = int(ids[at - at % K + dest[i].choice]);
+            key[i] = dest[i].rank * per_rank + expert % per_rank;
+        }
+#pragma unroll
+        for (int i = 0; i < kLoadsTogether; ++i) {
+            if (key[i] >= 0) dests[first + 32 * i].row = dest[i].row + base[key[i]];
+        }
+    }
 }
 
 }  // namespace epcomm

@@ -118,16 +118,26 @@ __device__ inline bool relay(const epcomm_cuda_world& world, const epcomm_cuda_r
     return __syncthreads_and(ok);
 }
 
+/// Announce to the world. The whole block 0.
+template <class Kind>
+__device__ inline bool announce_to_world(const epcomm_cuda_world& world,
+                                         const epcomm_cuda_rail& rail,
+                                         const epcomm_announcement& mine, int status,
+                                         const AnnouncedCounts& counts, const Waiting& what) {
+    delay(world, kDelayAnnounce);
+    const bool ok = announce_to_rail<Kind>(world, rail, mine, status, counts, what);
+    announce(world, mine, status, counts, what.epoch);
+    return ok;
+}
+
 /// Announce to the world and hand on what reaches this rank. The whole block 0.
 template <class Kind>
 __device__ inline bool announce_world(const epcomm_cuda_world& world, const epcomm_cuda_rail& rail,
                                       const epcomm_announcement& mine, int status,
                                       const AnnouncedCounts& counts, const Waiting& what) {
-    delay(world, kDelayAnnounce);
     begin_block_role(world, EPCOMM_CUDA_ROLE_ANNOUNCE);
-    bool ok = announce_to_rail<Kind>(world, rail, mine, status, counts, what);
-    announce(world, mine, status, counts, what.epoch);
-    ok = ok && relay<Kind>(world, rail, what);
+    const bool ok = announce_to_world<Kind>(world, rail, mine, status, counts, what) &&
+                    relay<Kind>(world, rail, what);
     end_block_role(world);
     return ok;
 }

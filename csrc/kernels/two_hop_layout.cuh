@@ -1,4 +1,7 @@
-// First call among nodes, before data: count, announce, wait for all announcements, place.
+// First call among nodes, before data: count, announce, place, wait for all announcements.
+//
+// Which of this rank's copies a copy is does not depend on the others': all are numbered while the
+// announcements are under way, and once these are in, a row is a base and a number.
 #pragma once
 
 #include "bases.cuh"
@@ -74,7 +77,7 @@ __device__ inline void count_two_hop_block(const epcomm_cuda_two_hop_layout& all
     }
 }
 
-/// Role (block 0): sum all blocks' counts, announce them, hand on what the rail peers announce.
+/// Role (block 0): sum all blocks' counts and announce them.
 template <class Kind>
 __device__ inline bool announce_two_hop(const epcomm_cuda_two_hop_layout& all,
                                         const TwoHopLayoutShared& shared, const Waiting& what) {
@@ -86,8 +89,8 @@ __device__ inline bool announce_two_hop(const epcomm_cuda_two_hop_layout& all,
     __syncthreads();
     const bool bad = own_control(world)->bad_choice != INT32_MAX;
     const int status = bad ? int(EPCOMM_STATUS_REFUSED) : all.call.announcement.status;
-    return announce_world<Kind>(world, all.rail, all.call.announcement, status,
-                                {shared.counts, 0, bins}, what);
+    return announce_to_world<Kind>(world, all.rail, all.call.announcement, status,
+                                   {shared.counts, 0, bins}, what);
 }
 
 /// Turn the per-warp counts into the first number of every warp's share, in place.
@@ -146,9 +149,22 @@ __global__ void __launch_bounds__(32 * kLayoutWarps, 1)
     begin_block_role(world, EPCOMM_CUDA_ROLE_MEET);
     bool ok = meet(world, what);
     end_block_role(world);
-    if (ok && leads) ok = announce_two_hop<Kind>(all, shared, what);
+    if (ok && leads) {
+        begin_block_role(world, EPCOMM_CUDA_ROLE_ANNOUNCE);
+        ok = announce_two_hop<Kind>(all, shared, what);
+        end_block_role(world);
+    }
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_COUNTED);
+    if (!ok) return;
+    // Block 0 numbers before it hands on what the rail peers announce. Where that is here already,
+    // this rank is late, and would not be done sooner by numbering behind it.
+    begin_role(world, EPCOMM_CUDA_ROLE_PLACE);
+    scan_two_hop_warps(all, shared);
+    __syncthreads();
+    number_choices(all, shared.warp_bins + warp_id() * (world.num_nodes + shared.wide));
+    end_role(world);
     begin_block_role(world, EPCOMM_CUDA_ROLE_LISTEN);
+    if (leads) ok = relay<Kind>(world, all.rail, what);
     ok = ok && wait_announced(world, epoch, what, typename Kind::LookAround(all.rail));
     end_block_role(world);
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
@@ -156,7 +172,6 @@ __global__ void __launch_bounds__(32 * kLayoutWarps, 1)
     delay(world, kDelayAnnounced);
     begin_role(world, EPCOMM_CUDA_ROLE_PLACE);
     find_two_hop_bases(all, shared, epoch);
-    scan_two_hop_warps(all, shared);
     __syncthreads();
     if (leads) {
         for (int r = int(threadIdx.x); r < world.num_ranks; r += int(blockDim.x)) {
@@ -165,8 +180,7 @@ __global__ void __launch_bounds__(32 * kLayoutWarps, 1)
         const int verdict = judge_all(world, call.announcement, call.row, shared.rows, epoch);
         report_prepared(call, verdict, shared.rows, epoch);
     }
-    place_choices(all, shared.warp_bins + warp_id() * (world.num_nodes + shared.wide),
-                  shared.own_base);
+    add_bases(all, shared.own_base);
     end_role(world);
 }
 
