@@ -28,7 +28,7 @@ def test_equals_oracle(emulated, name, fabric):
 
 @pytest.mark.timeout(120)
 @over_both
-@pytest.mark.parametrize(("ranks_per_node", "num_ranks"), [(1, 2), (1, 4), (3, 6), (2, 6)])
+@pytest.mark.parametrize(("ranks_per_node", "num_ranks"), [(1, 2), (1, 4), (3, 6), (2, 6), (2, 10)])
 @pytest.mark.parametrize("layout", ["rank", "expert"])
 def test_every_shape_of_world(emulated, ranks_per_node, num_ranks, layout, fabric):
     case = replace(
@@ -54,9 +54,12 @@ def test_nodes_are_added_in_their_order(emulated, wire, fabric):
 @pytest.mark.timeout(120)
 @over_both
 @pytest.mark.parametrize("seed", range(3))
-def test_many_chunks_in_any_order(emulated, seed, fabric):
-    # Chunks of one record, more blocks than cores, ranks of one token and of many.
-    case = replace(CASES["bf16"], ranks_per_node=2, tokens=(31, 1), seed=seed, num_topk=4)
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+def test_many_chunks_in_any_order(emulated, layout, seed, fabric):
+    # Chunks of one record, more blocks than cores of which two place, ranks of one token and many.
+    case = replace(
+        CASES["bf16"], ranks_per_node=2, layout=layout, tokens=(31, 1), seed=seed, num_topk=4
+    )
     world = EmulatedWorld(
         emulated, 2, 4, config_of(case, 4), chunk_records=1, blocks=3, fabric=fabric()
     )
