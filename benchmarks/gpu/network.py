@@ -5,7 +5,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from epcomm.cuda.rail import RailPlan
 from epcomm.fabric.fabric import Fabric
 
 from ..triggers import processor_ns
@@ -65,6 +64,7 @@ class Counters:
     """What the fabric of a buffer counts on this rank.
 
     Attributes:
+        chunk_records: records of a message.
         num_chunks: messages to a node at most.
         description: what the transport chose, one line.
     """
@@ -72,13 +72,9 @@ class Counters:
     def __init__(self, buffer: Any) -> None:
         scale_out = buffer._backend._scale_out
         self._fabric: Fabric = scale_out.fabric
-        self._plan: RailPlan = scale_out.plan
+        self.chunk_records = int(scale_out.plan.chunking["chunk_records"])
         self.num_chunks = int(scale_out.plan.chunking["num_chunks"])
         self.description = self._fabric.describe()
-
-    def chunk_records(self, record_bytes: int) -> int:
-        """Records of a message."""
-        return self._plan.chunk_records(record_bytes)
 
     def proxy(self) -> np.ndarray:
         """Of the proxy threads so far: seconds of processor time, triggers taken."""

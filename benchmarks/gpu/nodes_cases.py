@@ -101,17 +101,9 @@ class Between:
         out.say(
             f"  {self.counters.description}\n"
             f"  {crossing.total / tokens:.2f} records a token; a rank sends or gets up to "
-            + ", or ".join(self._chunks())
+            f"{crossing.messages(self.counters.chunk_records)} chunks of "
+            f"{self.counters.chunk_records} records"
         )
-
-    def _chunks(self) -> list[str]:
-        """How many there are, and of how many records, by kind of row."""
-        hidden, topk = self.exchange.shape.hidden, self.exchange.shape.topk
-        return [
-            f"{self.crossing.messages(length)} chunks of {length} records ({rows.name})"
-            for rows in (WireFormat.FP8, WireFormat.BF16)
-            for length in [self.counters.chunk_records(dispatch_record(rows, hidden, topk).bytes)]
-        ]
 
 
 # Through proxies --------------------------------------------------------------------------
@@ -169,7 +161,7 @@ def _through_proxies(
     if triggers_R.min() > 0:
         # Busy time has the looks at empty rings in it, so this is what is certain.
         each = float((busy_R / triggers_R).max())
-        chunk = counters.chunk_records(timed.record.bytes) * timed.record.bytes
+        chunk = counters.chunk_records * timed.record.bytes
         note = f"{each * 1e6:.1f} us for each chunk of {chunk} bytes"
         seen = feed(chunk, each * 1e9)
         add(f"{what}{CORES} cores of proxies could feed", NIC_GB_S, False, "GB/s", seen, note)
@@ -331,8 +323,7 @@ def _over_line(
     exchange, counters = between.exchange, between.counters
     seconds = time_calls(exchange.comm, timed.call, effort)
     phase = data_phase(exchange, counters, timed.call, effort.groups)
-    length = counters.chunk_records(timed.record.bytes)
-    chunk = length * timed.record.bytes
+    chunk = counters.chunk_records * timed.record.bytes
     floor = between.floor_bytes(timed)
     more = {
         "message KB": chunk / 1e3,
@@ -342,12 +333,12 @@ def _over_line(
     if phase is None or phase.line.bytes_per_second == 0 or phase.seconds == 0:
         # No line to compare with; bytes as they are.
         plain = Line(1.0, 0.0, 1, 0)
-        busiest = between.crossing.busiest_bytes(timed.record.bytes, length, plain)
+        busiest = between.crossing.busiest_bytes(timed.record.bytes, counters.chunk_records, plain)
         more["call GB/s"] = busiest / seconds / 1e9
         out.add(case, exchange, timed.name, seconds, floor, **more)
         return None
     model = phase.line
-    busiest = between.crossing.busiest_bytes(timed.record.bytes, length, model)
+    busiest = between.crossing.busiest_bytes(timed.record.bytes, counters.chunk_records, model)
     data_share = phase.rate / model.bytes_per_second
     over_ideal = seconds / model.ideal_seconds(busiest)
     more |= {

@@ -2,8 +2,7 @@
 ///
 /// Records to a node are numbered in the order of their tokens; record j has slot j, and belongs to
 /// chunk j / C. A chunk is what one put carries. What comes back in a combine uses the same places
-/// and signals the other way round. C is the same at both ends of a call, but not in all calls: of
-/// short records a chunk may have more than were planned for, and then fewer places are used.
+/// and signals the other way round.
 ///
 /// Staging *holds* W chunks of a peer, in each direction: chunk c lies at place c % W, at the
 /// sender and at the receiver. A place has a signal at the receiver, which grows by one with every

@@ -22,11 +22,6 @@ from ..topology import Topology
 CHUNK_RECORDS = 64
 #: Longer where each costs CUDA calls of the rank's carrier.
 CHUNK_RECORDS_OVER = {"local-cuda": 256}
-#: Shorter in calls of long records, where kernels post by themselves: so many bytes at most if rows
-#: are BF16. A call takes about three chunks' time longer than the line needs for its bytes: until
-#: the first is written, until the last has come, and until that is read. By proxies to the emulated
-#: cards the same, for comparisons.
-_MOST_CHUNK_BYTES = dict.fromkeys(("mlx5", "emulated-cuda", "emulated-cuda-proxy"), 512 << 10)
 #: Queue pairs of a rank with one or two peers; a card serves several at once, each only so fast.
 _QUEUE_PAIRS = 16
 _FEWEST_CHANNELS = 4
@@ -51,14 +46,10 @@ class RailPlan:
     Attributes:
         chunking: ``epcomm_chunking``, 0-d.
         announcement_bytes: of one announcement, padded.
-        most_chunk_bytes: of calls whose chunks may have more records than ``chunking`` says, up to
-            ``most_chunk_records``; 0: there are none.
     """
 
     chunking: np.ndarray
     announcement_bytes: int
-    most_chunk_bytes: int = 0
-    most_chunk_records: int = CHUNK_RECORDS
 
     @property
     def num_peers(self) -> int:
@@ -74,16 +65,6 @@ class RailPlan:
     def bounded(self) -> bool:
         """Whether staging holds less than all records of a call."""
         return self.held_chunks < int(self.chunking["num_chunks"])
-
-    def chunk_records(self, record_bytes: int) -> int:
-        """C of a call whose records have ``record_bytes``."""
-        records = int(self.chunking["chunk_records"])
-        while (
-            2 * records <= self.most_chunk_records
-            and 2 * records * record_bytes <= self.most_chunk_bytes
-        ):
-            records *= 2
-        return records
 
     @property
     def num_signals(self) -> int:
@@ -129,7 +110,6 @@ def plan_rail(
     config: Config,
     *,
     chunk_records: int = CHUNK_RECORDS,
-    most_chunk_bytes: int = 0,
     num_channels: int | None = None,
 ) -> RailPlan:
     """Plan staging and signals for a world of several nodes.
@@ -138,8 +118,6 @@ def plan_rail(
         topology: of the world.
         config: of the Buffer.
         chunk_records: records of a chunk, if signals and staging allow.
-        most_chunk_bytes: of a chunk of BF16 rows, which may have fewer records then; 0: as many as
-            they take, also where ``config`` bounds staging.
         num_channels: lanes to each peer; None: :func:`channels_to`.
 
     Raises:
@@ -151,15 +129,8 @@ def plan_rail(
     chunking["max_records"] = max(1, config.max_tokens)
     chunking["num_channels"] = num_channels or channels_to(topology.num_nodes - 1)
     record, most = largest_record(config), config.max_staging_bytes
-    if most is not None:
-        most_chunk_bytes = 0
-    shortest = chunk_records
-    rows = dispatch_record(WireFormat.BF16, config.hidden, config.num_topk).bytes
-    while most_chunk_bytes and shortest > 1 and shortest * rows > most_chunk_bytes:
-        shortest //= 2
-    result = library.epcomm_make_chunking(chunking.ctypes.data, record, shortest, most or 0)
-    announced = announcement_bytes(topology, config.num_experts)
-    plan = RailPlan(chunking, announced, most_chunk_bytes, chunk_records)
+    result = library.epcomm_make_chunking(chunking.ctypes.data, record, chunk_records, most or 0)
+    plan = RailPlan(chunking, announcement_bytes(topology, config.num_experts))
     if result == constants["PLAN_TOO_LARGE"]:
         raise ValueError(
             f"max_tokens: {config.max_tokens} records of {record} bytes for each of "
@@ -248,12 +219,6 @@ def fill_rail(
         block[name] = address
 
 
-def length_of_chunks(rail: np.ndarray) -> np.ndarray:
-    """``chunk_records`` of an ``epcomm_cuda_rail`` (0-d), [1]: a view, to be read and written."""
-    lengths: np.ndarray = rail["chunking"].view(dtypes["chunking"])["chunk_records"]
-    return lengths
-
-
 def places_of(topology: Topology) -> np.ndarray:
     """``epcomm_cuda_place`` of every rank: int16 [R, 2], node and local rank."""
     return np.stack([topology.node_of_R, topology.local_of_R], axis=1).astype(np.int16)
@@ -274,12 +239,9 @@ def channels_to(num_peers: int) -> int:
     return 1 << (most.bit_length() - 1)
 
 
-def chunks_of(transport: str) -> dict[str, int]:
-    """How long chunks are, as :func:`plan_rail` takes it."""
-    return {
-        "chunk_records": CHUNK_RECORDS_OVER.get(transport, CHUNK_RECORDS),
-        "most_chunk_bytes": _MOST_CHUNK_BYTES.get(transport, 0),
-    }
+def chunk_records_of(transport: str) -> int:
+    """C, unless signals or ``max_staging_bytes`` make it another."""
+    return CHUNK_RECORDS_OVER.get(transport, CHUNK_RECORDS)
 
 
 def fabric_options(
@@ -310,7 +272,7 @@ def report_staging(
         return {}
     # Where the choice is left open, all that may be taken differs in nothing but chunks' length.
     transport = TRANSPORTS.get(fabric.partition(" ")[0], TRANSPORTS["ibgda"])
-    plan = plan_rail(topology, config, **chunks_of(transport))
+    plan = plan_rail(topology, config, chunk_records=chunk_records_of(transport))
     sizes = plan.region_bytes()
     length, record = int(plan.chunking["chunk_records"]), largest_record(config)
     held = int(plan.chunking["max_records"])

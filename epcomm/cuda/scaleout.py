@@ -28,7 +28,7 @@ from .memory import DeviceBlock, PinnedBlock
 from .nics import nic_sms, with_nic_sms
 from .rail import (
     RailPlan,
-    chunks_of,
+    chunk_records_of,
     fabric_options,
     fill_hops,
     fill_rail,
@@ -87,7 +87,9 @@ class ScaleOut:
             arguments = with_nic_sms(options.fabric)
         error: Exception | None = None
         try:
-            self.plan: RailPlan = plan_rail(topology, config, **chunks_of(transport))
+            self.plan: RailPlan = plan_rail(
+                topology, config, chunk_records=chunk_records_of(transport)
+            )
             abi.check(native.library.epcomm_cuda_load_two_hop(), "loading the two-hop kernels")
             memory = {i: _Memory(n) for i, n in self.plan.region_bytes().items()}
             fabric_options = self._fabric_options(options, transport, arguments)
@@ -118,7 +120,7 @@ class ScaleOut:
             {i: m.pointer for i, m in memory.items()},
             {name: array.data.ptr for name, array in self._state.items()},
         )
-        self.blocks = TwoHopBlocks(config, self.plan, rail)
+        self.blocks = TwoHopBlocks(config, rail)
 
     def _fabric_options(self, options: Options, transport: str, arguments: str) -> FabricOptions:
         how = fabric_options(
@@ -195,7 +197,7 @@ class ScaleOut:
         else:
             record = combine_record(agreed.wire, hidden, num_topk, agreed.with_weights)
             row_meta = (4 if by_expert else 4 * num_topk) if agreed.with_weights else 0
-        chunk = self.plan.chunk_records(record.bytes)
+        chunk = int(self.plan.chunking["chunk_records"])
         messages = int((-(-mine // chunk)).sum())
         if self.plan.bounded:  # and credits
             messages += int((-(-theirs // chunk) - self.plan.held_chunks).clip(0).sum())

@@ -11,7 +11,7 @@ from .. import native
 from ..backend import Config
 from ..native import combine_record, dispatch_record
 from . import abi
-from .rail import RailPlan, fill_record, length_of_chunks
+from .rail import fill_record
 
 #: Warps of a block, many because they wait for memory; a combine takes as many of them as the
 #: kernel for its formats has registers for.
@@ -38,7 +38,6 @@ class _Block:
     def __init__(self, name: str, rail: np.ndarray) -> None:
         self.array = np.zeros((), abi.dtypes[f"two_hop_{name}"])
         self.put("rail", *_bytes_of(rail))
-        self.chunk_records = length_of_chunks(self.array["rail"].view(rail.dtype).reshape(()))
 
     def put(self, field: str, address: int, nbytes: int) -> None:
         """Copy a part there."""
@@ -55,15 +54,14 @@ class TwoHopBlocks:
 
     Args:
         config: of the buffer.
-        plan: of the rail.
-        rail: ``epcomm_cuda_rail``, the same for all calls but for the length of chunks.
+        rail: ``epcomm_cuda_rail``, the same for all calls.
     """
 
-    def __init__(self, config: Config, plan: RailPlan, rail: np.ndarray) -> None:
-        self._config, self._plan = config, plan
+    def __init__(self, config: Config, rail: np.ndarray) -> None:
+        self._config = config
         self._blocks = {name: _Block(name, rail) for name in ("layout", "dispatch", "combine")}
         self._no_hops = np.zeros((), abi.dtypes["hops"])
-        self._records: dict[tuple[str, int, bool], tuple[np.ndarray, int]] = {}
+        self._records: dict[tuple[str, int, bool], np.ndarray] = {}
 
     def extend(self, name: str, call: Any, hops: Hops | None) -> int:
         """Make a one-node call's parameters a two-hop call's; returns their address.
@@ -80,24 +78,21 @@ class TwoHopBlocks:
         block.put("call", ctypes.addressof(call), ctypes.sizeof(call))
         block.put("hops", *_bytes_of(self._no_hops if hops is None else hops.block))
         if name != "layout":
-            record, chunk_records = self._record(name, call.announcement)
-            block.put("record", *_bytes_of(record))
-            block.chunk_records[0] = chunk_records
+            block.put("record", *_bytes_of(self._record(name, call.announcement)))
         if name == "dispatch":
             block.array["forward_list"] = not call.announce
         return block.array.ctypes.data
 
-    def _record(self, name: str, announcement: Any) -> tuple[np.ndarray, int]:
-        """``epcomm_record`` of a call, and how many a chunk has."""
+    def _record(self, name: str, announcement: Any) -> np.ndarray:
+        """``epcomm_record`` of a call."""
         fmt = announcement.format if name == "dispatch" else announcement.wire
         key = (name, fmt, bool(announcement.with_weights))
         if key not in self._records:
             hidden, num_topk = self._config.hidden, self._config.num_topk
-            block = np.zeros((), native.dtypes["record"])
+            self._records[key] = np.zeros((), native.dtypes["record"])
             if name == "dispatch":
                 record = dispatch_record(fmt, hidden, num_topk)
             else:
                 record = combine_record(fmt, hidden, num_topk, key[2])
-            fill_record(block, record)
-            self._records[key] = block, self._plan.chunk_records(record.bytes)
+            fill_record(self._records[key], record)
         return self._records[key]

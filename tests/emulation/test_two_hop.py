@@ -12,8 +12,7 @@ from fabrics import Nics, Proxies
 from oracle_cases import CASES
 from world import EmulatedWorld
 
-from epcomm.formats.wire import WireFormat
-from epcomm.native import combine_record, constants, dispatch_record
+from epcomm.native import constants
 
 over_both = pytest.mark.parametrize("fabric", [Proxies, Nics])
 
@@ -64,29 +63,6 @@ def test_many_chunks_in_any_order(emulated, layout, seed, fabric):
         emulated, 2, 4, config_of(case, 4), chunk_records=1, blocks=3, fabric=fabric()
     )
     check_case(world, case, seed=seed)
-
-
-@pytest.mark.timeout(120)
-@over_both
-@pytest.mark.parametrize("ranks_per_node", [1, 2])
-def test_calls_whose_chunks_differ_in_length_take_turns(emulated, ranks_per_node, fabric):
-    # Packed rows go in chunks of four, what comes back in chunks of two, over the same signals.
-    case = replace(
-        CASES["bf16"], ranks_per_node=ranks_per_node, hidden=1024, tokens=(31, 1, 18),
-        quantize="fp8",
-    )  # fmt: skip
-    config = config_of(case, 4)
-    packed = dispatch_record(WireFormat.FP8, config.hidden, config.num_topk).bytes
-    world = EmulatedWorld(
-        *(emulated, ranks_per_node, 4, config),
-        chunk_records=8,
-        most_chunk_bytes=4 * packed,
-        fabric=fabric(),
-    )
-    plan = world.ranks[0].plan
-    back = combine_record(WireFormat.BF16, config.hidden, config.num_topk, False).bytes
-    assert (plan.chunk_records(packed), plan.chunk_records(back)) == (4, 2)
-    check_case(world, case)
 
 
 @pytest.mark.timeout(120)

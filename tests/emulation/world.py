@@ -15,7 +15,7 @@ from epcomm.cuda import rail
 from epcomm.fabric.abi import constants as fabric_constants
 from epcomm.fabric.abi import dtypes as fabric_dtypes
 from epcomm.formats.wire import WireFormat
-from epcomm.native import RecordLayout, combine_record, constants, dispatch_record
+from epcomm.native import combine_record, constants, dispatch_record
 from epcomm.topology import Topology, make_topology
 
 
@@ -67,7 +67,6 @@ class EmulatedWorld:
         config: Config,
         *,
         chunk_records: int = 2,
-        most_chunk_bytes: int = 0,
         blocks: int = 2,
         timeout: float = 60.0,
         window_bytes: int = 1 << 20,
@@ -79,11 +78,7 @@ class EmulatedWorld:
         self.config, self.blocks = config, blocks
         self.fabric: Fabric = Proxies() if fabric is None else fabric
         self.ranks = [
-            EmulatedRank(
-                self,
-                make_topology(r, [0] * num_ranks, ranks_per_node),
-                {"chunk_records": chunk_records, "most_chunk_bytes": most_chunk_bytes},
-            )
+            EmulatedRank(self, make_topology(r, [0] * num_ranks, ranks_per_node), chunk_records)
             for r in range(num_ranks)
         ]
         self.members = (Member * num_ranks)()
@@ -122,11 +117,13 @@ class EmulatedWorld:
 class EmulatedRank(RankMemory):
     """One rank: what Engine and ScaleOut hold on a GPU."""
 
-    def __init__(self, world: EmulatedWorld, topology: Topology, chunks: dict[str, int]) -> None:
+    def __init__(self, world: EmulatedWorld, topology: Topology, chunk_records: int) -> None:
         self.world, self.topology, self.config = world, topology, world.config
         self.number = 0
         config = world.config
-        self.plan = rail.plan_rail(topology, config, num_channels=world.fabric.channels, **chunks)
+        self.plan = rail.plan_rail(
+            topology, config, chunk_records=chunk_records, num_channels=world.fabric.channels
+        )
         R, E = topology.num_ranks, config.num_experts
         super().__init__(world.kernels, topology.num_nodes, R, E)
         self.bins = np.zeros((world.blocks, topology.num_nodes + R + E), np.int32)
@@ -251,19 +248,13 @@ class EmulatedRank(RankMemory):
                 call["num_warps"] = warps
                 block["forward_list"] = not cached
                 record = dispatch_record(fmt, config.hidden, config.num_topk)
-                self._fill_record(block, record)
+                rail.fill_record(block["record"].view(native.dtypes["record"]).reshape(()), record)
             # The layout kernel takes its block's number of warps from the emulator.
             self.queue.append((0 if name == "layout" else 1, block, warps))
         self.number += 1
         routes.row = row
         self.keep += [x, weights, scales, routes]
         return routes
-
-    def _fill_record(self, block: np.ndarray, record: RecordLayout) -> None:
-        """What records are, and how many a chunk of the call has."""
-        rail.fill_record(block["record"].view(native.dtypes["record"]).reshape(()), record)
-        inner = block["rail"].view(self.world.dtypes["rail"]).reshape(())
-        rail.length_of_chunks(inner)[0] = self.plan.chunk_records(record.bytes)
 
     def received(self, routes: "EmulatedRoutes", fixed_rows: int = -1) -> dict[str, np.ndarray]:
         """What lies in this rank's window after a dispatch."""
@@ -292,7 +283,7 @@ class EmulatedRank(RankMemory):
         call["number"] = self.number = self.number + 1
         routes.fill(block, call)
         record = combine_record(wire, config.hidden, config.num_topk, topk_weights is not None)
-        self._fill_record(block, record)
+        rail.fill_record(block["record"].view(native.dtypes["record"]).reshape(()), record)
         self.queue.append((2, block, warps))
         self.keep += [out, back, bias]
         return out, back

@@ -1,7 +1,6 @@
 """Numbering of records, chunks and signals between nodes, and the staging they take."""
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -203,23 +202,6 @@ def test_slots_are_numbered_as_on_the_cpu():
         assert np.diff(offsets).tolist() == [record] * (len(sent) - 1)
 
 
-def test_chunks_of_long_records_are_shorter():
-    topology, config = make_topology(0, [0] * 4, 2), Config(7168, 64, 8, 4096)
-    bf16, fp8 = (dispatch_record(f, 7168, 8).bytes for f in (WireFormat.BF16, WireFormat.FP8))
-    plan = rail.plan_rail(topology, config, chunk_records=64, most_chunk_bytes=512 << 10)
-    assert (plan.chunk_records(bf16), plan.chunk_records(fp8), plan.held_chunks) == (32, 64, 128)
-    # Short ones have no more records than that, float32 rows what BF16 rows have.
-    assert plan.chunk_records(600) == 64
-    assert plan.chunk_records(dispatch_record(WireFormat.F32, 7168, 8).bytes) == 32
-    # Without a limit to bytes, and where staging is bounded, all are alike.
-    alike = rail.plan_rail(topology, config, chunk_records=64)
-    assert {alike.chunk_records(n) for n in (600, fp8, bf16)} == {64}
-    config = replace(config, max_staging_bytes=100 << 20)
-    bounded = rail.plan_rail(topology, config, chunk_records=64, most_chunk_bytes=512 << 10)
-    assert bounded.bounded
-    assert {bounded.chunk_records(n) for n in (600, fp8, bf16)} == {64}
-
-
 @pytest.mark.parametrize("cap", [None, 100 << 20])
 @pytest.mark.parametrize("fabric", ["auto", "proxy/local", "emulated", "proxy/emulated"])
 def test_memory_of_scale_out_is_what_is_allocated(fabric, cap):
@@ -227,10 +209,7 @@ def test_memory_of_scale_out_is_what_is_allocated(fabric, cap):
     config = Config(7168, 240, 8, 4096, max_staging_bytes=cap)
     report = rail.report_staging(topology, config, fabric)
     chunk_records = 256 if fabric == "proxy/local" else 64
-    # Where kernels post by themselves, 512 KiB of BF16 rows are 32 records. Bounded staging has
-    # chunks as long as it can.
-    shorter = fabric != "proxy/local" and cap is None
-    plan = rail.plan_rail(topology, config, chunk_records=32 if shorter else chunk_records)
+    plan = rail.plan_rail(topology, config, chunk_records=chunk_records)
     assert plan.bounded == (cap is not None)
     staging, why = report["scale-out staging"]
     # Two other nodes, in and out, float32 records.

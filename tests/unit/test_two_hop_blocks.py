@@ -13,9 +13,7 @@ from epcomm.native import combine_record, constants, dispatch_record
 if not abi.available:
     pytest.skip("libepcomm was built without CUDA", allow_module_level=True)
 
-from epcomm.cuda.rail import chunks_of, length_of_chunks, plan_rail
 from epcomm.cuda.two_hop import Hops, TwoHopBlocks
-from epcomm.topology import make_topology
 
 CONFIG = Config(hidden=256, num_experts=16, num_topk=5, max_tokens=10)
 
@@ -25,8 +23,7 @@ def make_blocks():
     rail["send"], rail["dealt"] = 1234, 5678
     hops = np.zeros((), abi.dtypes["hops"])
     hops["base"], hops["num_keys"] = 99, 7
-    plan = plan_rail(make_topology(0, [0, 0], 1), CONFIG, chunk_records=4)
-    return TwoHopBlocks(CONFIG, plan, rail), Hops({}, hops)
+    return TwoHopBlocks(CONFIG, rail), Hops({}, hops)
 
 
 def read(address, name):
@@ -68,20 +65,6 @@ def test_records_of_a_combine_follow_wire_and_weights():
             record = part(block, "record", native.dtypes["record"])
             want = combine_record(constants[f"FORMAT_{wire}"], 256, 5, weights)
             assert record["bytes"] == want.bytes
-
-
-def test_chunks_have_the_length_of_their_call():
-    config = Config(hidden=7168, num_experts=16, num_topk=8, max_tokens=4096)
-    plan = plan_rail(make_topology(0, [0, 0], 1), config, **chunks_of("mlx5"))
-    rail = np.zeros((), abi.dtypes["rail"])
-    rail["chunking"] = plan.chunking.reshape(1).view(np.uint8)
-    blocks, hops = TwoHopBlocks(config, plan, rail), make_blocks()[1]
-    for form, length in (("BF16", 32), ("FP8", 64), ("BF16", 32)):
-        call = abi.structures["dispatch"]()
-        call.announcement.format = constants[f"FORMAT_{form}"]
-        inner = part(read(blocks.extend("dispatch", call, hops), "dispatch"), "rail", rail.dtype)
-        assert length_of_chunks(inner)[0] == length
-        assert inner["chunking"].view(plan.chunking.dtype)["held_chunks"][0] == 4096 // 32
 
 
 def test_a_refusal_names_no_routes():
