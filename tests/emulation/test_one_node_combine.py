@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cases import array_of, formats_of
-from harness import Case, draw_inputs, draw_outputs, make_world, wire_of
+from harness import Case, expect
 from oracle_cases import CASES
 from test_one_node import RANKS, make_node, queue
 
@@ -16,15 +16,13 @@ pytestmark = pytest.mark.timeout(120)
 
 def check(node, case, seed=0):
     """A dispatch, then two combines along its routes without a pause between."""
-    inputs, world = draw_inputs(case, len(node.ranks)), make_world(case, len(node.ranks))
-    received = oracle.dispatch(inputs, world)
-    outputs = draw_outputs(case, received, inputs)
-    wanted = oracle.combine(outputs, received, inputs, world, wire_of(case))
-    routes = queue(node, case, inputs)
+    expected = expect(case, len(node.ranks))
+    wanted = expected.combined
+    routes = queue(node, case, expected.inputs)
     node.run(seed)
     got = []
     for _ in range(2):
-        for rank, route, out in zip(node.ranks, routes, outputs, strict=True):
+        for rank, route, out in zip(node.ranks, routes, expected.outputs, strict=True):
             got.append(
                 rank.combine(
                     route,

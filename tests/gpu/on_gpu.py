@@ -9,7 +9,6 @@ import torch
 from harness import Case
 
 import epcomm
-from epcomm import oracle
 from epcomm.backend import Config
 from epcomm.cuda.rail import largest_record
 from epcomm.native import align, constants
@@ -84,12 +83,8 @@ def bound_for(case: Case, num_ranks: int, records: int) -> int:
 
 def check(comm: Any, case: Case, buffer: epcomm.Buffer, *, in_place: bool = False) -> None:
     """Run a case, dispatch, combine and cached dispatch, and compare with the oracle."""
-    inputs = harness.draw_inputs(case, comm.size)
-    world = harness.make_world(case, comm.size)
-    received = oracle.dispatch(inputs, world)
-    outputs = harness.draw_outputs(case, received, inputs)
-    combined = oracle.combine(outputs, received, inputs, world, harness.wire_of(case))
-    mine, out = inputs[comm.rank], outputs[comm.rank]
+    expected = harness.expect(case, comm.size)
+    mine, out = expected.inputs[comm.rank], expected.outputs[comm.rank]
     x, weights = to_gpu(mine.x), to_gpu(mine.topk_weights)
     got = buffer.dispatch(
         x,
@@ -100,7 +95,7 @@ def check(comm: Any, case: Case, buffer: epcomm.Buffer, *, in_place: bool = Fals
         alignment=case.alignment,
         fixed_rows=case.fixed_rows,
     )
-    harness.assert_received(to_host(got), received[comm.rank])
+    harness.assert_received(to_host(got), expected.received[comm.rank])
     y = to_gpu(out.y)
     if in_place:
         y = buffer.combine_input(got.handle, out.y.dtype).copy_(y)
@@ -112,6 +107,6 @@ def check(comm: Any, case: Case, buffer: epcomm.Buffer, *, in_place: bool = Fals
         bias=to_gpu(tuple(out.bias)),
         wire=case.wire,  # type: ignore[arg-type]
     )
-    harness.assert_combined(to_host(back), combined[comm.rank])
+    harness.assert_combined(to_host(back), expected.combined[comm.rank])
     again = buffer.dispatch(x, topk_weights=weights, quantize=case.quantize, handle=got.handle)  # type: ignore[arg-type]
-    harness.assert_received(to_host(again), received[comm.rank])
+    harness.assert_received(to_host(again), expected.received[comm.rank])
