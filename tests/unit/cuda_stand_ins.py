@@ -63,6 +63,7 @@ class Gpu:
         behind: calls launched but not judged until the host waits for one of them.
         capturing: whether streams are.
         sms_of_calls: that calls of all its ranks hold.
+        copies_in_bulk: whether it has the bulk copy engine.
     """
 
     rows: tuple[int, int] = (5, 7)
@@ -71,6 +72,7 @@ class Gpu:
     behind: int = 0
     capturing: bool = False
     sms_of_calls: int = 64
+    copies_in_bulk: bool = True
     launches: list[Launch] = field(default_factory=list)
     copies: list[tuple[int, int, int, int]] = field(default_factory=list)
     ordered: list[tuple[int, int]] = field(default_factory=list)
@@ -286,7 +288,11 @@ def make_buffer(monkeypatch: Any, gpu: Gpu, **config: Any) -> Any:
         backend,
         "check_device",
         lambda *_: device.Device(
-            0, "a GPU", num_sms=16, max_sms=132, sms_of_calls=gpu.sms_of_calls
+            *(0, "a GPU"),
+            num_sms=16,
+            max_sms=132,
+            sms_of_calls=gpu.sms_of_calls,
+            copies_in_bulk=gpu.copies_in_bulk,
         ),
     )
     monkeypatch.setattr(epcomm.buffer, "make_bootstrap", lambda *_: _Bootstrap())

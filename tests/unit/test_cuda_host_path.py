@@ -153,6 +153,14 @@ def test_few_warps_move_long_rows_where_calls_hold_the_gpu(monkeypatch, gpu, hel
     assert gpu.launches[-1].block.num_warps == 14
 
 
+def test_as_many_warps_as_ever_move_rows_without_bulk_copies(monkeypatch, gpu):
+    gpu.sms_of_calls, gpu.copies_in_bulk = 128, False
+    buffer = make_buffer(monkeypatch, gpu, hidden=7168)
+    x = torch.zeros(TOKENS, 7168, dtype=torch.bfloat16)
+    buffer.dispatch(x, handle=buffer.dispatch(x, choices()).handle)
+    assert gpu.launches[-1].block.num_warps == 8
+
+
 def test_routes_lie_apart_in_memory_that_handles_keep(buffer, gpu):
     results = [buffer.dispatch(inputs(), choices()) for _ in range(3)]
     spans = []
