@@ -31,9 +31,10 @@ __device__ inline Share warp_share(int num_tokens, int each, int step = 32) {
     return {min(first * step, num_tokens), min((first + count) * step, num_tokens)};
 }
 
-/// The sum of `count` values, `stride` apart.
-__device__ inline int column_sum(const int32_t* column, int64_t stride, int count) {
-    int sum = 0;
+/// Call `visit(i, value)` for `count` values, `stride` apart, in order.
+template <class Visit>
+__device__ __forceinline__ void for_column(const int32_t* column, int stride, int count,
+                                           Visit&& visit) {
     for (int first = 0; first < count; first += kLoadsTogether) {
         int value[kLoadsTogether];
 #pragma unroll
@@ -41,26 +42,26 @@ __device__ inline int column_sum(const int32_t* column, int64_t stride, int coun
             value[i] = first + i < count ? column[(first + i) * stride] : 0;
         }
 #pragma unroll
-        for (int i = 0; i < kLoadsTogether; ++i) sum += value[i];
+        for (int i = 0; i < kLoadsTogether; ++i) {
+            if (first + i < count) visit(first + i, value[i]);
+        }
     }
+}
+
+/// The sum of `count` values, `stride` apart.
+__device__ inline int column_sum(const int32_t* column, int stride, int count) {
+    int sum = 0;
+    for_column(column, stride, count, [&](int, int value) { sum += value; });
     return sum;
 }
 
 /// Turn `count` counts, `stride` apart, into the first number of each, in place: `next` for the
 /// first one, and each further one's behind those before.
 __device__ inline void scan_column(int* column, int stride, int count, int next) {
-    for (int first = 0; first < count; first += kLoadsTogether) {
-        int value[kLoadsTogether];
-#pragma unroll
-        for (int i = 0; i < kLoadsTogether; ++i) {
-            value[i] = first + i < count ? column[(first + i) * stride] : 0;
-        }
-#pragma unroll
-        for (int i = 0; i < kLoadsTogether; ++i) {
-            if (first + i < count) column[(first + i) * stride] = next;
-            next += value[i];
-        }
-    }
+    for_column(column, stride, count, [&](int i, int value) {
+        column[i * stride] = next;
+        next += value;
+    });
 }
 
 /// Some of a token's choices.

@@ -165,8 +165,11 @@ class DispatchForm:
         call.row_in_bytes = sizes.epcomm_payload_bytes(input_format, hidden)
         call.input_format = input_format
         packs = input_format != agreed.format
-        call.num_warps = tuning.packing_warps if packs else tuning.dispatch_warps
-        if not packs and not self.first:  # a first call counts and places with all its warps
+        if packs:
+            call.num_warps = tuning.packing_warps
+        elif self.first:  # which counts and places besides
+            call.num_warps = tuning.dispatch_warps
+        else:
             call.num_warps = tuning.moving_warps(call.row_in_bytes)
         call.stages = tuning.dispatch_stages
 
