@@ -82,6 +82,14 @@ def test_rows_dealt_several_at_once(emulated, layout, num_topk, quantize, fabric
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+def test_counts_of_many_warps_are_scanned(emulated, layout):
+    # More warps a block than counts are loaded together, all of them with tokens.
+    case = replace(CASES["bf16"], ranks_per_node=1, layout=layout, tokens=(200, 190))
+    check_case(EmulatedWorld(emulated, 1, 2, config_of(case, 2), chunk_records=64), case, warps=9)
+
+
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("seed", range(8))
 def test_next_announcement_is_under_way_with_the_last(emulated, seed):
     # A rank that gets no records of a peer ends its call without hearing what reached that peer.
