@@ -13,7 +13,7 @@ from ..topology import Topology
 from . import abi
 from .combines import Combines
 from .core import Core
-from .device import check_device
+from .device import Device, check_device
 from .dispatches import Dispatches
 from .engine import Engine
 from .forms import Forms, Tuning
@@ -41,11 +41,23 @@ class CudaBackend:
         raise_together(bootstrap, error)
         device = check_device(bootstrap, options.num_sms, config.num_topk, beside)
         self._release_sms = weakref.finalize(self, device.release)
+        self._scale_out: ScaleOut | None = None
+        try:
+            self._make(bootstrap, config, options, device)
+        except BaseException:
+            # Whoever keeps the exception keeps this object, and other buffers need the SMs.
+            if self._scale_out is not None:
+                self._scale_out.close()
+            self._release_sms()
+            raise
+
+    def _make(self, bootstrap: Bootstrap, config: Config, options: Options, device: Device) -> None:
+        """What runs on the GPU. Collective."""
+        topology = self.topology
         self.tuning = Tuning(num_sms=device.num_sms, memory_limits=device.memory_limits)
         self.device = torch.device("cuda", device.index)
         cupy.cuda.Device(device.index).use()
         shape = Shape(topology, config.num_experts, config.num_topk)
-        self._scale_out: ScaleOut | None = None
         if topology.num_nodes > 1:
             self._scale_out = ScaleOut(bootstrap, topology, config, options)
         self._engine = Engine(

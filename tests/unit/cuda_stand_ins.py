@@ -8,6 +8,7 @@ import ctypes
 import importlib
 import sys
 import types
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,8 @@ from epcomm import native
 from epcomm.cuda import abi
 
 RANKS, RANK = 4, 1
+TOKENS, HIDDEN, TOPK = 6, 256, 3
+WORDS = (HIDDEN + 127) // 128
 #: Streams of the stand-in for torch.cuda, by address.
 _STREAMS: dict[int, "Stream"] = {}
 
@@ -64,6 +67,7 @@ class Gpu:
         capturing: whether streams are.
         sms_of_calls: that calls of all its ranks hold.
         copies_in_bulk: whether it has the bulk copy engine.
+        held_sms: of the buffers made, by GPU.
     """
 
     rows: tuple[int, int] = (5, 7)
@@ -73,6 +77,7 @@ class Gpu:
     capturing: bool = False
     sms_of_calls: int = 64
     copies_in_bulk: bool = True
+    held_sms: Counter[str] = field(default_factory=Counter)
     launches: list[Launch] = field(default_factory=list)
     copies: list[tuple[int, int, int, int]] = field(default_factory=list)
     ordered: list[tuple[int, int]] = field(default_factory=list)
@@ -259,6 +264,22 @@ class _Bootstrap:
         pass
 
 
+def inputs(form: str = "bf16") -> Any:
+    """Rows to dispatch, or a pair."""
+    if form == "pair":
+        rows = torch.zeros(TOKENS, HIDDEN, dtype=torch.float8_e4m3fn)
+        return rows, torch.zeros(TOKENS, WORDS)
+    if form == "ue8m0 pair":
+        rows = torch.zeros(TOKENS, HIDDEN, dtype=torch.float8_e4m3fn)
+        return rows, torch.zeros(TOKENS, 1, dtype=torch.int32)
+    return torch.zeros(TOKENS, HIDDEN, dtype=torch.float32 if form == "f32" else torch.bfloat16)
+
+
+def choices(dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Experts of every token."""
+    return torch.arange(TOKENS * TOPK, dtype=dtype).view(TOKENS, TOPK) % 16
+
+
 def make_buffer(monkeypatch: Any, gpu: Gpu, **config: Any) -> Any:
     """A Buffer of rank RANK of RANKS on one node, on tensors of the host.
 
@@ -284,28 +305,30 @@ def make_buffer(monkeypatch: Any, gpu: Gpu, **config: Any) -> Any:
     streams = importlib.import_module("epcomm.cuda.streams")
     device = importlib.import_module("epcomm.cuda.device")
     monkeypatch.setattr(streams, "_find_stream", lambda _: gpu.stream)
-    monkeypatch.setattr(
-        backend,
-        "check_device",
-        lambda *_: device.Device(
+    gpu.held_sms = device._claimed
+
+    def check_device(*_: Any) -> Any:
+        gpu.held_sms["a GPU"] += 16
+        return device.Device(
             *(0, "a GPU"),
             num_sms=16,
             max_sms=132,
             sms_of_calls=gpu.sms_of_calls,
             copies_in_bulk=gpu.copies_in_bulk,
-        ),
-    )
+        )
+
+    monkeypatch.setattr(backend, "check_device", check_device)
     monkeypatch.setattr(epcomm.buffer, "make_bootstrap", lambda *_: _Bootstrap())
-    buffer = epcomm.buffer.Buffer(
-        None, **{"hidden": 256, "num_experts": 16, "num_topk": 3, "max_tokens": 64, **config},
-        backend="cuda",
-    )  # fmt: skip
+    try:
+        sizes = {"hidden": HIDDEN, "num_experts": 16, "num_topk": TOPK, "max_tokens": 64}
+        buffer = epcomm.buffer.Buffer(None, **sizes | config, backend="cuda")
+    finally:
+        for name in _modules():
+            # Of this buffer alone: the next one, or a test with a GPU, imports its own.
+            del sys.modules[name]
+            delattr(epcomm.cuda, name.rpartition(".")[2])
     buffer.config = replace(buffer.config, device="cpu")
     buffer._backend._combines._device = torch.device("cpu")
-    for name in _modules():
-        # Of this buffer alone: the next one, or a test with a GPU, imports its own.
-        del sys.modules[name]
-        delattr(epcomm.cuda, name.rpartition(".")[2])
     return buffer
 
 
