@@ -87,9 +87,12 @@ def test_bound_below_one_chunk_is_refused(world, fabric):
     comm = world(4)
     case = replace(CASES["bf16"], ranks_per_node=2, tokens=(300,))
     needed = bound_for(case, 4, 4)
+    # More than half of a GPU: the buffer that was not made must not hold its SMs.
+    sms = torch.cuda.get_device_properties(0).multi_processor_count // 4 - 4
+    options = {"fabric": fabric, "num_sms": sms}
     with pytest.raises(ValueError, match=f"max_staging_bytes: {needed - 1} .* take {needed} bytes"):
-        make_buffer(comm, case, fabric=fabric, max_staging_bytes=needed - 1)
-    with make_buffer(comm, case, fabric=fabric, max_staging_bytes=needed) as buffer:
+        make_buffer(comm, case, **options, max_staging_bytes=needed - 1)
+    with make_buffer(comm, case, **options, max_staging_bytes=needed) as buffer:
         check(comm, case, buffer)
 
 
