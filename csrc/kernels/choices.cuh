@@ -65,8 +65,9 @@ __device__ __forceinline__ void for_siblings(int num_topk, Visit&& visit) {
 
 /// The lane's choice of `id`, in the step that begins at token `first`. The whole warp. With
 /// `bad_choice`, the place of an id out of range or chosen before by the same token is left there.
-__device__ __forceinline__ Choice choice_of(const epcomm_cuda_two_hop_layout& all, int64_t id,
-                                            int first, int end, int32_t* bad_choice) {
+__device__ __forceinline__ Choice choice_of(const epcomm_cuda_two_hop_layout& all,
+                                            const RankOfExpert& rank_of, int64_t id, int first,
+                                            int end, int32_t* bad_choice) {
     const epcomm_cuda_layout& call = all.call;
     const int K = call.world.num_topk, E = call.world.num_experts;
     const bool valid = id >= 0 && id < E;
@@ -75,7 +76,7 @@ __device__ __forceinline__ Choice choice_of(const epcomm_cuda_two_hop_layout& al
     c.k = lane_id() % K;
     c.inside = has_choice(K, first, end);
     c.expert = valid ? int(id) : -1;
-    c.rank = valid ? c.expert / (E / call.world.num_ranks) : -1;
+    c.rank = valid ? rank_of(c.expert) : -1;
     c.node = valid ? all.rail.places[c.rank].node : -1;
     unsigned same_expert = 0, same_rank = 0, same_node = 0;  // by choice
     const int place = c.node << 16 | (c.rank & 0xffff);      // one shuffle for both
@@ -103,11 +104,12 @@ __device__ __forceinline__ void for_choices(const epcomm_cuda_two_hop_layout& al
     const epcomm_cuda_layout& call = all.call;
     const Share share = step_share(call);
     const int step = tokens_per_step(call.world.num_topk);
+    const RankOfExpert rank_of(call.world);
     int64_t coming = load_id(call, share.begin, share.end);
     for (int t = share.begin; t < share.end; t += step) {
         const int64_t id = coming;
         coming = load_id(call, t + step, share.end);
-        visit(choice_of(all, id, t, share.end, bad_choice));
+        visit(choice_of(all, rank_of, id, t, share.end, bad_choice));
     }
 }
 

@@ -82,13 +82,31 @@ __device__ __forceinline__ Ids load_ids(const Call& call, int token, int first, 
     return ids;
 }
 
-/// Bit r: the token has an expert on rank r. `ids` are its first choices. With `bad_choice`, the
-/// place of an id out of range or chosen before by the same token is left there.
+/// The rank that holds an expert: a division by a number that is known when the call is made, in
+/// two instructions instead of the compiler's twenty.
+struct RankOfExpert {
+    unsigned reciprocal;  ///< of a rank's experts, times 2^31, rounded up
+
+    __device__ explicit RankOfExpert(const epcomm_cuda_world& world) {
+        const unsigned each = unsigned(world.num_experts / world.num_ranks);
+        reciprocal = ((1u << 31) + each - 1) / each;
+    }
+
+    /// Exact: rounding adds less than `expert` times `each` to the product, out of 2^31.
+    __device__ __forceinline__ int operator()(int expert) const {
+        return int(__umulhi(2u * unsigned(expert), reciprocal));
+    }
+};
+static_assert(int64_t(EPCOMM_CUDA_MAX_EXPERTS) * EPCOMM_CUDA_MAX_EXPERTS < int64_t(1) << 31,
+              "ranks of experts are found by multiplication");
+
+/// Bit r: the token has an expert on rank r. `ids` are its first choices. Counts its experts, and
+/// leaves the place of an id out of range or chosen before by the same token in `bad_choice`.
 template <class Call>
 __device__ inline uint64_t rank_mask(const Call& call, int token, Ids ids, bool inside,
-                                     int* expert_bins, int32_t* bad_choice) {
+                                     const RankOfExpert& rank_of, int* expert_bins,
+                                     int32_t* bad_choice) {
     const int K = call.world.num_topk, E = call.world.num_experts;
-    const int per_rank = E / call.world.num_ranks;
     uint64_t mask = 0;
     for (int first = 0; first < K; first += kLoadsTogether) {
         if (first > 0) ids = load_ids(call, token, first, inside);
@@ -98,10 +116,9 @@ __device__ inline uint64_t rank_mask(const Call& call, int token, Ids ids, bool 
             if (id == -1) continue;
             bool bad = id < 0 || id >= E;
             if (!bad) {
-                mask |= 1ull << (int(id) / per_rank);
-                if (expert_bins != nullptr) atomicAdd(&expert_bins[id], 1);
+                mask |= 1ull << rank_of(int(id));
+                atomicAdd(&expert_bins[id], 1);
             }
-            if (bad_choice == nullptr) continue;
 #pragma unroll
             for (int j = 0; j < i; ++j) bad = bad || ids.id[j] == id;
             for (int j = 0; j < first; ++j) {
@@ -113,18 +130,11 @@ __device__ inline uint64_t rank_mask(const Call& call, int token, Ids ids, bool 
     return mask;
 }
 
-/// Call `visit(token, mask)` for a share's tokens, one a lane; the mask beyond the share is 0.
-template <class Call, class Visit>
-__device__ __forceinline__ void for_tokens(const Call& call, const Share& share, int* expert_bins,
-                                           int32_t* bad_choice, Visit&& visit) {
-    const int lane = lane_id();
-    Ids coming = load_ids(call, share.begin + lane, 0, share.begin + lane < share.end);
-    for (int t = share.begin; t < share.end; t += 32) {
-        const int token = t + lane;
-        const Ids ids = coming;
-        coming = load_ids(call, token + 32, 0, token + 32 < share.end);
-        visit(token, rank_mask(call, token, ids, token < share.end, expert_bins, bad_choice));
-    }
+/// Where the first pass leaves a token's mask for the second (layout "rank"): the place of its
+/// first copy, whose list the second pass writes over it.
+template <class Call>
+__device__ __forceinline__ uint64_t* mask_of(const Call& call, int token) {
+    return reinterpret_cast<uint64_t*>(call.routes.dests + int64_t(token) * call.routes.max_dests);
 }
 
 /// Count this warp's share: `rank_bins[R]` is the warp's own, `expert_bins[E]` may be shared.
@@ -132,15 +142,24 @@ template <class Call>
 __device__ inline void count_share(const Call& call, const Share& share, int* rank_bins,
                                    int* expert_bins) {
     const int R = call.world.num_ranks, lane = lane_id();
+    const bool keep = call.row.layout == EPCOMM_LAYOUT_RANK;
+    const RankOfExpert rank_of(call.world);
+    int32_t* bad_choice = &own_control(call.world)->bad_choice;
     int low = 0, high = 0;  // counts of rank `lane` and of rank 32 + `lane`
-    for_tokens(call, share, expert_bins, &own_control(call.world)->bad_choice,
-               [&](int, uint64_t mask) {
-                   for (int r = 0; r < R; ++r) {
-                       const int tokens = __popc(__ballot_sync(kWarp, (mask >> r) & 1));
-                       if (r == lane) low += tokens;
-                       if (r == lane + 32) high += tokens;
-                   }
-               });
+    Ids coming = load_ids(call, share.begin + lane, 0, share.begin + lane < share.end);
+    for (int t = share.begin; t < share.end; t += 32) {
+        const int token = t + lane;
+        const bool inside = token < share.end;
+        const Ids ids = coming;
+        coming = load_ids(call, token + 32, 0, token + 32 < share.end);
+        const uint64_t mask = rank_mask(call, token, ids, inside, rank_of, expert_bins, bad_choice);
+        if (keep && inside) *mask_of(call, token) = mask;
+        for (int r = 0; r < R; ++r) {
+            const int tokens = __popc(__ballot_sync(kWarp, (mask >> r) & 1));
+            if (r == lane) low += tokens;
+            if (r == lane + 32) high += tokens;
+        }
+    }
     if (lane < R) rank_bins[lane] = low;
     if (lane + 32 < R) rank_bins[lane + 32] = high;
 }

@@ -82,8 +82,8 @@ __device__ inline void scan_warps(const epcomm_cuda_dispatch& call, const Layout
     }
 }
 
-/// The first rows of this rank's copies at every rank, or expert; block 0 leaves in the handle what
-/// this rank receives.
+/// The first rows of this rank's copies at every rank, or expert; block 0 leaves in the handle how
+/// many rows every rank holds.
 __device__ inline void find_bases(const epcomm_cuda_dispatch& call, const LayoutShared& shared,
                                   uint64_t epoch) {
     const epcomm_cuda_world& world = call.world;
@@ -93,13 +93,21 @@ __device__ inline void find_bases(const epcomm_cuda_dispatch& call, const Layout
                         leads ? call.routes.group_start : nullptr, call.routes.group_count);
     } else {
         bases_by_rank(world, epoch, shared.rows, shared.base);
-        if (leads) count_local_experts(world, epoch, call.routes.group_count);
     }
     __syncthreads();
     if (!leads) return;
     for (int r = int(threadIdx.x); r < world.num_ranks; r += int(blockDim.x)) {
         call.routes.rows[r] = shared.rows[r];
     }
+}
+
+/// Role (block 0): leave in the handle how many rows this rank's experts get, and tell the host.
+__device__ inline void tell_host(const epcomm_cuda_dispatch& call, int verdict, const int* rows,
+                                 uint64_t epoch) {
+    if (call.row.layout == EPCOMM_LAYOUT_RANK) {
+        count_local_experts(call.world, epoch, call.routes.group_count);
+    }
+    report_prepared(call, verdict, rows, epoch);
 }
 
 /// Find the row of every copy, and tell the host how many rows come. False: gave up. Whatever the
@@ -135,7 +143,7 @@ __device__ inline bool find_routes(const epcomm_cuda_dispatch& call, const Layou
     find_bases(call, shared, epoch);
     *verdict = judge_all(world, call.announcement, call.row, shared.rows, epoch);
     if (*verdict != EPCOMM_CUDA_OK) {
-        if (leads) report_prepared(call, *verdict, shared.rows, epoch);
+        if (leads) tell_host(call, *verdict, shared.rows, epoch);
         return true;
     }
     scan_warps(call, shared);
@@ -152,7 +160,7 @@ __device__ inline bool find_routes(const epcomm_cuda_dispatch& call, const Layou
     begin_block_role(world, EPCOMM_CUDA_ROLE_MEET);
     // Any warp may come to move any token, so all places must be known. The host is told meanwhile.
     arrive(world, epoch, kPlaced);
-    if (leads) report_prepared(call, *verdict, shared.rows, epoch);
+    if (leads) tell_host(call, *verdict, shared.rows, epoch);
     ok = wait_blocks(world, kPlaced, what);
     end_block_role(world);
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_PLACED);

@@ -6,12 +6,18 @@
 namespace epcomm {
 
 /// Layout "rank". `next[R]` (this warp's) holds the row of the share's first copy at every rank.
+/// The first pass, whose lanes had the same tokens, left their masks.
 template <class Call>
 __device__ inline void place_by_rank(const Call& call, const Share& share, const int* next) {
     const int R = call.world.num_ranks, D = call.routes.max_dests, lane = lane_id();
     int low = lane < R ? next[lane] : 0;
     int high = lane + 32 < R ? next[lane + 32] : 0;
-    for_tokens(call, share, nullptr, nullptr, [&](int token, uint64_t mask) {
+    const auto load_mask = [&](int token) { return token < share.end ? *mask_of(call, token) : 0; };
+    uint64_t coming = load_mask(share.begin + lane);
+    for (int t = share.begin; t < share.end; t += 32) {
+        const int token = t + lane;
+        const uint64_t mask = coming;
+        coming = load_mask(token + 32);
         epcomm_cuda_dest* list = call.routes.dests + int64_t(token) * D;
         int length = 0;
         for (int r = 0; r < R; ++r) {
@@ -28,22 +34,23 @@ __device__ inline void place_by_rank(const Call& call, const Share& share, const
         if (token < share.end) {
             for (; length < D; ++length) list[length] = {int16_t(-1), int16_t(-1), -1};
         }
-    });
+    }
 }
 
 /// Layout "expert": where choice `k` stands in its token's list: after all copies of lower ranks,
 /// and those of the same rank by an earlier choice. Dropped choices fill the end.
 template <class Call>
-__device__ inline int place_in_list(const Call& call, int token, int k, int expert) {
+__device__ inline int place_in_list(const Call& call, int token, int k, int expert,
+                                    const RankOfExpert& rank_of) {
     const int K = call.world.num_topk, E = call.world.num_experts;
-    const int per_rank = E / call.world.num_ranks, rank = expert / per_rank;
+    const int rank = expert < 0 ? 0 : rank_of(expert);
     int position = 0;
     for (int first = 0; first < K; first += kLoadsTogether) {
         const Ids ids = load_ids(call, token, first, true);
 #pragma unroll
         for (int i = 0; i < kLoadsTogether; ++i) {
             const bool valid = ids.id[i] >= 0 && ids.id[i] < E;
-            const int other = valid ? int(ids.id[i]) / per_rank : 0;
+            const int other = valid ? rank_of(int(ids.id[i])) : 0;
             if (expert < 0) {
                 position += valid || (first + i < k);
             } else {
@@ -59,7 +66,8 @@ __device__ inline int place_in_list(const Call& call, int token, int k, int expe
 template <class Call>
 __device__ inline void place_by_expert(const Call& call, const Share& share, int* next) {
     const int K = call.world.num_topk, D = call.routes.max_dests, lane = lane_id();
-    const int E = call.world.num_experts, per_rank = E / call.world.num_ranks;
+    const int E = call.world.num_experts;
+    const RankOfExpert rank_of(call.world);
     const int64_t begin = int64_t(share.begin) * K, end = int64_t(share.end) * K;
     int64_t coming = begin + lane < end ? call.routes.topk_idx[begin + lane] : -1;
     for (int64_t step = begin; step < end; step += 32) {
@@ -77,9 +85,9 @@ __device__ inline void place_by_expert(const Call& call, const Share& share, int
         if (choice >= end) continue;
         const int token = int(choice / K), k = int(choice % K);
         epcomm_cuda_dest* list = call.routes.dests + int64_t(token) * D;
-        const int position = place_in_list(call, token, k, expert);
+        const int position = place_in_list(call, token, k, expert, rank_of);
         if (goes) {
-            list[position] = {int16_t(expert / per_rank), int16_t(k), row};
+            list[position] = {int16_t(rank_of(expert)), int16_t(k), row};
         } else {
             list[position] = {int16_t(-1), int16_t(-1), -1};
         }

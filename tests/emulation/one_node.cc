@@ -98,4 +98,16 @@ void emulate_node(const node_launch* launches, int32_t num_ranks, int32_t count,
     for (std::thread& thread : threads) thread.join();
 }
 
+/// The first expert that the kernels find on a wrong rank, where a rank has `each`; -1: none.
+int32_t emulate_first_wrong_rank(int32_t each) {
+    epcomm_cuda_world world = {};
+    world.num_experts = each;
+    world.num_ranks = 1;
+    const epcomm::RankOfExpert rank_of(world);
+    for (int expert = 0; expert < EPCOMM_CUDA_MAX_EXPERTS; ++expert) {
+        if (rank_of(expert) != expert / each) return expert;
+    }
+    return -1;
+}
+
 }  // extern "C"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import config_of, formats_of
 from harness import Case, draw_inputs, make_world
+from kernels import Kernels
 from one_node import Node
 from oracle_cases import CASES
 
@@ -189,3 +190,10 @@ def test_silent_rank_is_named(one_node):
         error = rank.report["error"].view(node.dtypes["error"]).reshape(())
         assert error["rank"] == silent.rank
         assert error["phase"] == constants["PHASE_ANNOUNCE"]
+
+
+def test_every_expert_is_found_on_its_rank(one_node):
+    # By a multiplication, which rounds.
+    most = Kernels(one_node).constants["MAX_EXPERTS"]
+    wrong = {each: one_node.emulate_first_wrong_rank(each) for each in range(1, most + 1)}
+    assert set(wrong.values()) == {-1}
