@@ -95,6 +95,8 @@ class Dispatches:
         self._core = core
         self._hidden = core.config.hidden
         self._memory = RoutesMemory()
+        self._ahead: Routes | None = None
+        self._ahead_for: tuple[DispatchForm, int, int] | None = None
         self._enough = 0  # bytes that so many windows are known to have as can be lent at a time
 
     def dispatch(self, call: DispatchCall) -> DispatchResult:
@@ -127,17 +129,18 @@ class Dispatches:
                 "capture that makes its windows"
             )
         data = _data_of(call)
-        # What a graph writes when it is replayed is its own.
-        memory = RoutesMemory(1) if core.calls.capturing else self._memory
+        routes = self._take_routes(form, topk_idx, stream)
         while True:
             # All ranks agree on too few windows for rows of a fixed number, and make them all now.
             grows = call.fixed_rows is not None and self._too_few(needed)
             window = None if grows else self._borrow(needed, stream, must=not waits)
             serial = None if window is None else window.serial
-            routes = engine.dispatch(form, topk_idx, serial, stream, data, memory)
+            engine.dispatch(form, routes, serial, stream, data)
             core.credit.spend(engine.number)
             if not waits:
                 break
+            # Meanwhile; what the next call is spared is what its caller waits for.
+            self._make_ahead(form, topk_idx, stream)
             verdict = core.await_verdict()
             if verdict == abi.constants["OK"]:
                 break
@@ -163,6 +166,25 @@ class Dispatches:
         handle = Handle(core.topology, state, routes.num_tokens, held, call.layout)
         core.calls.keep(call.topk_idx)
         return self._result(call, form, window, handle, state)
+
+    def _take_routes(self, form: DispatchForm, topk_idx: torch.Tensor, stream: int) -> Routes:
+        """Unwritten ones: those made ahead, if they are for such a call."""
+        if self._core.calls.capturing:
+            # What a graph writes when it is replayed is its own.
+            routes = self._core.engine.make_routes(form, topk_idx, stream, RoutesMemory(1))
+        elif self._ahead_for == (form, topk_idx.shape[0], stream) and self._ahead is not None:
+            routes, self._ahead = self._ahead, None
+        else:
+            routes = self._core.engine.make_routes(form, topk_idx, stream, self._memory)
+        routes.use(topk_idx)
+        return routes
+
+    def _make_ahead(self, form: DispatchForm, topk_idx: torch.Tensor, stream: int) -> None:
+        """Make the routes of the next first dispatch, should it be like this one."""
+        made_for = form, topk_idx.shape[0], stream
+        if self._ahead is None or self._ahead_for != made_for:
+            self._ahead = self._core.engine.make_routes(form, topk_idx, stream, self._memory)
+            self._ahead_for = made_for
 
     def _borrow(self, needed: int, stream: int, *, must: bool) -> Window | None:
         """A window to receive into. ``must``: raise where none of this size is free."""

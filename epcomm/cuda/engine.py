@@ -186,37 +186,41 @@ class Engine:
         if code != 0:
             abi.check(code, f"launching {name}")
 
-    def dispatch(
-        self,
-        form: DispatchForm,
-        topk_idx: torch.Tensor,
-        window: int | None,
-        stream: int,
-        data: Data,
-        memory: RoutesMemory,
+    def make_routes(
+        self, form: DispatchForm, like: torch.Tensor, stream: int, memory: RoutesMemory
     ) -> Routes:
+        """Unwritten routes for a first dispatch.
+
+        Args:
+            form: of the call.
+            like: choices of as many tokens, int64 [T, K].
+            stream: address of the call's, which is torch's current stream.
+            memory: for the routes.
+        """
+        routes = Routes(self.shape, like, form.max_dests, form.by_expert, memory, stream)
+        if self.scale_out is not None:
+            routes.hops = self.scale_out.make_hops(routes.num_tokens, form.agreed.layout)
+        return routes
+
+    def dispatch(
+        self, form: DispatchForm, routes: Routes, window: int | None, stream: int, data: Data
+    ) -> None:
         """Count, announce and place, then move the rows: a first dispatch.
 
         Args:
             form: of the call.
-            topk_idx: int64 [T, K].
+            routes: to write; its choices are known.
             window: to receive into; None: there is none that will do.
-            stream: address of the call's, which is torch's current stream.
+            stream: address of the call's.
             data: what to move.
-            memory: for the routes.
         """
         self.number += 1
-        routes = Routes(
-            self.shape, topk_idx, form.max_dests, form.by_expert, self.number, memory, stream
-        )
+        routes.number = self.number
         if form.layout is not None:
-            assert self.scale_out is not None
-            routes.hops = self.scale_out.make_hops(routes.num_tokens, form.agreed.layout)
             self._announce(form.layout, window)
             form.layout.follow(routes, 0)
             self._launch("layout", form.layout, stream, routes.hops)
         self._move(form, routes, window, stream, data)
-        return routes
 
     def dispatch_again(
         self,

@@ -81,33 +81,32 @@ class Routes:
         memory: int64, others' routes may lie there too. From word ``at`` on: 8 bytes per (token,
             copy) [T, D]; then, int32, rows at every rank [R], first row of every local expert and
             the end [E/R + 1], rows of every local expert [E/R], the dispatch's verdict [1].
-        topk_idx: global expert ids, int64 [T, K].
-        number: of the dispatch.
+        topk_idx: global expert ids, int64 [T, K]; not before ``use``.
+        number: of the dispatch; not before it.
         by_expert: layout "expert".
         block: ``epcomm_cuda_routes``.
         hops: with several nodes, what the second hop needs.
     """
 
+    topk_idx: torch.Tensor
+    number: int
     hops: Hops | None = None
 
     def __init__(
         self,
         shape: Shape,
-        topk_idx: torch.Tensor,
+        like: torch.Tensor,
         max_dests: int,
         by_expert: bool,
-        number: int,
         memory: RoutesMemory,
         stream: int,
     ) -> None:
-        num_tokens = topk_idx.shape[0]
+        num_tokens = like.shape[0]
         R, local = shape.num_ranks, shape.num_experts // shape.num_ranks
         self._num_dests = num_tokens * max_dests
         self._num_words = self._num_dests + (R + 2 * local + 3) // 2
         # The next routes begin at a multiple of 128 bytes again.
-        self.memory, self._at = memory.take(topk_idx, align(self._num_words, 16), stream)
-        self.topk_idx = topk_idx
-        self.number = number
+        self.memory, self._at = memory.take(like, align(self._num_words, 16), stream)
         self.by_expert = by_expert
         self.num_tokens = num_tokens
         self.max_dests = max_dests
@@ -117,7 +116,7 @@ class Routes:
         starts = counts + 4 * R
         groups = starts + 4 * (local + 1)
         self.block = _make_block(
-            topk_idx.data_ptr(),
+            0,
             dests,
             counts,
             starts,
@@ -126,6 +125,11 @@ class Routes:
             num_tokens,
             max_dests,
         )
+
+    def use(self, topk_idx: torch.Tensor) -> None:
+        """For these choices, of as many tokens."""
+        self.topk_idx = topk_idx
+        self.block.topk_idx = topk_idx.data_ptr()
 
     @property
     def dest_ranks(self) -> torch.Tensor:

@@ -126,6 +126,41 @@ def test_fixed_rows_wait_for_nothing_once_there_are_windows(buffer, gpu):
     assert gpu.waited == waited
 
 
+def test_routes_of_the_next_call_are_made_while_this_one_waits(buffer, gpu, monkeypatch):
+    engine, made = buffer._backend._engine, []
+    real = engine.make_routes
+
+    def make_routes(form, like, *rest):
+        made.append(len(gpu.launches))
+        return real(form, like, *rest)
+
+    monkeypatch.setattr(engine, "make_routes", make_routes)
+    buffer.dispatch(inputs(), choices())
+    launches = len(gpu.launches)
+    assert made[0] == 0 < made[1] <= launches
+    kept = []
+    for options, tokens, ahead in [
+        ({}, None, True),
+        ({}, 3, False),  # of another number of tokens
+        ({}, 3, True),
+        ({"layout": "expert"}, 3, False),
+        ({"layout": "expert"}, 3, True),
+    ]:
+        made.clear()
+        launches = len(gpu.launches)
+        topk_idx = choices()[:tokens]
+        kept.append(buffer.dispatch(inputs()[:tokens], topk_idx, **options).handle._state.routes)
+        assert made == ([launches + 1] if ahead else [launches, launches + 1])
+        assert kept[-1].block.topk_idx == topk_idx.data_ptr()
+        assert kept[-1].number == gpu.launches[-1].number
+        assert gpu.launches[-1].block.routes.dests == kept[-1].block.dests
+    gpu.stream = 7
+    made.clear()
+    buffer.dispatch(inputs()[:3], choices()[:3], layout="expert")
+    assert made == [len(gpu.launches) - 1, len(gpu.launches)]  # an allocation belongs to a stream
+    assert len({routes.block.dests for routes in kept}) == len(kept)
+
+
 # Streams, events, graphs -------------------------------------------------------------------
 
 
