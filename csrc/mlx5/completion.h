@@ -39,6 +39,33 @@ EPCOMM_HD inline void keep_error(SendQueue* queue, const Completion* entry, uint
     give_up(queue, why);
 }
 
+/// Whether entry `number` has been written and is of a request that went well; then also its tail.
+EPCOMM_HD inline bool load_good(const SendQueue& queue, uint64_t number, Tail* tail) {
+    const Tail seen = load_tail(&queue.completions[number & (queue.num_completions - 1)]);
+    if (!is_valid(seen, number, queue.num_completions)) return false;
+    if (opcode_of(seen.opcode_owner) != kCompleted) return false;
+    *tail = seen;
+    return true;
+}
+
+/// The last good entry from the good one `number` on, less than a lap behind it, and its tail.
+///
+/// Requests complete in order and nothing goes well behind an error. So an entry that is good
+/// speaks for those before it, whether they can be seen yet or not, and none of them is the first
+/// error. Steps that double and then halve: whoever waits for something else may find hundreds of
+/// entries that nobody has read, and one after the other they would take a millisecond.
+EPCOMM_HD inline uint64_t find_last_good(const SendQueue& queue, uint64_t number, Tail* tail) {
+    const uint32_t longest = queue.num_completions / 2;
+    uint32_t step = 1;
+    EPCOMM_NO_UNROLL
+    for (; step < longest && load_good(queue, number + step, tail); step *= 2) number += step;
+    EPCOMM_NO_UNROLL
+    for (step /= 2; step != 0; step /= 2) {
+        if (load_good(queue, number + step, tail)) number += step;
+    }
+    return number;
+}
+
 /// Read what completions there are. False: the queue has failed.
 EPCOMM_HD inline bool poll(SendQueue* queue) {
     while (true) {
@@ -46,22 +73,24 @@ EPCOMM_HD inline bool poll(SendQueue* queue) {
         const uint32_t failed = fabric::load_relaxed(&queue->failed);
         const uint64_t count = fabric::load_acquire(&queue->polled);
         if (failed != kQueueWorks) return works(*queue);
-        const Completion* entry = &queue->completions[count & (queue->num_completions - 1)];
-        const Tail tail = load_tail(entry);
+        Tail tail = load_tail(&queue->completions[count & (queue->num_completions - 1)]);
         if (!is_valid(tail, count, queue->num_completions)) return true;
+        const bool good = opcode_of(tail.opcode_owner) == kCompleted;
+        const uint64_t last = good ? find_last_good(*queue, count, &tail) : count;
         const uint64_t done = fabric::load_acquire(&queue->done);
         fabric::interleave();
-        // If nobody has read this entry yet, nobody had when `done` was loaded: it is not past the
-        // request of this one, and the distance is less than the ring. If somebody has, the entry
+        // If nobody has read entry `count` yet, nobody had when `done` was loaded: it is not past
+        // the request of that one, and the distance is less than the ring. If somebody has, entries
         // may be of a later lap; who is late by a whole lap fails the exchange, and must not judge.
         if (fabric::load_acquire(&queue->polled) != count) continue;
         const uint16_t distance = uint16_t(tail.index - uint16_t(done));
-        if (opcode_of(tail.opcode_owner) != kCompleted) {
+        const Completion* entry = &queue->completions[last & (queue->num_completions - 1)];
+        if (!good) {
             keep_error(queue, entry, done + distance, kQueueError);
         } else if (distance >= queue->num_blocks) {
             keep_error(queue, entry, done + distance, kQueueConfused);
-        } else if (exchange_if(&queue->polled, count, count + 1)) {
-            // The entry was read with acquire; raising `done` hands that on to who reuses slots.
+        } else if (exchange_if(&queue->polled, count, last + 1)) {
+            // The last one was read with acquire; raising `done` hands that on to who reuses slots.
             raise_to(&queue->done, done + distance + 1);
         }
     }

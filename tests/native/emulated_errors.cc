@@ -212,6 +212,26 @@ TEST(an_error_needs_no_request_for_a_completion) {
         mlx5::kRemoteAccess, kVendorRemoteAccess, false);
 }
 
+TEST(the_first_error_is_kept_behind_completions_that_nobody_read) {
+    Options options;
+    options.num_blocks = options.num_completions = 32;
+    for (uint64_t good = 0; good + 1 < options.num_blocks; ++good) {
+        Rig r(options);
+        Writer* w = r.pair();
+        const auto beyond = [&](const Header& header) {
+            return mlx5::write_request(header, {r.address(1, 0), 0x77}, r.local(0, 0), 8);
+        };
+        for (uint64_t i = 0; i < good; ++i) CHECK(r.write(w, i, i, 8) != 0);
+        CHECK(r.post(w, beyond) != 0);
+        while (w->queue.reserved < options.num_blocks) CHECK(r.write(w, 0, 40, 8) != 0);
+        r.engine.settle();
+        CHECK(!mlx5::poll(&w->queue));
+        CHECK_EQUAL(w->queue.done, good);
+        CHECK_EQUAL(w->queue.error_position, good);
+        CHECK_EQUAL(w->queue.error.syndrome, mlx5::kRemoteAccess);
+    }
+}
+
 TEST(an_error_harms_its_own_queue_pair_only) {
     Rig r;
     Writer *bad = r.pair(), *good = r.pair();

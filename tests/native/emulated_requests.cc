@@ -120,6 +120,28 @@ TEST(only_asked_for_completions_are_written) {
     r.expect_clean();
 }
 
+TEST(completions_that_nobody_read_are_read_together) {
+    Options options;
+    options.num_blocks = options.num_completions = 32;
+    Rig r(options);
+    Writer* w = r.pair();
+    // Any number of them, from any place of the ring on; of a full one all but the last.
+    for (uint64_t n = 1; n <= options.num_blocks; ++n) {
+        for (uint64_t i = 0; i < n; ++i) CHECK(r.write(w, i, i, 8) != 0);
+        r.engine.settle();
+        mlx5::Tail tail;
+        const uint64_t polled = w->queue.polled, end = w->queue.reserved;
+        CHECK(mlx5::load_good(w->queue, polled, &tail));
+        const uint64_t last = mlx5::find_last_good(w->queue, polled, &tail);
+        CHECK_EQUAL(last, polled + (n < options.num_blocks ? n : n - 1) - 1);
+        CHECK_EQUAL(tail.index, uint16_t(last));
+        CHECK(mlx5::poll(&w->queue));
+        CHECK_EQUAL(w->queue.polled, polled + n);
+        CHECK_EQUAL(w->queue.done, end);
+    }
+    r.expect_clean();
+}
+
 TEST(both_doorbell_conventions_are_understood) {
     Rig r;
     Writer* w = r.pair();
