@@ -193,8 +193,9 @@ class Expected:
     combined: list[tuple[torch.Tensor, np.ndarray | None]]
 
 
-# Of the last case: the next test often has the same one, over another fabric. Nobody writes to it.
-@lru_cache(maxsize=1)
+# Of the last test's cases, two at most: the next one often has the same, over another fabric.
+# Nobody writes to it.
+@lru_cache(maxsize=2)
 def expect(case: Case, num_ranks: int) -> Expected:
     """What the oracle says of a case."""
     inputs, world = draw_inputs(case, num_ranks), make_world(case, num_ranks)
