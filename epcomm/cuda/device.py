@@ -12,8 +12,10 @@ from .rates import Place, agree_on_rates
 from .requirements import check_driver, check_gpu, check_sharing, debug_delay_ns
 from .sms import Demand, Neighbourhood, check_sms, enough_sms, free_share
 
-#: Part of a GPU's SMs whose bulk copies its memory cannot keep up with.
-_MOST_SMS = 0.9
+#: Copies of a token times the part of a GPU's SMs that make them: from here on its memory cannot
+#: keep up with bulk copies. Few warps are then enough, as measured for 5.3 copies by 128 SMs of
+#: 132; for 3.6 by as many they are not.
+_MOST_COPIES = 4.5
 #: SMs that the open buffers of this process hold, by GPU.
 _claimed: Counter[str] = Counter()
 
@@ -29,6 +31,7 @@ class Device:
         max_sms: SMs of the GPU.
         beside: SMs held for what runs beside the rank's calls.
         sms_of_calls: thread blocks of a call of all ranks on the GPU together.
+        copies: of a token that goes to any ranks of the host alike.
         copies_in_bulk: whether it has the bulk copy engine.
     """
 
@@ -38,12 +41,14 @@ class Device:
     max_sms: int
     beside: int = 0
     sms_of_calls: int = 0
+    copies: float = 1.0
     copies_in_bulk: bool = True
 
     @property
     def memory_limits(self) -> bool:
         """Whether calls hold so many SMs that the GPU's memory limits how fast they move rows."""
-        return self.copies_in_bulk and self.sms_of_calls >= _MOST_SMS * self.max_sms
+        made = self.copies * self.sms_of_calls / self.max_sms
+        return self.copies_in_bulk and made >= _MOST_COPIES
 
     def release(self) -> None:
         """Give the SMs back to other buffers of this process; once."""
@@ -89,10 +94,11 @@ def check_device(
         error = caught
     raise_together(bootstrap, error)
     share = free_share(sms, demands)
+    on_host = sum(where == host for _, where, _ in everyone)
+    neighbourhood = Neighbourhood(len(demands), on_host, num_topk)
     if any(demand.wanted is None for _, _, demand in everyone):
         rates = agree_on_rates(bootstrap, Place(identity, host, sms), GpuProbe(index, sms))
-        on_host = sum(where == host for _, where, _ in everyone)
-        share = enough_sms(rates, Neighbourhood(len(demands), on_host, num_topk), share)
+        share = enough_sms(rates, neighbourhood, share)
     try:
         check_sms(sms, share, demands)
     except ValueError as caught:
@@ -100,5 +106,9 @@ def check_device(
     raise_together(bootstrap, error)
     mine = share if num_sms is None else num_sms
     _claimed[identity] += mine + beside
-    of_calls = sum(demand.wanted or share for demand in demands)
-    return Device(index, identity, mine, sms, beside, of_calls, bulk)
+    return Device(
+        *(index, identity, mine, sms, beside),
+        sms_of_calls=sum(demand.wanted or share for demand in demands),
+        copies=neighbourhood.copies,
+        copies_in_bulk=bulk,
+    )

@@ -35,8 +35,8 @@ class Tuning:
 
     Attributes:
         num_sms: thread blocks of a call; all must be resident at once.
-        memory_limits: whether the ranks' calls together hold so many SMs of their GPU that memory
-            limits a dispatch.
+        memory_limits: whether the ranks' calls together make so many copies with so many SMs of
+            their GPU that memory limits a dispatch.
         dispatch_warps, packing_warps: warps of a dispatch block that moves rows as they are, or
             packs them to FP8; at most.
         dispatch_stages: rows in flight per warp, fewer where they do not fit.

@@ -66,6 +66,7 @@ class Gpu:
         behind: calls launched but not judged until the host waits for one of them.
         capturing: whether streams are.
         sms_of_calls: that calls of all its ranks hold.
+        copies_of_token: that a dispatch makes.
         copies_in_bulk: whether it has the bulk copy engine.
         held_sms: of the buffers made, by GPU.
     """
@@ -76,6 +77,7 @@ class Gpu:
     behind: int = 0
     capturing: bool = False
     sms_of_calls: int = 64
+    copies_of_token: float = 5.25
     copies_in_bulk: bool = True
     held_sms: Counter[str] = field(default_factory=Counter)
     launches: list[Launch] = field(default_factory=list)
@@ -314,6 +316,7 @@ def make_buffer(monkeypatch: Any, gpu: Gpu, **config: Any) -> Any:
             num_sms=16,
             max_sms=132,
             sms_of_calls=gpu.sms_of_calls,
+            copies=gpu.copies_of_token,
             copies_in_bulk=gpu.copies_in_bulk,
         )
 

@@ -118,11 +118,15 @@ def test_parameters_of_a_dispatch(buffer, gpu, name, weighted):
 
 
 @pytest.mark.parametrize(
-    ("held", "hidden", "warps"),
-    [(96, 7168, 8), (118, 7168, 8), (119, 7168, 4), (128, 7168, 4), (128, 14336, 4),
-     (128, 4096, 7), (128, 2048, 8)],
+    ("held", "copies", "hidden", "warps"),
+    [(96, 5.25, 7168, 8), (113, 5.25, 7168, 8), (114, 5.25, 7168, 4), (128, 5.25, 7168, 4),
+     (128, 3.6, 7168, 8), (132, 4.5, 7168, 4), (132, 4.4, 7168, 8), (128, 5.25, 14336, 4),
+     (128, 5.25, 4096, 7), (128, 5.25, 2048, 8)],
 )  # fmt: skip
-def test_few_warps_move_long_rows_where_calls_hold_the_gpu(monkeypatch, gpu, held, hidden, warps):
+def test_few_warps_move_long_rows_where_copies_need_all_memory(
+    monkeypatch, gpu, held, copies, hidden, warps
+):
+    gpu.copies_of_token = copies
     gpu.sms_of_calls = held
     buffer = make_buffer(monkeypatch, gpu, hidden=hidden)
     x = torch.zeros(TOKENS, hidden, dtype=torch.float8_e4m3fn), torch.zeros(TOKENS, hidden // 128)
