@@ -137,6 +137,20 @@ __device__ __forceinline__ uint64_t* mask_of(const Call& call, int token) {
     return reinterpret_cast<uint64_t*>(call.routes.dests + int64_t(token) * call.routes.max_dests);
 }
 
+/// Call `visit(token, loaded)` for a share's tokens, one a lane, with what `load(token)` gave. The
+/// lanes of the last step may be beyond the share.
+template <class Load, class Visit>
+__device__ __forceinline__ void for_tokens(const Share& share, Load&& load, Visit&& visit) {
+    const int lane = lane_id();
+    auto coming = load(share.begin + lane);
+    for (int t = share.begin; t < share.end; t += 32) {
+        const int token = t + lane;
+        const auto loaded = coming;
+        coming = load(token + 32);
+        visit(token, loaded);
+    }
+}
+
 /// Count this warp's share: `rank_bins[R]` is the warp's own, `expert_bins[E]` may be shared.
 template <class Call>
 __device__ inline void count_share(const Call& call, const Share& share, int* rank_bins,
@@ -146,12 +160,9 @@ __device__ inline void count_share(const Call& call, const Share& share, int* ra
     const RankOfExpert rank_of(call.world);
     int32_t* bad_choice = &own_control(call.world)->bad_choice;
     int low = 0, high = 0;  // counts of rank `lane` and of rank 32 + `lane`
-    Ids coming = load_ids(call, share.begin + lane, 0, share.begin + lane < share.end);
-    for (int t = share.begin; t < share.end; t += 32) {
-        const int token = t + lane;
+    const auto load = [&](int token) { return load_ids(call, token, 0, token < share.end); };
+    for_tokens(share, load, [&](int token, const Ids& ids) {
         const bool inside = token < share.end;
-        const Ids ids = coming;
-        coming = load_ids(call, token + 32, 0, token + 32 < share.end);
         const uint64_t mask = rank_mask(call, token, ids, inside, rank_of, expert_bins, bad_choice);
         if (keep && inside) *mask_of(call, token) = mask;
         for (int r = 0; r < R; ++r) {
@@ -159,7 +170,7 @@ __device__ inline void count_share(const Call& call, const Share& share, int* ra
             if (r == lane) low += tokens;
             if (r == lane + 32) high += tokens;
         }
-    }
+    });
     if (lane < R) rank_bins[lane] = low;
     if (lane + 32 < R) rank_bins[lane + 32] = high;
 }

@@ -13,11 +13,7 @@ __device__ inline void place_by_rank(const Call& call, const Share& share, const
     int low = lane < R ? next[lane] : 0;
     int high = lane + 32 < R ? next[lane + 32] : 0;
     const auto load_mask = [&](int token) { return token < share.end ? *mask_of(call, token) : 0; };
-    uint64_t coming = load_mask(share.begin + lane);
-    for (int t = share.begin; t < share.end; t += 32) {
-        const int token = t + lane;
-        const uint64_t mask = coming;
-        coming = load_mask(token + 32);
+    for_tokens(share, load_mask, [&](int token, uint64_t mask) {
         epcomm_cuda_dest* list = call.routes.dests + int64_t(token) * D;
         int length = 0;
         for (int r = 0; r < R; ++r) {
@@ -34,7 +30,7 @@ __device__ inline void place_by_rank(const Call& call, const Share& share, const
         if (token < share.end) {
             for (; length < D; ++length) list[length] = {int16_t(-1), int16_t(-1), -1};
         }
-    }
+    });
 }
 
 /// Layout "expert": where choice `k` stands in its token's list: after all copies of lower ranks,
