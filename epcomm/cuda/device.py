@@ -46,7 +46,7 @@ class Device:
 
     @property
     def memory_limits(self) -> bool:
-        """Whether calls hold so many SMs that the GPU's memory limits how fast they move rows."""
+        """Whether so many SMs make so many copies that the GPU's memory limits a dispatch."""
         made = self.copies * self.sms_of_calls / self.max_sms
         return self.copies_in_bulk and made >= _MOST_COPIES
 

@@ -95,8 +95,8 @@ class Dispatches:
         self._core = core
         self._hidden = core.config.hidden
         self._memory = RoutesMemory()
-        self._ahead: Routes | None = None
-        self._ahead_for: tuple[DispatchForm, int, int] | None = None
+        # Unwritten routes, by form, tokens and stream; of one call.
+        self._ahead: dict[tuple[DispatchForm, int, int], Routes] = {}
         self._enough = 0  # bytes that so many windows are known to have as can be lent at a time
 
     def dispatch(self, call: DispatchCall) -> DispatchResult:
@@ -169,22 +169,21 @@ class Dispatches:
 
     def _take_routes(self, form: DispatchForm, topk_idx: torch.Tensor, stream: int) -> Routes:
         """Unwritten ones: those made ahead, if they are for such a call."""
-        if self._core.calls.capturing:
+        capturing = self._core.calls.capturing
+        routes = None if capturing else self._ahead.pop((form, topk_idx.shape[0], stream), None)
+        if routes is None:
             # What a graph writes when it is replayed is its own.
-            routes = self._core.engine.make_routes(form, topk_idx, stream, RoutesMemory(1))
-        elif self._ahead_for == (form, topk_idx.shape[0], stream) and self._ahead is not None:
-            routes, self._ahead = self._ahead, None
-        else:
-            routes = self._core.engine.make_routes(form, topk_idx, stream, self._memory)
+            memory = RoutesMemory(1) if capturing else self._memory
+            routes = self._core.engine.make_routes(form, topk_idx, stream, memory)
         routes.use(topk_idx)
         return routes
 
     def _make_ahead(self, form: DispatchForm, topk_idx: torch.Tensor, stream: int) -> None:
         """Make the routes of the next first dispatch, should it be like this one."""
-        made_for = form, topk_idx.shape[0], stream
-        if self._ahead is None or self._ahead_for != made_for:
-            self._ahead = self._core.engine.make_routes(form, topk_idx, stream, self._memory)
-            self._ahead_for = made_for
+        key = form, topk_idx.shape[0], stream
+        if key not in self._ahead:
+            routes = self._core.engine.make_routes(form, topk_idx, stream, self._memory)
+            self._ahead = {key: routes}
 
     def _borrow(self, needed: int, stream: int, *, must: bool) -> Window | None:
         """A window to receive into. ``must``: raise where none of this size is free."""
