@@ -114,6 +114,35 @@ EPCOMM_COLD inline void give_up(const Context& context, QueuePair* queue, Flight
 /// from the others. So nobody is further ahead of time than this.
 constexpr Picoseconds kAhead = 4000 * kNanosecond;
 
+/// What leaves with the request before it, however long that is: a packet. Cards give the port to
+/// their queue pairs in turns that are much shorter than a long message. Here a message has one
+/// turn, and a signal behind it must not wait for all of a message of every other queue pair.
+EPCOMM_HD inline bool is_short(const LineModel& line, const Request& request) {
+    return request.opcode != mlx5::kRdmaRead && request.bytes <= line.packet_bytes;
+}
+
+/// Read a request from the ring.
+EPCOMM_HD inline mlx5::Block load_request(const QueuePair& queue, uint64_t position) {
+    const auto* from =
+        reinterpret_cast<const uint64_t*>(&queue.ring[position & (queue.num_blocks - 1)]);
+    uint64_t words[mlx5::kBlockBytes / 8];
+    for (uint32_t i = 0; i < mlx5::kBlockBytes / 8; ++i) words[i] = fabric::load_relaxed(&from[i]);
+    mlx5::Block block;
+    memcpy(&block, words, sizeof block);
+    return block;
+}
+
+/// The same of a request that is posted and not read yet. By one lane.
+EPCOMM_HD inline bool next_is_short(const Context& context, QueuePair* queue, uint64_t position) {
+    if (queue->short_judged <= position) {
+        Request request;
+        parse(load_request(*queue, position), queue->number, uint16_t(position), &request);
+        queue->short_judged = position + 1;
+        queue->is_short = is_short(context.own().line, request);
+    }
+    return queue->is_short != 0;
+}
+
 /// How many requests may be read now, at most `width`. What keeps the first from it is looked at
 /// alone, what keeps others behind it in `num_together`.
 EPCOMM_HD inline uint32_t num_due(Context* context, QueuePair* queue, uint32_t width) {
@@ -121,8 +150,9 @@ EPCOMM_HD inline uint32_t num_due(Context* context, QueuePair* queue, uint32_t w
     const uint64_t room = queue->num_flights - (position - queue->oldest());
     // Behind a failed request nothing is started.
     if (left == 0 || room == 0 || queue->refused != 0) return 0;
-    if (position >= queue->early_until && queue->departed > kAhead &&
-        !context->is_due(queue->departed - kAhead)) {
+    if (position >= queue->early_until && queue->departed > context->now + kAhead &&
+        !next_is_short(*context, queue, position)) {
+        context->wake_at(queue->departed - kAhead);
         return 0;
     }
     Picoseconds amount;
@@ -138,17 +168,6 @@ EPCOMM_HD inline uint32_t num_due(Context* context, QueuePair* queue, uint32_t w
     }
     if (left < width) width = uint32_t(left);
     return room < width ? uint32_t(room) : width;
-}
-
-/// Read a request from the ring.
-EPCOMM_HD inline mlx5::Block load_request(const QueuePair& queue, uint64_t position) {
-    const auto* from =
-        reinterpret_cast<const uint64_t*>(&queue.ring[position & (queue.num_blocks - 1)]);
-    uint64_t words[mlx5::kBlockBytes / 8];
-    for (uint32_t i = 0; i < mlx5::kBlockBytes / 8; ++i) words[i] = fabric::load_relaxed(&from[i]);
-    mlx5::Block block;
-    memcpy(&block, words, sizeof block);
-    return block;
 }
 
 /// Local key, bounds and permission.
@@ -179,7 +198,7 @@ EPCOMM_HD inline uint32_t num_together(Group group, const LineModel& line, const
         mine && (failing & lower) == 0 && (reads & lower) == 0 && !is_read &&
         !(request.is_fenced() && (responses & lower) != 0) &&
         !(request.has_response() && mlx5::count_bits(responses & lower) >= queue.max_responses) &&
-        before <= kAhead;
+        (before <= kAhead || is_short(line, request));
     return mlx5::leading(group, lane == 0 || joins);
 }
 

@@ -91,6 +91,32 @@ TEST(two_queue_pairs_share_a_port) {
     CHECK_EQUAL(time_of(r, {a, b}, 10, 10'000), 22'000 * kNanosecond);
 }
 
+// A card gives its queue pairs turns that are shorter than a long message.
+TEST(a_signal_does_not_wait_for_long_messages_of_others) {
+    Rig r(plain());
+    std::vector<Writer*> all;
+    for (int i = 0; i < 4; ++i) all.push_back(r.pair());
+    const Picoseconds start = r.engine.now();
+    for (size_t i = 0; i < all.size(); ++i) {
+        CHECK(r.write(all[i], 0, 2000, 80'000, false, Ring::kWhenDue) != 0);
+        CHECK(r.post(
+                  all[i],
+                  [&](const Header& header) {
+                      return mlx5::word_request(header, r.remote(1, 8 * i), 1);
+                  },
+                  false, Ring::kWhenDue) != 0);
+        mlx5::ring(&all[i]->queue);
+    }
+    // Each 8000 ns on the line, and its word right behind it; two long ones take their turns.
+    for (size_t i = 0; i < all.size(); ++i) {
+        while (r.memory[1][8 * i] == 0) CHECK(r.engine.advance());
+        const Picoseconds due = (1000 + 8000 * (i + 1)) * kNanosecond;
+        CHECK(r.engine.now() - start >= due);
+        CHECK(r.engine.now() - start <= due + 100 * kNanosecond);
+    }
+    CHECK_EQUAL(time_of(r, {all[0], all[1]}, 5, 80'000), (2000 + 10 * 8000) * kNanosecond);
+}
+
 // Who takes the sender's port first need not be the first at the receiver's.
 TEST(the_order_of_schedules_leaves_no_gap) {
     for (uint64_t seed = 0; seed < 20; ++seed) {
