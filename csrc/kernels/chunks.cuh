@@ -31,6 +31,14 @@ __device__ __forceinline__ int64_t staging_offset(const epcomm_chunking& chunkin
     return epcomm_slot_offset(&chunking, chunking.node, peer, slot, record_bytes);
 }
 
+/// The same for a record on its way out, in region SEND.
+template <class Kind>
+__device__ __forceinline__ int64_t send_offset(const epcomm_chunking& chunking, int peer, int slot,
+                                               int record_bytes, uint64_t epoch) {
+    if constexpr (Kind::kBounded) return staging_offset<Kind>(chunking, peer, slot, record_bytes);
+    return epcomm_send_offset(&chunking, chunking.node, peer, slot, record_bytes, epoch);
+}
+
 /// Where staging is bounded, warps have roles of their own and come to a deck in any order.
 template <class Kind>
 __device__ __forceinline__ auto dealer_of(uint32_t* dealt) {
@@ -79,15 +87,13 @@ __device__ inline bool written(const epcomm_cuda_world& world, const epcomm_cuda
         const int place = place_of<Kind>(chunking, chunk);
         if (is_last_record(&rail.filled[int64_t(peer) * chunking.held_chunks + place],
                            records.count, length)) {
-            const int first = place * chunking.chunk_records;
-            const auto at = [&](int32_t region, int from, int to) {
-                return epcomm_fabric_place{
-                    region, 0,
-                    uint64_t(epcomm_slot_offset(&chunking, from, to, first, record_bytes))};
-            };
+            const int64_t from = send_offset<Kind>(chunking, node, chunk * chunking.chunk_records,
+                                                   record_bytes, what.epoch);
+            const int64_t to = epcomm_slot_offset(&chunking, node, chunking.node,
+                                                  place * chunking.chunk_records, record_bytes);
             const Put put = {{node, place % chunking.num_channels},
-                             at(EPCOMM_REGION_RECEIVE, node, chunking.node),
-                             at(EPCOMM_REGION_SEND, chunking.node, node),
+                             {EPCOMM_REGION_RECEIVE, 0, uint64_t(to)},
+                             {EPCOMM_REGION_SEND, 0, uint64_t(from)},
                              uint64_t(length) * uint64_t(record_bytes),
                              epcomm_chunk_signal(&chunking, node, chunking.node, place)};
             begin_within(world, EPCOMM_CUDA_ROLE_PUT, node, chunk);
@@ -159,25 +165,46 @@ __device__ __forceinline__ GroupedDeck deck_of(const epcomm_chunking& chunking,
     return {items, group, before, after};
 }
 
-/// Write all records that go to other nodes, chunk by chunk: `send` by a whole warp for up to
-/// `group` records at a time, `records` of each peer; false: the fabric failed. The first ones of
-/// all warps go alone: the line waits for them.
-template <class Send>
+/// What a warp does with consecutive records that go to another node.
+template <class Write, class Send>
+struct Sending {
+    const Write& write;  ///< write them in staging
+    const Send& send;    ///< they are written; false: the fabric failed
+};
+
+/// Write all records that go to other nodes, chunk by chunk, up to `group` at a time, `records` of
+/// each peer. The first ones of all warps go alone: the line waits for them. Where the call's
+/// verdict is not known yet, `gate` waits for it, once, after a warp has written what it may write
+/// ahead; false: nothing is to be sent. False: leave.
+template <class Write, class Send, class Gate>
 __device__ inline bool send_in_turn(const epcomm_cuda_rail& rail, const int32_t* records, int group,
-                                    const Send& send) {
-    const GroupedDeck deck = deck_of(rail.chunking, records, group, num_warps_of_call(), 0);
+                                    const Sending<Write, Send>& sending, bool ahead,
+                                    const Gate& gate) {
+    const epcomm_chunking& chunking = rail.chunking;
+    const GroupedDeck deck = deck_of(chunking, records, group, num_warps_of_call(), 0);
     Dealer dealer;
-    while (true) {
-        int take = lane_id() == 0 ? dealer.take(rail.dealt, deck.takes()) : 0;
-        take = __shfl_sync(kWarp, take, 0);
-        if (take < 0) return true;
-        const Records found = records_of(rail.chunking, deck.range(take), records, true);
-        if (found.count > 0 && !send(found)) return false;
+    Records found = {0, 0, 0};
+    for (bool kept = false;;) {
+        if (!kept) {
+            int take = lane_id() == 0 ? dealer.take(rail.dealt, deck.takes()) : 0;
+            take = __shfl_sync(kWarp, take, 0);
+            if (take < 0 && !ahead) return true;
+            found =
+                take < 0 ? Records{0, 0, 0} : records_of(chunking, deck.range(take), records, true);
+        }
+        kept = ahead && found.count > 0 && found.slot >= chunking.ahead_records;
+        if (found.count > 0 && !kept) sending.write(found);
+        if (ahead) {
+            if (!gate()) return false;
+            ahead = false;
+            if (kept) continue;
+        }
+        if (found.count > 0 && !sending.send(found)) return false;
     }
 }
 
-/// Count what came to every place in this call, and the decks as dealt. The last block; every warp
-/// of the launch has read what it needs.
+/// Count what came to every place in this call. The last block; every warp of the launch has read
+/// what it needs.
 template <class Kind>
 __device__ inline void collect_chunks(const epcomm_cuda_rail& rail, const int32_t* received,
                                       const int32_t* sent) {
@@ -199,6 +226,10 @@ __device__ inline void collect_chunks(const epcomm_cuda_rail& rail, const int32_
             }
         }
     }
+}
+
+/// The decks as dealt, whatever became of the call. The last block.
+__device__ inline void collect_decks(const epcomm_cuda_rail& rail) {
     if (threadIdx.x < 2) rail.dealt[threadIdx.x] = 0;
 }
 

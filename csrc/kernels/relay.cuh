@@ -118,28 +118,45 @@ __device__ inline bool relay(const epcomm_cuda_world& world, const epcomm_cuda_r
     return __syncthreads_and(ok);
 }
 
-/// Announce to the world. The whole block 0.
+/// Announce to the world; what reaches this rank is handed on in `await_world`. The whole block 0.
 template <class Kind>
 __device__ inline bool announce_to_world(const epcomm_cuda_world& world,
                                          const epcomm_cuda_rail& rail,
                                          const epcomm_announcement& mine, int status,
                                          const AnnouncedCounts& counts, const Waiting& what) {
     delay(world, kDelayAnnounce);
+    begin_block_role(world, EPCOMM_CUDA_ROLE_ANNOUNCE);
     const bool ok = announce_to_rail<Kind>(world, rail, mine, status, counts, what);
     announce(world, mine, status, counts, what.epoch);
+    end_block_role(world);
     return ok;
 }
 
-/// Announce to the world and hand on what reaches this rank. The whole block 0.
+/// Hand on what reaches this rank, if `hands_on` (block 0), and wait for all announcements. The
+/// whole block; false: gave up.
 template <class Kind>
-__device__ inline bool announce_world(const epcomm_cuda_world& world, const epcomm_cuda_rail& rail,
-                                      const epcomm_announcement& mine, int status,
-                                      const AnnouncedCounts& counts, const Waiting& what) {
-    begin_block_role(world, EPCOMM_CUDA_ROLE_ANNOUNCE);
-    const bool ok = announce_to_world<Kind>(world, rail, mine, status, counts, what) &&
-                    relay<Kind>(world, rail, what);
+__device__ inline bool await_world(const epcomm_cuda_world& world, const epcomm_cuda_rail& rail,
+                                   bool hands_on, uint64_t number, const Waiting& what) {
+    begin_block_role(world, EPCOMM_CUDA_ROLE_LISTEN);
+    if (hands_on && blockIdx.x == 0 && !relay<Kind>(world, rail, what)) return false;
+    if (!wait_announced(world, what.epoch, what, typename Kind::LookAround(rail))) return false;
     end_block_role(world);
-    return ok;
+    if (hands_on && blockIdx.x == 0 && threadIdx.x == 0) {
+        stamp(world, number, EPCOMM_CUDA_STAMP_ANNOUNCED);
+    }
+    delay(world, kDelayAnnounced);
+    return true;
+}
+
+/// No verdict on the call yet, or none to come.
+constexpr int kNoVerdict = -1;
+
+/// Whether a rank may write its first records in staging before the verdict. They must be known:
+/// the handle's dispatch was not refused, nor is this call here.
+__device__ inline bool writes_ahead(const epcomm_cuda_rail& rail, const epcomm_announcement& mine,
+                                    const epcomm_cuda_routes& routes) {
+    return rail.chunking.ahead_records > 0 && mine.status == EPCOMM_STATUS_OK &&
+           judge_routes(routes) == EPCOMM_CUDA_OK;
 }
 
 }  // namespace epcomm

@@ -23,6 +23,27 @@ struct TwoHopSum {
     Waiting what;
 };
 
+/// Wait until all ranks have announced the call. The verdict, or kNoVerdict: gave up. The whole
+/// block. Not inline: a kernel has it several times.
+template <class Kind>
+__device__ __noinline__ int await_combine(const epcomm_cuda_two_hop_combine& all, uint64_t epoch) {
+    const epcomm_cuda_combine& call = all.call;
+    const Waiting what = {EPCOMM_OP_COMBINE, EPCOMM_PHASE_ANNOUNCE, epoch,
+                          fabric_failed<Kind>(all.rail)};
+    if (!await_world<Kind>(call.world, all.rail, true, call.number, what)) return kNoVerdict;
+    return judge_combine(call, epoch);
+}
+
+/// Whether this rank may reduce its first records before the verdict: its node's ranks have
+/// announced that they take part, so their rows can be read. The whole block.
+__device__ inline bool reduces_ahead(const epcomm_cuda_two_hop_combine& all, uint64_t epoch) {
+    const epcomm_cuda_combine& call = all.call;
+    const epcomm_cuda_world& world = call.world;
+    if (!writes_ahead(all.rail, call.announcement, call.routes)) return false;
+    return judge_some(world, call.announcement, {}, nullptr, epoch, world.num_local,
+                      [&](int l) { return world.node_ranks[l]; }) == EPCOMM_CUDA_OK;
+}
+
 __device__ __forceinline__ WireRecord wire_record(const TwoHopSum& sum, uint8_t* record) {
     return {record, sum.all.record.scales, sum.all.call.announcement.wire};
 }
@@ -59,9 +80,9 @@ __device__ __forceinline__ void reduce_record(const TwoHopSum& sum, const CopyLi
     }
 }
 
-/// Reduce records for a rail peer; the warp that completes a chunk sends it.
+/// Reduce records for a rail peer.
 template <class Kind, class Formats, bool extras>
-__device__ __forceinline__ bool return_some(const TwoHopSum& sum, const Records& records) {
+__device__ __forceinline__ void reduce_some(const TwoHopSum& sum, const Records& records) {
     const epcomm_cuda_combine& call = sum.all.call;
     const epcomm_cuda_rail& rail = sum.all.rail;
     const epcomm_chunking& chunking = rail.chunking;
@@ -73,35 +94,54 @@ __device__ __forceinline__ bool return_some(const TwoHopSum& sum, const Records&
         const int64_t at = int64_t(peer) * chunking.max_records + records.slot + seat.row;
         copy = copy_of(sum.all.hops.forwarded[at * K + seat.k]);
     }
-    uint8_t* first =
-        rail.send + staging_offset<Kind>(chunking, records.node, records.slot, record_bytes);
+    uint8_t* first = rail.send + send_offset<Kind>(chunking, records.node, records.slot,
+                                                   record_bytes, sum.what.epoch);
     for (int r = 0; r < records.count; ++r) {
         delay_row(call.world, records.slot + r);
         count_item(call.world);
         reduce_record<Formats, extras>(sum, list_of_row(copy, r, K, call.layout),
                                        first + int64_t(r) * record_bytes);
     }
-    return written<Kind>(call.world, rail, records, sum.all.hops.received[peer], record_bytes,
-                         sum.what);
+}
+
+/// Records for a rail peer are reduced; the warp that completes a chunk sends it.
+template <class Kind>
+__device__ __forceinline__ bool return_reduced(const TwoHopSum& sum, const Records& records) {
+    const epcomm_cuda_rail& rail = sum.all.rail;
+    const int peer = epcomm_peer_index(rail.chunking.node, records.node);
+    return written<Kind>(sum.all.call.world, rail, records, sum.all.hops.received[peer],
+                         sum.all.record.bytes, sum.what);
 }
 
 /// Warps of a block that send first where staging is bounded.
 __host__ __device__ inline int combine_senders(int warps) { return warps < 4 ? 1 : warps / 2; }
 
-/// Role: reduce for the rail peers.
+/// Role: reduce for the rail peers. `verdict`: awaited on the way if it is not known yet.
 template <class Kind, class Formats, bool extras>
-__device__ inline bool return_records(const TwoHopSum& sum) {
-    const auto send = [&](const Records& records) {
-        return return_some<Kind, Formats, extras>(sum, records);
+__device__ inline bool return_records(const TwoHopSum& sum, int* verdict) {
+    const auto write = [&](const Records& records) {
+        reduce_some<Kind, Formats, extras>(sum, records);
     };
+    const auto send = [&](const Records& records) { return return_reduced<Kind>(sum, records); };
+    const epcomm_cuda_world& world = sum.all.call.world;
     const epcomm_cuda_rail& rail = sum.all.rail;
     const int32_t* received = sum.all.hops.received;
     if constexpr (Kind::kBounded) {
-        return send_as_credited<Kind>(sum.all.call.world, rail, received, sum.share, sum.what,
-                                      send);
+        const auto write_and_send = [&](const Records& records) {
+            write(records);
+            return send(records);
+        };
+        return send_as_credited<Kind>(world, rail, received, sum.share, sum.what, write_and_send);
     } else {
-        const int K = sum.all.call.world.num_topk;
-        return send_in_turn(rail, received, records_together(rail.chunking, K), send);
+        const auto gate = [&] {
+            end_role(world);
+            *verdict = await_combine<Kind>(sum.all, sum.what.epoch);
+            begin_role(world, EPCOMM_CUDA_ROLE_REDUCE);
+            return *verdict == EPCOMM_CUDA_OK;
+        };
+        const int group = records_together(rail.chunking, world.num_topk);
+        const Sending<decltype(write), decltype(send)> sending = {write, send};
+        return send_in_turn(rail, received, group, sending, *verdict == kNoVerdict, gate);
     }
 }
 
@@ -278,11 +318,11 @@ __device__ inline bool finish_tokens(const TwoHopSum& sum) {
 }
 
 template <class Kind, class Formats, bool extras>
-__device__ __forceinline__ bool combine_two_hop(const TwoHopSum& sum) {
+__device__ __forceinline__ bool combine_two_hop(const TwoHopSum& sum, int* verdict) {
     const epcomm_cuda_world& world = sum.all.call.world;
     if (!Kind::kBounded || warp_id() < combine_senders(int(blockDim.x >> 5))) {
         begin_role(world, EPCOMM_CUDA_ROLE_REDUCE);
-        if (!return_records<Kind, Formats, extras>(sum)) return false;
+        if (!return_records<Kind, Formats, extras>(sum, verdict)) return false;
         end_role(world);
     }
     begin_role(world, EPCOMM_CUDA_ROLE_FINISH);
@@ -323,17 +363,16 @@ __global__ void __launch_bounds__(kTwoHopSumThreads<Kind, Formats>, 1)
     const bool timed = blockIdx.x == 0 && threadIdx.x == 0;
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_START);
     Waiting what = {EPCOMM_OP_COMBINE, EPCOMM_PHASE_ANNOUNCE, epoch, fabric_failed<Kind>(all.rail)};
-    if (blockIdx.x == 0 && !announce_world<Kind>(world, all.rail, call.announcement,
-                                                 call.announcement.status, {}, what)) {
+    if (blockIdx.x == 0 && !announce_to_world<Kind>(world, all.rail, call.announcement,
+                                                    call.announcement.status, {}, what)) {
         return;
     }
     begin_block_role(world, EPCOMM_CUDA_ROLE_LISTEN);
-    if (!wait_announced(world, epoch, what, typename Kind::LookAround(all.rail))) return;
+    if (!wait_node_announced(world, epoch, what, typename Kind::LookAround(all.rail))) return;
     end_block_role(world);
-    if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
-    delay(world, kDelayAnnounced);
-    const int verdict = judge_combine(call, epoch);
-    if (verdict == EPCOMM_CUDA_OK) {
+    const bool ahead = reduces_ahead(all, epoch);
+    int verdict = ahead ? kNoVerdict : await_combine<Kind>(all, epoch);
+    if (ahead || verdict == EPCOMM_CUDA_OK) {
         const bool extras = has_extras(call, find_offers(call, epoch, offers));
         what.phase = EPCOMM_PHASE_RETURN;
         SendShare* share = nullptr;
@@ -344,23 +383,23 @@ __global__ void __launch_bounds__(kTwoHopSumThreads<Kind, Formats>, 1)
         }
         const TwoHopSum sum = {all, offers, shared_bytes, share, what};
         constexpr bool kAlways = Formats::wire == kAnyWire;
-        const bool ok = kAlways || extras ? combine_two_hop<Kind, Formats, true>(sum)
-                                          : combine_two_hop<Kind, Formats, kAlways>(sum);
-        if (!__syncthreads_and(ok)) return;
+        const bool ok = kAlways || extras ? combine_two_hop<Kind, Formats, true>(sum, &verdict)
+                                          : combine_two_hop<Kind, Formats, kAlways>(sum, &verdict);
+        if (!__syncthreads_and(ok || verdict > EPCOMM_CUDA_OK)) return;
     }
+    if (verdict == kNoVerdict) return;
     delay(world, kDelayMoved);
     if (!is_last_block(world)) return;
     if (!settle<Kind>(world, all.rail, what)) return;
     if (verdict == EPCOMM_CUDA_OK) {
         collect_chunks<Kind>(all.rail, all.hops.sent, all.hops.received);
     }
+    collect_decks(all.rail);
     note_moved(world, call.number);
-    // All ranks come to the same verdict, so after a refusal nobody waits.
-    if (verdict == EPCOMM_CUDA_OK) {
-        what.phase = EPCOMM_PHASE_RELEASE;
-        what.between = 2;
-        if (!meet_node(world, false, what)) return;
-    }
+    // After a refusal, too: the node's rows may have been read ahead.
+    what.phase = EPCOMM_PHASE_RELEASE;
+    what.between = 2;
+    if (!meet_node(world, false, what)) return;
     end_call(world, verdict, epoch, call.number, false);
 }
 

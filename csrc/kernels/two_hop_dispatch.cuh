@@ -15,6 +15,29 @@ namespace epcomm {
 
 constexpr int kTwoHopThreads = 512;
 
+/// Wait until all ranks have announced the call, and find what the node's have to offer. The
+/// verdict, or kNoVerdict: gave up. The whole block. Not inline: a kernel has it twice.
+template <class Kind>
+__device__ __noinline__ int await_dispatch(const epcomm_cuda_two_hop_dispatch& all, uint64_t epoch,
+                                           Target* targets) {
+    const epcomm_cuda_dispatch& call = all.call;
+    const epcomm_cuda_world& world = call.world;
+    const Waiting what = {call.announcement.op, EPCOMM_PHASE_ANNOUNCE, epoch,
+                          fabric_failed<Kind>(all.rail)};
+    if (!await_world<Kind>(world, all.rail, call.announce, call.number, what)) return kNoVerdict;
+    int verdict = judge_all(world, call.announcement, call.row, call.routes.rows, epoch);
+    if (call.announce && verdict == EPCOMM_CUDA_OK) verdict = judge_routes(call.routes);
+    if (call.announce && blockIdx.x == 0 && threadIdx.x == 0) {
+        report_verdict(world, verdict, epoch, call.number);
+    }
+    if (verdict == EPCOMM_CUDA_OK) {
+        find_targets(call, epoch, targets);
+        __syncthreads();
+        clear_unused(call, targets[world.local_rank]);
+    }
+    return verdict;
+}
+
 /// Store the row of a token, and its scales: as `feed` brings it, or packed on its way.
 template <int packing, class Source>
 __device__ __forceinline__ void move_token(const TwoHop& hop, const Move& move,
@@ -27,9 +50,9 @@ __device__ __forceinline__ void move_token(const TwoHop& hop, const Move& move,
     }
 }
 
-/// Write records for another node; the warp that completes a chunk sends it.
+/// Write records for another node.
 template <class Kind, int packing>
-__device__ __forceinline__ bool write_records(const TwoHop& hop, const Records& records) {
+__device__ __forceinline__ void write_records(const TwoHop& hop, const Records& records) {
     const epcomm_cuda_two_hop_dispatch& all = hop.all;
     const epcomm_cuda_dispatch& call = all.call;
     const epcomm_chunking& chunking = all.rail.chunking;
@@ -46,8 +69,8 @@ __device__ __forceinline__ bool write_records(const TwoHop& hop, const Records& 
     // Rows that are packed come through registers.
     const unsigned fed = packing == 0 ? (1u << records.count) - 1 : 0;
     RowFeed feed(source, fed, call.row.row_bytes, hop.feed);
-    uint8_t* first = all.rail.send +
-                     staging_offset<Kind>(chunking, records.node, records.slot, all.record.bytes);
+    uint8_t* first = all.rail.send + send_offset<Kind>(chunking, records.node, records.slot,
+                                                       all.record.bytes, hop.what.epoch);
     write_record_labels(hop, seat, records.node, first + int64_t(seat.row) * all.record.bytes,
                         labels_of_tokens(call, seat, token), index);
     for (int r = 0; r < records.count; ++r) {
@@ -60,28 +83,46 @@ __device__ __forceinline__ bool write_records(const TwoHop& hop, const Records& 
         move.scales_to = move.to + all.record.scales;
         move_token<packing>(hop, move, feed);
     }
-    return written<Kind>(call.world, all.rail, records, all.hops.sent[peer], all.record.bytes,
+}
+
+/// Records for another node are written; the warp that completes a chunk sends it.
+template <class Kind>
+__device__ __forceinline__ bool send_written(const TwoHop& hop, const Records& records) {
+    const epcomm_cuda_two_hop_dispatch& all = hop.all;
+    const int peer = epcomm_peer_index(all.rail.chunking.node, records.node);
+    return written<Kind>(all.call.world, all.rail, records, all.hops.sent[peer], all.record.bytes,
                          hop.what);
 }
 
 /// Warps of a block that send first where staging is bounded.
 __host__ __device__ inline int dispatch_senders(int warps) { return warps < 8 ? 1 : warps / 4; }
 
-/// Role: write the records for other nodes.
+/// Role: write the records for other nodes. `verdict`: awaited on the way if it is not known yet.
 template <class Kind, int packing>
-__device__ inline bool send_records(const TwoHop& hop) {
-    const auto send = [&](const Records& records) {
-        return write_records<Kind, packing>(hop, records);
-    };
+__device__ inline bool send_records(const TwoHop& hop, Target* targets, int* verdict) {
+    const auto write = [&](const Records& records) { write_records<Kind, packing>(hop, records); };
+    const auto send = [&](const Records& records) { return send_written<Kind>(hop, records); };
     const epcomm_cuda_world& world = hop.all.call.world;
     const epcomm_cuda_rail& rail = hop.all.rail;
     const int32_t* sent = hop.all.hops.sent;
     bool ok;
     begin_role(world, EPCOMM_CUDA_ROLE_PACK);
     if constexpr (Kind::kBounded) {
-        ok = send_as_credited<Kind>(world, rail, sent, hop.share, hop.what, send);
+        const auto write_and_send = [&](const Records& records) {
+            write(records);
+            return send(records);
+        };
+        ok = send_as_credited<Kind>(world, rail, sent, hop.share, hop.what, write_and_send);
     } else {
-        ok = send_in_turn(rail, sent, records_together(rail.chunking, world.num_topk), send);
+        const auto gate = [&] {
+            end_role(world);
+            *verdict = await_dispatch<Kind>(hop.all, hop.what.epoch, targets);
+            begin_role(world, EPCOMM_CUDA_ROLE_PACK);
+            return *verdict == EPCOMM_CUDA_OK;
+        };
+        const int group = records_together(rail.chunking, world.num_topk);
+        const Sending<decltype(write), decltype(send)> sending = {write, send};
+        ok = send_in_turn(rail, sent, group, sending, *verdict == kNoVerdict, gate);
     }
     end_role(world);
     return ok;
@@ -219,14 +260,16 @@ __device__ inline bool forward_records(const TwoHop& hop) {
 /// Role: all of them, one after the other; or first what the others wait for, then what is left.
 /// A quarter of the warps send and a quarter store in their own node first, where there are enough.
 template <class Kind, int packing>
-__device__ inline bool move_records(const TwoHop& hop) {
+__device__ inline bool move_records(const TwoHop& hop, Target* targets, int* verdict) {
     if constexpr (!Kind::kBounded) {
-        if (!send_records<Kind, packing>(hop)) return false;
+        if (!send_records<Kind, packing>(hop, targets, verdict)) return false;
         store_near<Kind, packing>(hop);
         return forward_records<Kind>(hop);
     } else {
         const int warps = int(blockDim.x >> 5), senders = dispatch_senders(warps);
-        if (warp_id() < senders && !send_records<Kind, packing>(hop)) return false;
+        if (warp_id() < senders && !send_records<Kind, packing>(hop, targets, verdict)) {
+            return false;
+        }
         const bool near_first = warp_id() < (warps < 8 ? senders : 2 * senders);
         bool ok = true;
         for (int step = 0; step < 2 && ok; ++step) {
@@ -284,32 +327,27 @@ __global__ void __launch_bounds__(kTwoHopThreads, 1)
     Waiting what = {call.announcement.op, EPCOMM_PHASE_ANNOUNCE, epoch,
                     fabric_failed<Kind>(all.rail)};
     if (call.announce && blockIdx.x == 0 &&
-        !announce_world<Kind>(world, all.rail, call.announcement, call.announcement.status, {},
-                              what)) {
+        !announce_to_world<Kind>(world, all.rail, call.announcement, call.announcement.status, {},
+                                 what)) {
         return;
     }
-    begin_block_role(world, EPCOMM_CUDA_ROLE_LISTEN);
-    if (!wait_announced(world, epoch, what, typename Kind::LookAround(all.rail))) return;
-    end_block_role(world);
-    if (timed && call.announce) stamp(world, call.number, EPCOMM_CUDA_STAMP_ANNOUNCED);
-    delay(world, kDelayAnnounced);
-    int verdict = judge_all(world, call.announcement, call.row, call.routes.rows, epoch);
-    if (call.announce && verdict == EPCOMM_CUDA_OK) verdict = judge_routes(call.routes);
-    if (call.announce && timed) report_verdict(world, verdict, epoch, call.number);
-    if (verdict == EPCOMM_CUDA_OK) {
-        find_targets(call, epoch, targets);
-        __syncthreads();
-        clear_unused(call, targets[world.local_rank]);
+    // The announcements of a first call have been waited for.
+    const bool ahead = call.announce && writes_ahead(all.rail, call.announcement, call.routes);
+    int verdict = ahead ? kNoVerdict : await_dispatch<Kind>(all, epoch, targets);
+    if (ahead || verdict == EPCOMM_CUDA_OK) {
         what.phase = EPCOMM_PHASE_DATA;
         const TwoHop hop = {all, targets, area, shared_bytes + warp_id() * kFeedBytes, share, what};
-        if (!__syncthreads_and(move_records<Kind, packing>(hop))) return;
+        const bool moved = move_records<Kind, packing>(hop, targets, &verdict);
+        if (!__syncthreads_and(moved || verdict > EPCOMM_CUDA_OK)) return;
     }
+    if (verdict == kNoVerdict) return;
     delay(world, kDelayMoved);
     if (!is_last_block(world)) return;
     if (!settle<Kind>(world, all.rail, what)) return;
     if (verdict == EPCOMM_CUDA_OK) {
         collect_chunks<Kind>(all.rail, all.hops.received, all.hops.sent);
     }
+    collect_decks(all.rail);
     note_moved(world, call.number);
     // All ranks come to the same verdict, so after a refusal nobody waits.
     if (verdict == EPCOMM_CUDA_OK) {

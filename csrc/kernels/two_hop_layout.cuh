@@ -150,9 +150,7 @@ __global__ void __launch_bounds__(32 * kLayoutWarps, 1)
     bool ok = meet(world, what);
     end_block_role(world);
     if (ok && leads) {
-        begin_block_role(world, EPCOMM_CUDA_ROLE_ANNOUNCE);
         ok = announce_two_hop<Kind>(all, shared, what);
-        end_block_role(world);
     }
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_COUNTED);
     if (!ok) return;

@@ -16,6 +16,13 @@
 /// none: no credit is under way when a call has ended.
 ///
 /// A rank's staging has an area for each of its N - 1 peers, in node order.
+///
+/// Where staging is not bounded, a sender writes its first records to each peer *ahead*: before it
+/// knows that all ranks take part in the call, while their announcements are under way. Its last
+/// call's chunks may still be on their way then: nothing but the peers' announcements says that
+/// they have come. So behind the areas of all peers, region SEND has two more places for the first
+/// chunk to each, used in turn by the parity of the epoch. What was sent from one two calls ago has
+/// come: its receiver announced the call between after it, and that announcement ended this rank's.
 #pragma once
 
 #include "fabric.h"
@@ -31,7 +38,9 @@ typedef struct {
     int32_t num_chunks;     ///< of a peer in a call, at most
     int32_t held_chunks;    ///< W; less than num_chunks: staging is bounded
     int32_t num_channels;   ///< what is about place w travels on channel w % num_channels
+    int32_t ahead_records;  ///< first slots of a peer that are written ahead; 0: none
     int64_t peer_bytes;     ///< staging of a peer, in one direction
+    int64_t ahead_bytes;    ///< of its first slots in one call, at the sender
 } epcomm_chunking;
 
 /// What came of planning.
@@ -56,6 +65,7 @@ typedef struct {
     int32_t credit_signal;    ///< raised here when `peer` has read a chunk at that place
     int32_t announce_signal;  ///< raised here when `peer`'s announcement has come
     int64_t offset;           ///< bytes, in this rank's staging
+    int64_t send_offset[2];   ///< the same in region SEND, by the parity of the epoch
 } epcomm_slot_place;
 
 /// An item of work of a rank.
@@ -124,6 +134,19 @@ EPCOMM_HD static inline int64_t epcomm_slot_offset(const epcomm_chunking* chunki
     return epcomm_peer_index(node, peer) * chunking->peer_bytes + slot * record_bytes;
 }
 
+/// Byte offset, in region SEND of a rank on `node`, of a slot to `peer` in staging that is not
+/// bounded.
+EPCOMM_HD static inline int64_t epcomm_send_offset(const epcomm_chunking* chunking, int32_t node,
+                                                   int32_t peer, int32_t slot, int64_t record_bytes,
+                                                   uint64_t epoch) {
+    if (slot >= chunking->ahead_records) {
+        return epcomm_slot_offset(chunking, node, peer, slot, record_bytes);
+    }
+    const int64_t peers = chunking->num_nodes - 1;
+    const int64_t place = (int64_t)(epoch & 1) * peers + epcomm_peer_index(node, peer);
+    return peers * chunking->peer_bytes + place * chunking->ahead_bytes + slot * record_bytes;
+}
+
 /// Signals of a rank: one a peer for announcements, then one for each place of each peer; then, in
 /// bounded staging, a credit for each place of each peer.
 EPCOMM_HD static inline int64_t epcomm_num_signals(int64_t num_nodes, int64_t held_chunks,
@@ -180,10 +203,10 @@ EPCOMM_HD static inline int32_t epcomm_receive_node(const epcomm_chunking* chunk
 /// many chunks of a peer: while one is under way, others are written and read.
 enum { EPCOMM_SHORTEST_CHUNK = 4, EPCOMM_ENOUGH_CHUNKS = 4 };
 
-/// Fill in `chunk_records`, the wanted length if it can be, `num_chunks`, `held_chunks` and
-/// `peer_bytes`. `max_bytes`: of staging in both directions, or 0: as much as there can be records.
-/// Returns an epcomm_plan; where that is TOO_SMALL, `peer_bytes` is that of the least staging,
-/// which holds one chunk of `chunk_records`.
+/// Fill in `chunk_records`, the wanted length if it can be, `num_chunks`, `held_chunks`,
+/// `peer_bytes`, `ahead_records` and `ahead_bytes`. `max_bytes`: of staging in both directions, or
+/// 0: as much as there can be records. Returns an epcomm_plan; where that is TOO_SMALL,
+/// `peer_bytes` is that of the least staging, which holds one chunk of `chunk_records`.
 EPCOMM_HD static inline int32_t epcomm_plan_chunks(epcomm_chunking* chunking, int64_t record_bytes,
                                                    int32_t wanted_records, int64_t max_bytes) {
     const int64_t peers = chunking->num_nodes - 1, align = EPCOMM_LIMIT_window_align;
@@ -218,9 +241,16 @@ EPCOMM_HD static inline int32_t epcomm_plan_chunks(epcomm_chunking* chunking, in
     chunking->num_chunks = (int32_t)((chunking->max_records + records - 1) / records);
     chunking->held_chunks = (int32_t)((held + records - 1) / records);
     chunking->peer_bytes = epcomm_align(held * record_bytes, align);
+    const int64_t ahead = records < held ? records : held;
+    const int64_t ahead_bytes = epcomm_align(ahead * record_bytes, align);
+    const int32_t has_room =
+        max_bytes == 0 || 2 * peers * (chunking->peer_bytes + ahead_bytes) <= max_bytes;
+    chunking->ahead_records = !bounded && has_room ? (int32_t)ahead : 0;
+    chunking->ahead_bytes = chunking->ahead_records > 0 ? ahead_bytes : 0;
     // Items are counted in 32 bits.
     const int64_t items = (int64_t)chunking->num_chunks * records * peers;
     const int32_t fits =
-        peers * chunking->peer_bytes <= EPCOMM_FABRIC_MAX_LOCAL && items < INT32_MAX;
+        peers * (chunking->peer_bytes + 2 * chunking->ahead_bytes) <= EPCOMM_FABRIC_MAX_LOCAL &&
+        items < INT32_MAX;
     return fits ? plan : EPCOMM_PLAN_TOO_LARGE;
 }

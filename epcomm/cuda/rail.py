@@ -74,14 +74,16 @@ class RailPlan:
     @property
     def staging_bytes(self) -> int:
         """Of both directions."""
-        return 2 * self.num_peers * int(self.chunking["peer_bytes"])
+        sizes = self.region_bytes()
+        return sizes[constants["REGION_SEND"]] + sizes[constants["REGION_RECEIVE"]]
 
     def region_bytes(self) -> dict[int, int]:
         """Bytes of the fabric's regions, by number."""
+        received, ahead = int(self.chunking["peer_bytes"]), int(self.chunking["ahead_bytes"])
         return {
             0: 8 * (self.num_signals + 1),  # and a word for answers
-            constants["REGION_SEND"]: self.staging_bytes // 2,
-            constants["REGION_RECEIVE"]: self.staging_bytes // 2,
+            constants["REGION_SEND"]: self.num_peers * (received + 2 * ahead),
+            constants["REGION_RECEIVE"]: self.num_peers * received,
             constants["REGION_OUTBOX"]: 2 * self.announcement_bytes,
             constants["REGION_INBOX"]: 2 * self.num_peers * self.announcement_bytes,
         }
@@ -275,7 +277,7 @@ def report_staging(
     plan = plan_rail(topology, config, chunk_records=chunk_records_of(transport))
     sizes = plan.region_bytes()
     length, record = int(plan.chunking["chunk_records"]), largest_record(config)
-    held = int(plan.chunking["max_records"])
+    held, ahead = int(plan.chunking["max_records"]), int(plan.chunking["ahead_records"])
     if plan.bounded:
         held = plan.held_chunks * length
     inbox = sizes[constants["REGION_INBOX"]] + sizes[constants["REGION_OUTBOX"]]
@@ -285,7 +287,8 @@ def report_staging(
             plan.staging_bytes,
             f"device memory, in and out: {plan.num_peers} other nodes x {held} records of up to "
             f"{record} bytes (float32 rows)"
-            + (f", {plan.held_chunks} chunks that take turns" if plan.bounded else ""),
+            + (f", {plan.held_chunks} chunks that take turns" if plan.bounded else "")
+            + (f", and {ahead} of them twice more to write ahead" if ahead else ""),
         ),
         "scale-out signals": (
             sizes[0] + _bytes_of(plan.state_shapes()),

@@ -44,8 +44,12 @@ def check_case(
     seed: int = 0,
     warps: int = 2,
     inputs: list[oracle.Input] | None = None,
+    refusing: int | None = None,
 ) -> None:
-    """Dispatch, combine, cached dispatch and combine again, as one stream a rank; all compared."""
+    """Dispatch, combine, cached dispatch and combine again, as one stream a rank; all compared.
+
+    Rank ``refusing`` refuses a cached dispatch and a combine in between.
+    """
     size = len(world.ranks)
     inputs = inputs or draw_inputs(case, size)
     received = oracle.dispatch(inputs, make_world(case, size))
@@ -55,6 +59,7 @@ def check_case(
     given, fmt = formats_of(case)
     fixed = -1 if case.fixed_rows is None else case.fixed_rows
     results: list[Any] = []
+    refusals = [int(rank.report["refusals"]) for rank in world.ranks]
     for rank, mine, out in zip(world.ranks, inputs, outputs, strict=True):
         x, scales = mine.x if isinstance(mine.x, tuple) else (mine.x, None)
         rows = oracle.to_bytes(x)
@@ -78,14 +83,20 @@ def check_case(
         }
         routes = rank.dispatch(rows, given, fmt, topk_idx, weights, **arguments)
         first = rank.combine(routes, *y, wire, **extra)
+        if refusing is not None:
+            status = int(rank.topology.rank == refusing)
+            again: dict[str, Any] = {**arguments, "routes": routes, "status": status}
+            rank.dispatch(rows, given, fmt, topk_idx, weights, **again)
+            rank.combine(routes, *y, wire, **extra, status=status)
         rank.dispatch(rows, given, fmt, topk_idx, weights, **arguments, routes=routes)
         second = rank.combine(routes, *y, wire, **extra)
         results.append((routes, first, second))
     world.run(seed)
-    for rank, want, sums, (routes, first, second) in zip(
-        world.ranks, received, combined, results, strict=True
+    for rank, before, want, sums, (routes, first, second) in zip(
+        world.ranks, refusals, received, combined, results, strict=True
     ):
         assert not rank.report["failed"]
+        assert rank.report["refusals"] == before + (0 if refusing is None else 2)
         assert int(routes.rows[rank.topology.rank]) == want.num_rows
         got = rank.received(routes, fixed)
         np.testing.assert_array_equal(got["source"], want.source)

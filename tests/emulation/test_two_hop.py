@@ -7,7 +7,7 @@ the kernels post by themselves. Ranks drift by a call.
 from dataclasses import replace
 
 import pytest
-from cases import check_case, config_of, queue_dispatch
+from cases import UNEQUAL, check_case, config_of, queue_dispatch
 from fabrics import Nics, Proxies
 from oracle_cases import CASES
 from world import EmulatedWorld
@@ -125,6 +125,16 @@ def test_lost_chunk_is_named_after_its_source(emulated, fabric):
         assert rank.report["failed"]
         assert rank.error["rank"] == 0
         assert rank.error["phase"] == constants["PHASE_DATA"]
+
+
+@pytest.mark.timeout(120)
+@over_both
+@pytest.mark.parametrize("refusing", [0, 3])
+def test_what_was_written_ahead_of_a_refusal_is_dropped(emulated, fabric, refusing):
+    case = replace(UNEQUAL, tokens=(31, 9, 0, 24))
+    world = EmulatedWorld(emulated, 2, 4, config_of(case, 4), chunk_records=8, fabric=fabric())
+    assert all(rank.plan.chunking["ahead_records"] == 8 for rank in world.ranks)
+    check_case(world, case, refusing=refusing)
 
 
 @pytest.mark.timeout(120)

@@ -41,6 +41,18 @@ def test_planes_of_several_peers(emulated, ranks_per_node):
     check_case(world, case)
 
 
+@pytest.mark.timeout(60)
+def test_records_written_ahead_leave_those_under_way_alone(emulated):
+    # Rank 0's records of the first combine are read late, when it is in the next dispatch. Before
+    # them it has sent two announcements and the records of a dispatch, two requests each.
+    case = replace(CASES["fp8"], ranks_per_node=1, tokens=(9, 9))
+    nics = Nics(rules=[Rule("late fetch", 0, 1, 0, 6, 6, seconds=0.1, exact=True)])
+    world = EmulatedWorld(emulated, 1, 2, config_of(case, 2), chunk_records=16, fabric=nics)
+    assert all(rank.plan.chunking["ahead_records"] >= 9 for rank in world.ranks)
+    check_case(world, case)
+    assert nics.count_faults() == 1
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("start", [65535, 65536 - 7, 2**32 - 5])
 @pytest.mark.parametrize("blocks", [4, 16])

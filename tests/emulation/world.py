@@ -272,13 +272,14 @@ class EmulatedRank(RankMemory):
         topk_weights: np.ndarray | None = None,
         bias: list[np.ndarray] | None = None,
         warps: int = 2,
+        status: int = 0,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Queue a combine of rows ``y`` (bytes); returns where its results will be."""
         config = self.config
         block, call, announcement = self._start("combine")
         given = Summed(y, fmt, weights, topk_weights, bias or ())
         out, back = fill_combine(call, routes, given, self.windows[1], config.num_topk)
-        announcement["wire"] = wire
+        announcement["wire"], announcement["status"] = wire, status
         call["num_blocks"], call["num_threads"] = self.world.blocks, 32 * warps
         call["number"] = self.number = self.number + 1
         routes.fill(block, call)
