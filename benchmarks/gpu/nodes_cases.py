@@ -366,7 +366,8 @@ def judge_line(goals: Goals, place: str, nodes: int, found: list[LineFigure]) ->
     for name in ("dispatch FP8 pair", "combine BF16"):
         figures = [figure for figure in found if figure.name == name]
         what = f"{name}, line rate during the data phase, at most {_MOST_SMS} SMs a rank"
-        best = _best(figures, lambda figure: figure.data_share)
+        few = [figure for figure in figures if figure.sms <= _MOST_SMS]
+        best = max(few, key=lambda figure: figure.data_share, default=None)
         seen = None if best is None else 100 * best.data_share
         goals.add(Goal(place, what, 100 * share, False, "%", seen, _note(best)))
         what = f"{name}, SMs a rank for {_FEWEST_SHARE:.0%} of the line rate"
@@ -377,14 +378,9 @@ def judge_line(goals: Goals, place: str, nodes: int, found: list[LineFigure]) ->
     for name in ("first dispatch FP8 pair", "combine BF16"):
         figures = [figure for figure in found if figure.name == name]
         what = f"{name}, whole call over bytes / rate + 2 latencies"
-        best = _best(figures, lambda figure: -figure.over_ideal)
+        best = min(figures, key=lambda figure: figure.over_ideal, default=None)
         seen = None if best is None else best.over_ideal
         goals.add(Goal(place, what, _OVER_IDEAL, True, "", seen, _note(best)))
-
-
-def _best(figures: list[LineFigure], value: Callable[[LineFigure], float]) -> LineFigure | None:
-    """With few SMs."""
-    return max((f for f in figures if f.sms <= _MOST_SMS), key=value, default=None)
 
 
 def _note(best: LineFigure | None) -> str:

@@ -5,6 +5,7 @@ ranks, SMs of a rank, and the settings that fit. It imports nothing heavy for th
 """
 
 import argparse
+import math
 import sys
 from dataclasses import dataclass, replace
 
@@ -134,9 +135,14 @@ def parse(arguments: list[str] | None = None, gpus: Gpus | None = None) -> Optio
     parser = _parser()
     given = parser.parse_args(arguments)
     settings = given.settings or default_settings(gpus)
+    divides = math.lcm(*(setting.ranks for setting in settings))
     for setting in settings:
         if given.experts % setting.ranks:
-            parser.error(f"--experts {given.experts} does not divide among {setting.ranks} ranks")
+            fits = -(-given.experts // divides) * divides
+            parser.error(
+                f"--experts {given.experts} does not divide among {setting.ranks} ranks; "
+                f"{fits} would, in all settings"
+            )
         if gpus is not None and not gpus.fits(setting):
             parser.error(
                 f"--settings {setting}: at most {gpus.most_sms(setting.ranks)} SMs for each of "

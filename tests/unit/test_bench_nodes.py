@@ -314,6 +314,14 @@ def test_sweep_is_judged_by_its_best_row_of_few_sms(capsys: pytest.CaptureFixtur
     assert goals[f"first dispatch FP8 pair, {ideal}"].outcome == "not measured"
 
 
+def test_whole_calls_are_judged_by_their_best_row(capsys: pytest.CaptureFixture[str]) -> None:
+    found = _figures("combine BF16", {8: 0.96}, over_ideal=1.17)
+    found += _figures("combine BF16", {12: 0.97}, over_ideal=1.13)
+    goals = _judged(found, capsys)
+    goal = goals["combine BF16, whole call over bytes / rate + 2 latencies"]
+    assert (goal.outcome, goal.seen, goal.note) == ("reached", 1.13, "12 SMs")
+
+
 def test_more_nodes_need_less_of_the_line(capsys: pytest.CaptureFixture[str]) -> None:
     goals = _judged(_figures("combine BF16", {4: 0.91}), capsys, nodes=4)
     share = "line rate during the data phase, at most 8 SMs a rank"
