@@ -120,27 +120,20 @@ __device__ inline void announce(const epcomm_cuda_world& world, const epcomm_ann
     }
 }
 
-/// The whole block waits until the announcements of its node's ranks are here.
-template <class Look = NoLook>
-__device__ inline bool wait_node_announced(const epcomm_cuda_world& world, uint64_t epoch,
-                                           const Waiting& what, const Look& look = Look()) {
+/// The whole block waits until every rank's announcement is here, or only those `of_node`. First
+/// for the node's own: a rank of it that is silent hands on nobody else's either, and is the one to
+/// name.
+template <bool of_node = false, class Look = NoLook>
+__device__ inline bool wait_announced(const epcomm_cuda_world& world, uint64_t epoch,
+                                      const Waiting& what, const Look& look = Look()) {
     const epcomm_cuda_counter* counters = announced_counters(world, world.local_rank);
     bool ok = true;
     for (int l = int(threadIdx.x); l < world.num_local; l += int(blockDim.x)) {
         const int r = world.node_ranks[l];
         ok = wait_counter(world, &counters[r].value, epoch, r, what, look) && ok;
     }
-    return __syncthreads_and(ok);
-}
-
-/// The whole block waits until every rank's announcement is here. First for the node's own: a rank
-/// of it that is silent hands on nobody else's either, and is the one to name.
-template <class Look = NoLook>
-__device__ inline bool wait_announced(const epcomm_cuda_world& world, uint64_t epoch,
-                                      const Waiting& what, const Look& look = Look()) {
-    bool ok = wait_node_announced(world, epoch, what, look);
-    if (!ok || world.num_nodes == 1) return ok;
-    const epcomm_cuda_counter* counters = announced_counters(world, world.local_rank);
+    ok = __syncthreads_and(ok);
+    if (of_node || !ok || world.num_nodes == 1) return ok;
     for (int r = int(threadIdx.x); r < world.num_ranks; r += int(blockDim.x)) {
         ok = wait_counter(world, &counters[r].value, epoch, r, what, look) && ok;
     }
@@ -170,20 +163,16 @@ __device__ inline int judge(const epcomm_announcement& mine, const epcomm_announ
     return EPCOMM_CUDA_OK;
 }
 
-/// The block's verdict over `count` ranks, of which the i-th is `rank_of(i)`: the gravest that is
-/// not a success (lowest code wins, so that every rank names the same one). `rows` has one entry a
-/// rank, or is null (combine).
-template <class RankOf>
-__device__ inline int judge_some(const epcomm_cuda_world& world, const epcomm_announcement& mine,
-                                 const epcomm_cuda_row& row, const int32_t* rows, uint64_t epoch,
-                                 int count, const RankOf& rank_of) {
+/// The block's verdict over all ranks: the gravest that is not a success (lowest code wins, so
+/// that every rank names the same one). `rows` has one entry a rank, or is null (combine).
+__device__ inline int judge_all(const epcomm_cuda_world& world, const epcomm_announcement& mine,
+                                const epcomm_cuda_row& row, const int32_t* rows, uint64_t epoch) {
     __shared__ int verdict;
     constexpr int kNone = 1 << 20;
     if (threadIdx.x == 0) verdict = kNone;
     __syncthreads();
     const int refused_here = announcement_from(world, world.rank, epoch)->status;
-    for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
-        const int r = rank_of(i);
+    for (int r = int(threadIdx.x); r < world.num_ranks; r += int(blockDim.x)) {
         const epcomm_announcement* theirs = announcement_from(world, r, epoch);
         int code = judge(mine, *theirs, row, rows == nullptr ? 0 : rows[r]);
         if (refused_here != EPCOMM_STATUS_OK) code = EPCOMM_CUDA_REFUSED;
@@ -193,12 +182,6 @@ __device__ inline int judge_some(const epcomm_cuda_world& world, const epcomm_an
     const int code = verdict;
     __syncthreads();
     return code == kNone ? EPCOMM_CUDA_OK : code;
-}
-
-/// The same over all ranks.
-__device__ inline int judge_all(const epcomm_cuda_world& world, const epcomm_announcement& mine,
-                                const epcomm_cuda_row& row, const int32_t* rows, uint64_t epoch) {
-    return judge_some(world, mine, row, rows, epoch, world.num_ranks, [](int i) { return i; });
 }
 
 /// What became of the dispatch that made `routes`: the same on all ranks. A handle made without

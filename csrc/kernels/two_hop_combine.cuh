@@ -40,8 +40,12 @@ __device__ inline bool reduces_ahead(const epcomm_cuda_two_hop_combine& all, uin
     const epcomm_cuda_combine& call = all.call;
     const epcomm_cuda_world& world = call.world;
     if (!writes_ahead(all.rail, call.announcement, call.routes)) return false;
-    return judge_some(world, call.announcement, {}, nullptr, epoch, world.num_local,
-                      [&](int l) { return world.node_ranks[l]; }) == EPCOMM_CUDA_OK;
+    bool agrees = true;
+    for (int l = int(threadIdx.x); l < world.num_local; l += int(blockDim.x)) {
+        const epcomm_announcement* theirs = announcement_from(world, world.node_ranks[l], epoch);
+        agrees = judge(call.announcement, *theirs, {}, 0) == EPCOMM_CUDA_OK && agrees;
+    }
+    return __syncthreads_and(agrees) != 0;
 }
 
 __device__ __forceinline__ WireRecord wire_record(const TwoHopSum& sum, uint8_t* record) {
@@ -368,7 +372,7 @@ __global__ void __launch_bounds__(kTwoHopSumThreads<Kind, Formats>, 1)
         return;
     }
     begin_block_role(world, EPCOMM_CUDA_ROLE_LISTEN);
-    if (!wait_node_announced(world, epoch, what, typename Kind::LookAround(all.rail))) return;
+    if (!wait_announced<true>(world, epoch, what, typename Kind::LookAround(all.rail))) return;
     end_block_role(world);
     const bool ahead = reduces_ahead(all, epoch);
     int verdict = ahead ? kNoVerdict : await_combine<Kind>(all, epoch);
