@@ -9,9 +9,9 @@
 /// X(NAME): what a span is about. Those of a whole block have warp -1.
 ///   COUNT     block: count choices
 ///   MEET      block: until all of the rank's blocks have come as far
-///   ANNOUNCE  block 0: announce, between nodes also hand on what the rail peers announce; a first
-///             dispatch does that in LISTEN
-///   LISTEN    block: until all announcements are in
+///   ANNOUNCE  block 0: announce
+///   LISTEN    block: until all announcements are in; block 0 between nodes also hands on what the
+///             rail peers announce. A combine between nodes first waits for those of its node
 ///   PLACE     warp: find every copy's row; between nodes before LISTEN its number among this
 ///             rank's, and behind it the row
 ///   PACK      warp: write records of a dispatch for other nodes

@@ -165,25 +165,36 @@ __device__ __forceinline__ GroupedDeck deck_of(const epcomm_chunking& chunking,
     return {items, group, before, after};
 }
 
-/// What a warp does with consecutive records that go to another node.
-template <class Write, class Send>
+/// What a warp does with records that go to other nodes.
+template <class Write, class Send, class Await>
 struct Sending {
-    const Write& write;  ///< write them in staging
+    const Write& write;  ///< write consecutive ones in staging
     const Send& send;    ///< they are written; false: the fabric failed
+    const Await& await;  ///< the call's verdict, or kNoVerdict; the whole block
+    int* verdict;        ///< kNoVerdict: not known yet
+    epcomm_cuda_role role;
+
+    /// Wait for the verdict; whether there is anything to send.
+    __device__ __forceinline__ bool pass_gate(const epcomm_cuda_world& world) const {
+        end_role(world);
+        *verdict = await();
+        begin_role(world, role);
+        return *verdict == EPCOMM_CUDA_OK;
+    }
 };
 
-/// Write all records that go to other nodes, chunk by chunk, up to `group` at a time, `records` of
-/// each peer. The first ones of all warps go alone: the line waits for them. Where the call's
-/// verdict is not known yet, `gate` waits for it, once, after a warp has written what it may write
-/// ahead; false: nothing is to be sent. False: leave.
-template <class Write, class Send, class Gate>
-__device__ inline bool send_in_turn(const epcomm_cuda_rail& rail, const int32_t* records, int group,
-                                    const Sending<Write, Send>& sending, bool ahead,
-                                    const Gate& gate) {
+/// Write and send all records that go to other nodes, chunk by chunk, `records` of each peer. The
+/// first ones of all warps go alone: the line waits for them. Where the call's verdict is not known
+/// yet, a warp first writes what it may write ahead. False: leave.
+template <class Sending>
+__device__ inline bool send_in_turn(const epcomm_cuda_world& world, const epcomm_cuda_rail& rail,
+                                    const int32_t* records, const Sending& sending) {
     const epcomm_chunking& chunking = rail.chunking;
-    const GroupedDeck deck = deck_of(chunking, records, group, num_warps_of_call(), 0);
+    const GroupedDeck deck = deck_of(chunking, records, records_together(chunking, world.num_topk),
+                                     num_warps_of_call(), 0);
     Dealer dealer;
     Records found = {0, 0, 0};
+    bool ahead = *sending.verdict == kNoVerdict;
     for (bool kept = false;;) {
         if (!kept) {
             int take = lane_id() == 0 ? dealer.take(rail.dealt, deck.takes()) : 0;
@@ -195,7 +206,7 @@ __device__ inline bool send_in_turn(const epcomm_cuda_rail& rail, const int32_t*
         kept = ahead && found.count > 0 && found.slot >= chunking.ahead_records;
         if (found.count > 0 && !kept) sending.write(found);
         if (ahead) {
-            if (!gate()) return false;
+            if (!sending.pass_gate(world)) return false;
             ahead = false;
             if (kept) continue;
         }

@@ -178,4 +178,20 @@ __device__ inline bool read_record(const epcomm_cuda_world& world, const epcomm_
     return false;
 }
 
+/// Write and send all records that go to other nodes, as staging asks for it. `share`: this warp's,
+/// where that is bounded. Within role `sending.role`.
+template <class Kind, class Sending>
+__device__ inline bool send_all(const epcomm_cuda_world& world, const epcomm_cuda_rail& rail,
+                                const int32_t* records, SendShare* share, const Waiting& what,
+                                const Sending& sending) {
+    if constexpr (Kind::kBounded) {
+        return send_as_credited<Kind>(world, rail, records, share, what, [&](const Records& some) {
+            sending.write(some);
+            return sending.send(some);
+        });
+    } else {
+        return send_in_turn(world, rail, records, sending);
+    }
+}
+
 }  // namespace epcomm

@@ -127,26 +127,11 @@ __device__ inline bool return_records(const TwoHopSum& sum, int* verdict) {
         reduce_some<Kind, Formats, extras>(sum, records);
     };
     const auto send = [&](const Records& records) { return return_reduced<Kind>(sum, records); };
-    const epcomm_cuda_world& world = sum.all.call.world;
-    const epcomm_cuda_rail& rail = sum.all.rail;
-    const int32_t* received = sum.all.hops.received;
-    if constexpr (Kind::kBounded) {
-        const auto write_and_send = [&](const Records& records) {
-            write(records);
-            return send(records);
-        };
-        return send_as_credited<Kind>(world, rail, received, sum.share, sum.what, write_and_send);
-    } else {
-        const auto gate = [&] {
-            end_role(world);
-            *verdict = await_combine<Kind>(sum.all, sum.what.epoch);
-            begin_role(world, EPCOMM_CUDA_ROLE_REDUCE);
-            return *verdict == EPCOMM_CUDA_OK;
-        };
-        const int group = records_together(rail.chunking, world.num_topk);
-        const Sending<decltype(write), decltype(send)> sending = {write, send};
-        return send_in_turn(rail, received, group, sending, *verdict == kNoVerdict, gate);
-    }
+    const auto await = [&] { return await_combine<Kind>(sum.all, sum.what.epoch); };
+    const epcomm_cuda_two_hop_combine& all = sum.all;
+    return send_all<Kind>(all.call.world, all.rail, all.hops.received, sum.share, sum.what,
+                          Sending<decltype(write), decltype(send), decltype(await)>{
+                              write, send, await, verdict, EPCOMM_CUDA_ROLE_REDUCE});
 }
 
 /// One of this rank's tokens. What the lanes have of it is on its way while another is summed.

@@ -99,32 +99,16 @@ __host__ __device__ inline int dispatch_senders(int warps) { return warps < 8 ? 
 
 /// Role: write the records for other nodes. `verdict`: awaited on the way if it is not known yet.
 template <class Kind, int packing>
-__device__ inline bool send_records(const TwoHop& hop, Target* targets, int* verdict) {
+__device__ inline bool send_records(const TwoHop& hop, int* verdict) {
     const auto write = [&](const Records& records) { write_records<Kind, packing>(hop, records); };
     const auto send = [&](const Records& records) { return send_written<Kind>(hop, records); };
-    const epcomm_cuda_world& world = hop.all.call.world;
-    const epcomm_cuda_rail& rail = hop.all.rail;
-    const int32_t* sent = hop.all.hops.sent;
-    bool ok;
-    begin_role(world, EPCOMM_CUDA_ROLE_PACK);
-    if constexpr (Kind::kBounded) {
-        const auto write_and_send = [&](const Records& records) {
-            write(records);
-            return send(records);
-        };
-        ok = send_as_credited<Kind>(world, rail, sent, hop.share, hop.what, write_and_send);
-    } else {
-        const auto gate = [&] {
-            end_role(world);
-            *verdict = await_dispatch<Kind>(hop.all, hop.what.epoch, targets);
-            begin_role(world, EPCOMM_CUDA_ROLE_PACK);
-            return *verdict == EPCOMM_CUDA_OK;
-        };
-        const int group = records_together(rail.chunking, world.num_topk);
-        const Sending<decltype(write), decltype(send)> sending = {write, send};
-        ok = send_in_turn(rail, sent, group, sending, *verdict == kNoVerdict, gate);
-    }
-    end_role(world);
+    const auto await = [&] { return await_dispatch<Kind>(hop.all, hop.what.epoch, hop.targets); };
+    const epcomm_cuda_two_hop_dispatch& all = hop.all;
+    begin_role(all.call.world, EPCOMM_CUDA_ROLE_PACK);
+    const bool ok = send_all<Kind>(all.call.world, all.rail, all.hops.sent, hop.share, hop.what,
+                                   Sending<decltype(write), decltype(send), decltype(await)>{
+                                       write, send, await, verdict, EPCOMM_CUDA_ROLE_PACK});
+    end_role(all.call.world);
     return ok;
 }
 
@@ -260,14 +244,14 @@ __device__ inline bool forward_records(const TwoHop& hop) {
 /// Role: all of them, one after the other; or first what the others wait for, then what is left.
 /// A quarter of the warps send and a quarter store in their own node first, where there are enough.
 template <class Kind, int packing>
-__device__ inline bool move_records(const TwoHop& hop, Target* targets, int* verdict) {
+__device__ inline bool move_records(const TwoHop& hop, int* verdict) {
     if constexpr (!Kind::kBounded) {
-        if (!send_records<Kind, packing>(hop, targets, verdict)) return false;
+        if (!send_records<Kind, packing>(hop, verdict)) return false;
         store_near<Kind, packing>(hop);
         return forward_records<Kind>(hop);
     } else {
         const int warps = int(blockDim.x >> 5), senders = dispatch_senders(warps);
-        if (warp_id() < senders && !send_records<Kind, packing>(hop, targets, verdict)) {
+        if (warp_id() < senders && !send_records<Kind, packing>(hop, verdict)) {
             return false;
         }
         const bool near_first = warp_id() < (warps < 8 ? senders : 2 * senders);
@@ -337,7 +321,7 @@ __global__ void __launch_bounds__(kTwoHopThreads, 1)
     if (ahead || verdict == EPCOMM_CUDA_OK) {
         what.phase = EPCOMM_PHASE_DATA;
         const TwoHop hop = {all, targets, area, shared_bytes + warp_id() * kFeedBytes, share, what};
-        const bool moved = move_records<Kind, packing>(hop, targets, &verdict);
+        const bool moved = move_records<Kind, packing>(hop, &verdict);
         if (!__syncthreads_and(moved || verdict > EPCOMM_CUDA_OK)) return;
     }
     if (verdict == kNoVerdict) return;

@@ -149,9 +149,7 @@ __global__ void __launch_bounds__(32 * kLayoutWarps, 1)
     begin_block_role(world, EPCOMM_CUDA_ROLE_MEET);
     bool ok = meet(world, what);
     end_block_role(world);
-    if (ok && leads) {
-        ok = announce_two_hop<Kind>(all, shared, what);
-    }
+    if (ok && leads) ok = announce_two_hop<Kind>(all, shared, what);
     if (timed) stamp(world, call.number, EPCOMM_CUDA_STAMP_COUNTED);
     if (!ok) return;
     // Block 0 numbers before it hands on what the rail peers announce. Where that is here already,

@@ -12,7 +12,7 @@ namespace epcomm {
 /// What a warp's roles share.
 struct TwoHop {
     const epcomm_cuda_two_hop_dispatch& all;
-    const Target* targets;
+    Target* targets;
     uint32_t* area;    ///< this warp's, for a row's scales, when packing
     uint8_t* feed;     ///< this warp's, for rows on their way
     SendShare* share;  ///< this warp's, if it sends and staging is bounded
