@@ -134,13 +134,12 @@ EPCOMM_HD inline mlx5::Block load_request(const QueuePair& queue, uint64_t posit
 
 /// The same of a request that is posted and not read yet. By one lane.
 EPCOMM_HD inline bool next_is_short(const Context& context, QueuePair* queue, uint64_t position) {
-    if (queue->short_judged <= position) {
-        Request request;
-        parse(load_request(*queue, position), queue->number, uint16_t(position), &request);
-        queue->short_judged = position + 1;
-        queue->is_short = is_short(context.own().line, request);
-    }
-    return queue->is_short != 0;
+    if (position < queue->long_until) return false;
+    Request request;
+    parse(load_request(*queue, position), queue->number, uint16_t(position), &request);
+    if (is_short(context.own().line, request)) return true;
+    queue->long_until = position + 1;
+    return false;
 }
 
 /// How many requests may be read now, at most `width`. What keeps the first from it is looked at

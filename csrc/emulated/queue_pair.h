@@ -89,9 +89,7 @@ struct QueuePair {
     uint64_t early_until;    ///< below: fetched without regard to the line
     uint64_t late_judged;    ///< below: it has been decided whether to fetch late
     Picoseconds late_until;  ///< the next request is not fetched before
-    uint64_t short_judged;   ///< below: it has been decided whether to fetch with what went before
-    uint32_t is_short;       ///< that the last one judged is
-    uint32_t reserved;
+    uint64_t long_until;     ///< below: known not to leave with what went before
     Picoseconds responses[kMaxResponses];  ///< when the last ones are back
     Picoseconds last_response;
 
@@ -157,7 +155,7 @@ EPCOMM_HD inline void reset(QueuePair* queue, uint64_t position) {
     queue->refused = queue->passes = queue->next_response = 0;
     queue->posted_at = queue->departed = queue->last_response = 0;
     queue->recover_at = kNever;
-    queue->early_until = queue->late_judged = queue->short_judged = position;
+    queue->early_until = queue->late_judged = queue->long_until = position;
     queue->late_until = 0;
     for (uint32_t i = 0; i < kMaxResponses; ++i) queue->responses[i] = 0;
 }

@@ -20,15 +20,12 @@ void epcomm_find_slot(const epcomm_chunking* chunking, int32_t peer, int32_t slo
     place->credit_signal =
         epcomm_is_bounded(chunking) ? epcomm_credit_signal(chunking, node, peer, at) : -1;
     place->announce_signal = epcomm_announce_signal(node, peer);
+    const int32_t held = epcomm_staging_slot(chunking, slot);
+    place->offset = epcomm_slot_offset(chunking, node, peer, held, record_bytes);
     for (uint64_t epoch = 0; epoch < 2; ++epoch) {
         place->send_offset[epoch] =
-            epcomm_is_bounded(chunking)
-                ? epcomm_slot_offset(chunking, node, peer, epcomm_staging_slot(chunking, slot),
-                                     record_bytes)
-                : epcomm_send_offset(chunking, node, peer, slot, record_bytes, epoch);
+            epcomm_send_offset(chunking, node, peer, held, record_bytes, epoch);
     }
-    place->offset =
-        epcomm_slot_offset(chunking, node, peer, epcomm_staging_slot(chunking, slot), record_bytes);
 }
 
 void epcomm_find_item(const epcomm_chunking* chunking, int32_t item, epcomm_item_place* place) {

@@ -134,8 +134,7 @@ EPCOMM_HD static inline int64_t epcomm_slot_offset(const epcomm_chunking* chunki
     return epcomm_peer_index(node, peer) * chunking->peer_bytes + slot * record_bytes;
 }
 
-/// Byte offset, in region SEND of a rank on `node`, of a slot to `peer` in staging that is not
-/// bounded.
+/// The same of a slot to `peer`, in region SEND.
 EPCOMM_HD static inline int64_t epcomm_send_offset(const epcomm_chunking* chunking, int32_t node,
                                                    int32_t peer, int32_t slot, int64_t record_bytes,
                                                    uint64_t epoch) {
