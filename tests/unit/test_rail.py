@@ -118,6 +118,9 @@ def test_staging_never_exceeds_its_bound_and_uses_it(nodes, wanted):
             assert plan.region_bytes()[0] == 8 * (signals + 1)
     roomy, _, _ = plan_of(nodes, 1, chunk_records=wanted, cap=cap_for(nodes, 100))
     assert not roomy.bounded
+    ahead = cap_for(nodes, min(wanted, 100))
+    roomier, _, _ = plan_of(nodes, 1, chunk_records=wanted, cap=cap_for(nodes, 100) + ahead)
+    assert roomier.region_bytes() == plan_of(nodes, 1, chunk_records=wanted)[0].region_bytes()
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 256])
