@@ -40,6 +40,14 @@ def test_every_shape_of_world(emulated, ranks_per_node, num_ranks, layout, fabri
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("given", [{"packed": "f32"}, {"quantize": "fp8"}])
+def test_rows_with_more_scales_than_a_warp_holds(emulated, given):
+    # 65 words: two a lane, and one behind them.
+    case = replace(CASES["bf16"], ranks_per_node=2, hidden=65 * 128, tokens=(5, 3), **given)
+    check_case(EmulatedWorld(emulated, 2, 4, config_of(case, 4)), case)
+
+
+@pytest.mark.timeout(120)
 @over_both
 @pytest.mark.parametrize("wire", ["f32", "bf16", "logfmt8", "logfmt10"])
 def test_nodes_are_added_in_their_order(emulated, wire, fabric):
