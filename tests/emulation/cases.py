@@ -98,15 +98,16 @@ def check_case(
         assert not rank.report["failed"]
         assert rank.report["refusals"] == before + (0 if refusing is None else 2)
         assert int(routes.rows[rank.topology.rank]) == want.num_rows
-        got = rank.received(routes, fixed)
-        np.testing.assert_array_equal(got["source"], want.source)
-        np.testing.assert_array_equal(got["payload"], want.payload)
-        np.testing.assert_array_equal(got["scales"], want.scales)
-        if want.topk_idx is not None:
-            np.testing.assert_array_equal(got["topk_idx"], want.topk_idx)
-        if want.topk_weights is not None:
-            shape = want.topk_weights.shape
-            np.testing.assert_array_equal(got["topk_weights"].reshape(shape), want.topk_weights)
+        for cached in (False, True):
+            got = rank.received(routes, fixed, cached=cached)
+            np.testing.assert_array_equal(got["source"], want.source)
+            np.testing.assert_array_equal(got["payload"], want.payload)
+            np.testing.assert_array_equal(got["scales"], want.scales)
+            if want.topk_idx is not None:
+                np.testing.assert_array_equal(got["topk_idx"], want.topk_idx)
+            if want.topk_weights is not None:
+                back = got["topk_weights"].reshape(want.topk_weights.shape)
+                np.testing.assert_array_equal(back, want.topk_weights)
         np.testing.assert_array_equal(rank.local_expert_rows, want.tokens_per_expert)
         for out, back in (first, second):
             np.testing.assert_array_equal(out, oracle.to_bytes(sums[0]))

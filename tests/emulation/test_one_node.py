@@ -72,7 +72,7 @@ def compare(node, case, routes, received):
 
 
 def check(node, case, seed=0):
-    """A first dispatch, a cached one and another first one, without a pause between."""
+    """A first dispatch, a cached one, and several without a pause between."""
     inputs = draw_inputs(case, len(node.ranks))
     received = oracle.dispatch(inputs, make_world(case, len(node.ranks)))
     first = queue(node, case, inputs)
@@ -81,9 +81,12 @@ def check(node, case, seed=0):
     for rank in node.ranks:
         rank.window[:] = 7
     queue(node, case, inputs, routes=first)
+    node.run(seed + 1)
+    compare(node, case, first, received)
+    queue(node, case, inputs, routes=first)
     again = queue(node, case, inputs)
     queue(node, case, inputs, routes=first)
-    node.run(seed + 1)
+    node.run(seed + 2)
     compare(node, case, first, received)
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one.dests, other.dests)

@@ -56,6 +56,11 @@ class _Stream(ctypes.Structure):
     ]
 
 
+#: Of a first dispatch, of a combine (as ``fill_combine`` announces it), and of a cached dispatch:
+#: what one call leaves out would be there of another.
+_FIRST, _COMBINE, _CACHED, _WINDOWS = range(4)
+
+
 class EmulatedWorld:
     """All ranks' memory and launches."""
 
@@ -86,7 +91,7 @@ class EmulatedWorld:
             rank.fill_member(member)
         self.fabric.make(library, self.members)
         for rank in self.ranks:
-            rank.windows = [aligned(window_bytes) for _ in range(2)]
+            rank.windows = [aligned(window_bytes) for _ in range(_WINDOWS)]
         for rank in self.ranks:
             rank.connect(timeout)
 
@@ -235,7 +240,8 @@ class EmulatedRank(RankMemory):
             announcement["format"], announcement["layout"] = fmt, int(by_expert)
             announcement["alignment"], announcement["fixed_rows"] = alignment, fixed_rows
             announcement["with_weights"], announcement["num_tokens"] = with_weights, len(x)
-            announcement["window_bytes"] = self.windows[0].nbytes
+            announcement["window_bytes"] = self.windows[_FIRST].nbytes
+            announcement["window_serial"] = _CACHED if cached else _FIRST
             announcement["status"] = status
             call["row"] = row.reshape(1).view(np.uint8)
             call["num_blocks"], call["number"] = self.world.blocks, self.number + 1
@@ -256,10 +262,13 @@ class EmulatedRank(RankMemory):
         self.keep += [x, weights, scales, routes]
         return routes
 
-    def received(self, routes: "EmulatedRoutes", fixed_rows: int = -1) -> dict[str, np.ndarray]:
+    def received(
+        self, routes: "EmulatedRoutes", fixed_rows: int = -1, *, cached: bool
+    ) -> dict[str, np.ndarray]:
         """What lies in this rank's window after a dispatch."""
         rows = fixed_rows if fixed_rows >= 0 else int(routes.rows[self.topology.rank])
-        return self.world.kernels.read_window(self.windows[0], routes.row, rows)
+        window = self.windows[_CACHED if cached else _FIRST]
+        return self.world.kernels.read_window(window, routes.row, rows)
 
     def combine(
         self,
@@ -278,7 +287,7 @@ class EmulatedRank(RankMemory):
         config = self.config
         block, call, announcement = self._start("combine")
         given = Summed(y, fmt, weights, topk_weights, bias or ())
-        out, back = fill_combine(call, routes, given, self.windows[1], config.num_topk)
+        out, back = fill_combine(call, routes, given, self.windows[_COMBINE], config.num_topk)
         announcement["wire"], announcement["status"] = wire, status
         call["num_blocks"], call["num_threads"] = self.world.blocks, 32 * warps
         call["number"] = self.number = self.number + 1
