@@ -1,7 +1,8 @@
 // Dispatch among nodes, data. Every warp writes records for other nodes, then stores rows in its
 // own node, then stores the rows of records that arrive. Sends come first and forwarding last, so
 // nobody waits while others need what it holds, and no SMs are set aside for a role. Where staging
-// is bounded, some warps of each block send first and others forward first.
+// is bounded, some warps of each block send first and others forward first. Where rows are packed
+// on their way, those of its own node mostly go along with a record: packing is what they cost.
 //
 // A warp takes a few rows at a time, because what must be known of a row takes as many trips to
 // memory as its payload: so many lanes look at once.
@@ -50,7 +51,19 @@ __device__ __forceinline__ void move_token(const TwoHop& hop, const Move& move,
     }
 }
 
-/// Write records for another node.
+/// Whether rows are packed once for both hops. Not where staging is bounded: senders would be what
+/// all wait for.
+template <class Kind, int packing>
+constexpr bool kPacksOnce = packing != 0 && !Kind::kBounded;
+
+/// Whether a token's rows in this node are stored with the first of its records, which is `first`.
+/// Not with those that may be written ahead of the verdict: nobody knows the windows then.
+__device__ __forceinline__ bool goes_along(const epcomm_chunking& chunking,
+                                           const epcomm_cuda_far& first) {
+    return first.node >= 0 && first.slot >= chunking.ahead_records;
+}
+
+/// Write records for another node, and the rows in this one that go along with them.
 template <class Kind, int packing>
 __device__ __forceinline__ void write_records(const TwoHop& hop, const Records& records) {
     const epcomm_cuda_two_hop_dispatch& all = hop.all;
@@ -59,9 +72,16 @@ __device__ __forceinline__ void write_records(const TwoHop& hop, const Records& 
     const int K = call.world.num_topk, peer = epcomm_peer_index(chunking.node, records.node);
     const Seat seat(K, records.count);
     int token = 0, index = -1;
+    Copy copy = {-1, -1, -1};
     if (seat.taken) {
         token = all.hops.token_of[int64_t(peer) * chunking.max_records + records.slot + seat.row];
         index = all.hops.index[int64_t(token) * K + seat.k];
+        if constexpr (kPacksOnce<Kind, packing>) {
+            const epcomm_cuda_far first = all.hops.far[int64_t(token) * all.hops.max_far];
+            if (first.node == records.node && goes_along(chunking, first)) {
+                copy = copy_of(call.routes.dests[int64_t(token) * K + seat.k]);
+            }
+        }
     }
     const auto source = [&](int row) {
         return row_of_token(call, __shfl_sync(kWarp, token, row * K));
@@ -71,16 +91,22 @@ __device__ __forceinline__ void write_records(const TwoHop& hop, const Records& 
     RowFeed feed(source, fed, call.row.row_bytes, hop.feed);
     uint8_t* first = all.rail.send + send_offset<Kind>(chunking, records.node, records.slot,
                                                        all.record.bytes, hop.what.epoch);
+    const Labels labels = labels_of_tokens(call, seat, token);
     write_record_labels(hop, seat, records.node, first + int64_t(seat.row) * all.record.bytes,
-                        labels_of_tokens(call, seat, token), index);
+                        labels, index);
     for (int r = 0; r < records.count; ++r) {
         const int of = __shfl_sync(kWarp, token, r * K);
         delay_row(call.world, of);
         count_item(call.world);
         Move move = move_of_token(call, of);
-        move.lanes = 1;
-        move.to = first + int64_t(r) * all.record.bytes;
-        move.scales_to = move.to + all.record.scales;
+        if constexpr (kPacksOnce<Kind, packing>) {
+            const CopyList copies = list_of_row(copy, r, K, call.row.layout);
+            if (copies.count != 0) {
+                aim(call, hop.targets, copies, &move);
+                store_row_labels(call, hop.targets, copies, labels_of_row(labels, r, K));
+            }
+        }
+        aim_at_record(first + int64_t(r) * all.record.bytes, all.record.scales, &move);
         move_token<packing>(hop, move, feed);
     }
 }
@@ -112,15 +138,22 @@ __device__ inline bool send_records(const TwoHop& hop, int* verdict) {
     return ok;
 }
 
-/// Store the rows of some of this rank's tokens in its own node.
-template <int packing>
+/// Store the rows of some of this rank's tokens in its own node, but for those that go along with
+/// a record.
+template <class Kind, int packing>
 __device__ __forceinline__ void store_tokens(const TwoHop& hop, const Range& tokens) {
     const epcomm_cuda_dispatch& call = hop.all.call;
+    const epcomm_cuda_hops& hops = hop.all.hops;
     const int K = call.world.num_topk;
     const Seat seat(K, tokens.count);
     Copy copy = {-1, -1, -1};
     if (seat.taken) {
-        copy = copy_of(call.routes.dests[int64_t(tokens.first + seat.row) * K + seat.k]);
+        const int64_t token = tokens.first + seat.row;
+        copy = copy_of(call.routes.dests[token * K + seat.k]);
+        if constexpr (kPacksOnce<Kind, packing>) {
+            const epcomm_cuda_far first = hops.far[token * hops.max_far];
+            if (goes_along(hop.all.rail.chunking, first)) copy.local = -1;
+        }
     }
     // Rows without a copy in this node do not come.
     unsigned fed = 0;
@@ -157,7 +190,7 @@ __device__ inline void store_near(const TwoHop& hop) {
         int take = lane_id() == 0 ? dealer.take(dealt, deck.takes()) : 0;
         take = __shfl_sync(kWarp, take, 0);
         if (take < 0) break;
-        store_tokens<packing>(hop, deck.range(take));
+        store_tokens<Kind, packing>(hop, deck.range(take));
     }
     end_role(world);
 }

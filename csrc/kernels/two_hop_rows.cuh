@@ -95,6 +95,17 @@ __device__ __forceinline__ void aim(const epcomm_cuda_dispatch& call, const Targ
     move->scales_to = target.scales + int64_t(copies.row) * call.row.scale_bytes;
 }
 
+/// A token with a record has fewer than 32 choices in this node, and their lists begin at lane 0.
+constexpr int kRecordLane = 31;
+
+/// Fill in that a row also goes into a record, whose scales begin at byte `scales`.
+__device__ __forceinline__ void aim_at_record(uint8_t* record, int scales, Move* move) {
+    move->lanes |= 1u << kRecordLane;
+    if (lane_id() != kRecordLane) return;
+    move->to = record;
+    move->scales_to = record + scales;
+}
+
 /// Everything of records for another node but payload and scales; `index`: of the choices' rows.
 __device__ __forceinline__ void write_record_labels(const TwoHop& hop, const Seat& seat, int node,
                                                     uint8_t* record, const Labels& labels,

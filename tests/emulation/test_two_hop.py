@@ -7,8 +7,10 @@ the kernels post by themselves. Ranks drift by a call.
 from dataclasses import replace
 
 import pytest
+import torch
 from cases import UNEQUAL, check_case, config_of, queue_dispatch
 from fabrics import Nics, Proxies
+from harness import draw_inputs
 from oracle_cases import CASES
 from world import EmulatedWorld
 
@@ -45,6 +47,24 @@ def test_rows_with_more_scales_than_a_warp_holds(emulated, given):
     # 65 words: two a lane, and one behind them.
     case = replace(CASES["bf16"], ranks_per_node=2, hidden=65 * 128, tokens=(5, 3), **given)
     check_case(EmulatedWorld(emulated, 2, 4, config_of(case, 4)), case)
+
+
+@pytest.mark.timeout(120)
+@over_both
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+def test_as_many_near_copies_as_a_record_leaves(emulated, layout, fabric):
+    # Rows go along with a record, which is one more place for them: 31 choices here and one there.
+    case = replace(
+        CASES["bf16"], ranks_per_node=1, layout=layout, alignment=1, quantize="fp8", num_topk=32,
+        experts_per_rank=40, tokens=(9, 14),
+    )  # fmt: skip
+    inputs = draw_inputs(case, 2)
+    for rank, mine in enumerate(inputs):
+        here = torch.arange(31) + 40 * rank
+        there = torch.arange(len(mine.topk_idx)) + 40 * (1 - rank)
+        mine.topk_idx[:, :31], mine.topk_idx[:, 31] = here, there
+    world = EmulatedWorld(emulated, 1, 2, config_of(case, 2), chunk_records=4, fabric=fabric())
+    check_case(world, case, inputs=inputs)
 
 
 @pytest.mark.timeout(120)
@@ -155,7 +175,7 @@ def test_refused_and_disagreeing_calls_move_nothing(emulated, fabric):
     for rank in world.ranks:
         assert not rank.report["failed"]
         assert rank.report["refusals"] == 1
-        assert not rank.windows[0].any()
+        assert not any(window.any() for window in rank.windows)
     topk_idx = inputs[1].topk_idx.numpy()
     topk_idx[3, 1] = topk_idx[3, 0] = 5
     queue_dispatch(world, case, inputs=inputs)
