@@ -63,7 +63,7 @@ class Trace:
     Attributes:
         data: what the JSON file holds: ``traceEvents`` (times in microseconds since ``base_ns``)
             and ``otherData`` with ``base_ns`` and, for each rank, who it is, what was lost, what is
-            not shown, and its clock.
+            not shown, its clock, and whether its network is modelled.
     """
 
     def __init__(self, data: JsonObject) -> None:
@@ -120,6 +120,7 @@ def make_trace(
     lost_spans: int = 0,
     lost_messages: int = 0,
     not_shown: Sequence[str] = (),
+    modelled: bool = False,
 ) -> Trace:
     """One rank's trace.
 
@@ -133,8 +134,11 @@ def make_trace(
         lost_spans: older ones that were written over.
         lost_messages: likewise.
         not_shown: what a reader might look for in vain, in words.
+        modelled: whether what is called a network is a model, so that nobody takes its times for
+            a real one's.
     """
-    who = f"rank {rank} (node {node}, local rank {local_rank})"
+    network = ", modelled network" if modelled else ""
+    who = f"rank {rank} (node {node}, local rank {local_rank}{network})"
     all_events = [name_process(rank, who), *events]
     for count, what in ((lost_spans, "spans"), (lost_messages, "messages")):
         if count:
@@ -146,6 +150,7 @@ def make_trace(
             strict=True,
         )
     )
+    about["modelled_network"] = modelled
     return Trace(
         {
             "traceEvents": all_events,

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..floor import row_bytes
 from .exchange import Exchange, Form
-from .network import name_of
+from .network import is_modelled, name_of
 
 _WIDTH = 112
 _HEADER = f"  {'':34}{'us':>10}{'floor us':>10}{'share':>7}{'GB/s':>8}{'GB/s SM':>9}{'host us':>9}"
@@ -97,7 +97,12 @@ class Figure:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
-        return asdict(self) | {"share": self.share, "gigabytes_per_second": self.rate}
+        modelled = self.nodes > 1 and is_modelled(self.fabric)
+        return asdict(self) | {
+            "share": self.share,
+            "gigabytes_per_second": self.rate,
+            "modelled_network": modelled,
+        }
 
 
 class Table:

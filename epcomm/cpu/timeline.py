@@ -66,4 +66,5 @@ class HostTimeline:
             lost_spans=lost_spans,
             lost_messages=total - len(messages),
             not_shown=self._not_shown,
+            modelled=self._fabric is not None,
         )

@@ -101,6 +101,7 @@ class GpuTimeline:
             lost_spans=lost,
             lost_messages=total - len(messages),
             not_shown=self._not_shown,
+            modelled=self._fabric is not None,
         )
 
     def _compare(self) -> Clock:

@@ -30,6 +30,7 @@ def test_phases_and_messages_are_in_one_trace(world, tmp_path):
         comm.barrier()
     assert mine.lost == 0
     assert mine.ranks[0]["not_shown"] == []
+    assert mine.ranks[0]["modelled_network"]
     if comm.rank != 0:
         return
     merged = merge([Trace(data) for data in traces])
@@ -85,6 +86,7 @@ def test_what_a_fabric_does_not_tell_is_said(world):
         check(comm, SHAPE, buffer)
         trace = buffer.timeline()
     assert "fabric 'auto' does not tell" in trace.ranks[0]["not_shown"][0]
+    assert not trace.ranks[0]["modelled_network"]
     assert spans(trace, comm.rank)
 
 

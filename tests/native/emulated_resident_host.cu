@@ -155,8 +155,10 @@ TEST(round_trip) {
         times.push_back(fabric::now_ns() - start);
     }
     std::sort(times.begin(), times.end());
-    printf("post to completion of 64 bytes and a signal, no line: median %.2f us, 99th %.2f us\n",
-           double(times[times.size() / 2]) / 1e3, double(times[times.size() * 99 / 100]) / 1e3);
+    printf(
+        "emulated NIC, modelled network: 64 bytes and a signal, no line, post to completion: "
+        "median %.2f us, 99th %.2f us\n",
+        double(times[times.size() / 2]) / 1e3, double(times[times.size() * 99 / 100]) / 1e3);
     world.expect_clean();
 }
 
@@ -174,9 +176,11 @@ TEST(posting_rate) {
         }
         poster.finish();
         const double seconds = double(fabric::now_ns() - start) * 1e-9;
-        printf("%6llu bytes and a signal, 4 channels: %.3f million/s, %.2f GB/s of 50\n",
-               static_cast<unsigned long long>(bytes), count / seconds / 1e6,
-               double(bytes) * count / seconds / 1e9);
+        printf(
+            "modelled network: %6llu bytes and a signal, 4 channels: %.3f million/s, %.2f GB/s of "
+            "50\n",
+            static_cast<unsigned long long>(bytes), count / seconds / 1e6,
+            double(bytes) * count / seconds / 1e9);
         world.expect_clean();
     }
 }

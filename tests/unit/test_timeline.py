@@ -201,6 +201,18 @@ def test_messages_are_named_by_plane_and_queue_pair():
     assert wires == [("b", 1.0), ("e", 3.5), ("b", 1.1), ("e", 3.5)]
 
 
+@pytest.mark.parametrize("modelled", [True, False])
+def test_a_modelled_network_is_called_so(modelled):
+    trace = make_trace(
+        [], 0, Clock("host"), rank=4, node=1, local_rank=0, modelled=modelled
+    )  # fmt: skip
+    merged = merge([trace])
+    check_schema(merged.data)
+    (name,) = [e["args"]["name"] for e in merged.events if e["name"] == "process_name"]
+    assert ("modelled network" in name) == modelled
+    assert [rank["modelled_network"] for rank in merged.ranks] == [modelled]
+
+
 def test_a_message_of_which_only_the_landing_is_noted_takes_that_time():
     messages = np.zeros(1, fabric_dtypes["message"])
     messages["depart_ns"], messages["arrive_ns"], messages["landed_ns"] = 11_000, 13_000, 13_500
