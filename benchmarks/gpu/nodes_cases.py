@@ -9,6 +9,7 @@ import numpy as np
 
 from epcomm.formats.wire import WireFormat
 from epcomm.native import RecordLayout, combine_record, dispatch_record
+from epcomm.traffic import Traffic
 
 from ..floor import row_bytes
 from ..measure import align
@@ -24,6 +25,8 @@ from .timing import Effort, host_time, time_calls
 _SHARES, _SHARE_OF_MORE_NODES = {2: 0.95}, 0.90
 _MOST_SMS = 8
 _OVER_IDEAL = 1.15
+#: With a larger part of late messages the engine, not the model, says when they take effect.
+_FEW_LATE = 0.01
 #: The fewest SMs that reach a share.
 _FEWEST_SHARE, _FEWEST_SMS = 0.90, 4
 
@@ -94,6 +97,14 @@ class Between:
         """What ranks of one memory move: a record lies in two places, one copied to the other."""
         return self.floor_bytes(timed) + 2 * self.crossing.total * timed.row_bytes
 
+    def of_least_out(self, timed: Timed, traffic: Traffic) -> float:
+        """Bytes that all ranks sent to other nodes in a call, over the least. Collective.
+
+        The least are rows and scales of one record for each token and other node.
+        """
+        sent = self.exchange.comm.allreduce(traffic.scale_out.total_bytes)
+        return float(sent / (max(1, self.crossing.total) * timed.row_bytes))
+
     def describe(self, out: Table) -> None:
         """What crosses, and through what."""
         shape, crossing = self.exchange.shape, self.crossing
@@ -145,7 +156,7 @@ def _through_proxies(
         "up MB": up.mean() / 1e6,
         "out MB": sent.mean() / 1e6,
         "busiest out MB": sent.max() / 1e6,
-        "of least out": sent.sum() / (records_out * timed.row_bytes),
+        "of least out": between.of_least_out(timed, traffic),
         "triggers": triggers_R.max(),
         "proxy us": busy_R.mean() * 1e6,
         "moving us": _moving(comm, result) * 1e6,
@@ -217,6 +228,16 @@ class Phase:
     copier: bool
     messages: int
     line: Line
+
+    @property
+    def limit(self) -> str:
+        """Whether times are the model's, or longer, and why."""
+        if self.copier:
+            return "copier: the network itself would take less time"
+        if self.late > _FEW_LATE:
+            late = f"{self.lateness * 1e6:.1f} us late in the mean"
+            return f"engine: messages took effect {late}, as on a network with more latency"
+        return "model"
 
 
 def data_phase(
@@ -325,9 +346,11 @@ def _over_line(
     phase = data_phase(exchange, counters, timed.call, effort.groups)
     chunk = counters.chunk_records * timed.record.bytes
     floor = between.floor_bytes(timed)
+    result = timed.call(0)
     more = {
         "message KB": chunk / 1e3,
-        "moving us": _moving(exchange.comm, timed.call(0)) * 1e6,
+        "of least out": between.of_least_out(timed, result.traffic),
+        "moving us": _moving(exchange.comm, result) * 1e6,
         "copies us": out.machine.floor_seconds(between.copied_bytes(timed)) * 1e6,
     }
     if phase is None or phase.line.bytes_per_second == 0 or phase.seconds == 0:
@@ -355,8 +378,7 @@ def _over_line(
         "messages": float(phase.messages),
     }
     out.add(case, exchange, timed.name, seconds, floor, **more)
-    limit = "copier: the network itself would take less time" if phase.copier else "model"
-    out.say(f"    modelled network, limit: {limit}")
+    out.say(f"    modelled network, limit: {phase.limit}")
     return LineFigure(timed.name, exchange.sms, data_share, over_ideal, phase.copier)
 
 

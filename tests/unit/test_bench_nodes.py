@@ -15,9 +15,9 @@ from benchmarks.gpu.crossing import Crossing, count_records
 from benchmarks.gpu.figures import Figure, Machine, Table
 from benchmarks.gpu.goals import Goal, Goals
 from benchmarks.gpu.network import Line, is_modelled, name_of
-from benchmarks.gpu.nodes_cases import Between, LineFigure, Timed, judge_line
+from benchmarks.gpu.nodes_cases import Between, LineFigure, Phase, Timed, judge_line
 from benchmarks.gpu.nodes_compare import compare
-from benchmarks.gpu.nodes_options import CASES, LINE_SMS, Setting, parse
+from benchmarks.gpu.nodes_options import CASES, LINE_FABRICS, LINE_SMS, Setting, parse
 from benchmarks.gpu.nodes_triggers import chunk_bytes, numbers_of_ranks
 from benchmarks.gpu.options import Gpus
 from benchmarks.triggers import Sweep, feed
@@ -86,7 +86,7 @@ def test_launcher_is_told_ranks_and_sms_of_rank_and_nic() -> None:
         cwd=ROOT,
         timeout=60,
     )
-    assert done.stdout.split() == ["8", str(8 + nic_sms("emulated"))]
+    assert done.stdout.split() == ["8", str(8 + nic_sms(LINE_FABRICS[0]))]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_launcher_is_told_ranks_and_sms_of_rank_and_nic() -> None:
         (["--nodes", "3"], "--nodes 3: expected 2 or more that divide --ranks 8"),
         (["--nodes", "1"], "--nodes 1"),
         (["--sms", "17", "--cases", "proxy"], "at most 16 fit for each of 8 ranks"),
-        (["--sms", "16", "--cases", "line"], f"--sms 16 beside {nic_sms('emulated')} of its NICs"),
+        (["--sms", "16", "--cases", "line"], "--sms 16 beside 4 of its NICs"),
         (["--fabric", "emulated blocks=0"], "--fabric: blocks: expected SMs"),
         (["--experts", "28"], "--experts 28 does not divide"),
         (["--experts", "8", "--nodes", "8"], "finds 4 of --experts 8 on 4 of 8 nodes"),
@@ -237,7 +237,20 @@ def test_every_number_of_a_modelled_network_says_so() -> None:
     assert not is_modelled("proxy/verbs nic=emulated_0")
     figure = Figure("line", 8, 6, 9, "gate", "call", 1e-6, 10, 1e-9, nodes=4, fabric="emulated x=1")
     assert figure.label == "emulated (modelled network), 4 x 2 x 6, 9 tokens, gate"
-    assert Figure("t", 8, 6, 9, "gate", "call", 1e-6, 10, 1e-9).label == "8 x 6, 9 tokens, gate"
+    assert figure.as_dict()["modelled_network"]
+    inside = Figure("t", 8, 6, 9, "gate", "call", 1e-6, 10, 1e-9)
+    assert inside.label == "8 x 6, 9 tokens, gate"
+    assert not inside.as_dict()["modelled_network"]
+
+
+@pytest.mark.parametrize(
+    ("late", "copier", "limit"),
+    [(0.01, False, "model"), (0.02, False, "engine: messages took effect 15.0 us late"),
+     (0.9, True, "copier: ")],
+)  # fmt: skip
+def test_what_was_the_limit_is_said(late: float, copier: bool, limit: str) -> None:
+    phase = Phase(1.0, 1.0, 1.0, late, 0.0, 15e-6, copier, 9, Line(5e10, 2e-6, 4096, 80))
+    assert phase.limit.startswith(limit)
 
 
 def _message(fabric: str, kilobytes: float, microseconds: float, **more: float) -> Figure:
