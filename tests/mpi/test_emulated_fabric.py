@@ -21,6 +21,12 @@ def test_oracle_equality(world, size, shape, name):
     check(comm, Case(shape, **CASES[name]), fabric=FABRIC)
 
 
+@pytest.mark.parametrize("options", ["early_fetch=1", "slow_plane=0 slow_us=300"])
+def test_options_that_must_not_show(world, options):
+    """Requests read all at once, or every message late."""
+    check(world(4), Case(2, tokens=(13, 40)), fabric=f"{FABRIC} {options}")
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_faults_that_must_not_show(world, seed):
     """Messages late and out of order between channels, doorbells lost, bytes in pieces."""

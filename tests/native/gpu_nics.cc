@@ -314,6 +314,7 @@ TEST(options_reach_the_engine) {
                            "seed=2 delay=50 late_fetch=50 lost_doorbell=50 pieces=50 "
                            "late_completion=50"),
                  5);
+        exchange(connected(transport, "planes=2 early_fetch=1 slow_plane=1 slow_us=100"), 5);
     }
 }
 
@@ -327,6 +328,11 @@ TEST(bad_options_are_refused) {
         refused("blocks=65", "blocks: expected 1 to 64, got 65");
         refused("color=1", "\"color=1\" is not one of rate=");
         refused("rate=fast", "\"rate=fast\"");
+        refused("early_fetch=2", "\"early_fetch=2\" is not one of rate=");
+        refused("bad_key=", "\"bad_key=\" is not one of rate=");
+        refused("slow_us=20", "slow_us needs slow_plane=");
+        refused("planes=2 slow_plane=2", "slow_plane: expected less than planes=2, got 2");
+        refused("dead_plane=1", "dead_plane: expected less than planes=1, got 1");
         const std::string failover = refusal([&] { End(transport, "failover=1", 0); });
         CHECK_EQUAL(has(failover, "failover: expected 0, got 1"),
                     std::string(transport) == "emulated-cuda-proxy");

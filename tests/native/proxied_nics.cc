@@ -331,6 +331,48 @@ TEST(harmless_faults_are_not_noticed) {
     CHECK(count_faults(world.finished_engine()) > 20);
 }
 
+TEST(requests_read_at_once_are_not_noticed) {
+    World world("early_fetch=1");
+    world.make_ends();
+    exchange(world, 10);
+    CHECK(count_faults(world.finished_engine()) > 20);
+}
+
+TEST(a_slow_plane_is_not_noticed) {
+    // Late by its own amount, not by another delay.
+    World world("planes=2 delay=20 slow_plane=1 slow_us=300");
+    world.make_ends();
+    exchange(world, 5);
+    uint64_t slow = 0;
+    for (const Event& event : world.finished_engine().events()) {
+        if (event.kind != EventKind::kFault) continue;
+        CHECK_EQUAL(event.code, kDelay);
+        if (event.nic % 2 == 0) {
+            CHECK(event.amount <= 20'000 * kNanosecond);
+        } else {
+            CHECK_EQUAL(event.amount, 300'000 * kNanosecond);
+            slow += 1;
+        }
+    }
+    // From two nodes, on two channels, in each round a chunk, its signal and its sender's leave.
+    CHECK_EQUAL(slow, 2 * 2 * 5 * 3);
+}
+
+TEST(a_refused_key_is_an_error_that_names_the_peer) {
+    World world("bad_key=2");
+    world.make_ends();
+    Node& node = world.nodes[0];
+    for (int i = 0; i < 3; ++i) CHECK(fabric::signal_add(node.fabric(), {1, 2}, 5, 1) != 0);
+    CHECK(!fabric::flush(node.fabric(), 2, 80 * kSeconds));
+    const epcomm_fabric_error& error = node.end->error();
+    CHECK_EQUAL(error.status, EPCOMM_FABRIC_TRANSPORT);
+    CHECK_EQUAL(error.peer, 1);
+    CHECK_EQUAL(error.channel, 2);
+    CHECK_EQUAL(error.vendor, mlx5::kRemoteAccess << 8 | kVendorRemoteAccess);
+    CHECK(has(error.text, "remote access error"));
+    CHECK_EQUAL(world.nodes[1].signal(5), 2);
+}
+
 TEST(a_killed_nic_ends_its_ranks_waits_with_a_reason) {
     World world("kill=3");
     world.make_ends();

@@ -1,0 +1,84 @@
+"""Faults of emulated NICs that options ask for, over the host engine."""
+
+import numpy as np
+import pytest
+from ranks import IN, OUT, End, FileBootstrap, run_ranks
+from test_conformance import TRANSPORT, await_error, pattern
+
+from epcomm.errors import FabricError
+from epcomm.fabric.abi import Place
+
+#: Remote access error, and what real cards' vendor codes say of it.
+REFUSED_KEY = 0x13 << 8 | 0x88
+NBYTES, ROUNDS = 16384, 24
+
+
+def count_torn(bootstrap: FileBootstrap, options: str) -> int:
+    """Rounds in which a signal came before all of its bytes."""
+    end = End(bootstrap, "emulated", options)
+    peer, torn = 1 - end.rank, 0
+    for turn in range(ROUNDS):
+        end.out[:NBYTES] = pattern(NBYTES, 2 * turn + end.rank)
+        end.fabric.put_signal((peer, 1), Place(IN, 0), Place(OUT, 0), NBYTES, 1)
+        end.await_signal(1, turn + 1)
+        torn += not np.array_equal(end.inbox[:NBYTES], pattern(NBYTES, 2 * turn + peer))
+        end.fabric.flush(1, 20.0)
+        bootstrap.barrier()
+    end.fabric.close()
+    return torn
+
+
+@pytest.mark.parametrize("options", ["early_fetch=1", "slow_plane=0", "slow_plane=0 slow_us=2000"])
+def test_harmless_ones_are_not_noticed(options, tmp_path):
+    assert run_ranks(count_torn, 2, tmp_path, options) == [0, 0]
+
+
+def test_relaxed_ordering_is_seen(tmp_path):
+    """The test of the test: with such a connection signals must not be trusted."""
+    torn = run_ranks(count_torn, 2, tmp_path, "relaxed=50000 seed=1")
+    assert min(torn) > 0
+
+
+def meet_a_refused_key(bootstrap: FileBootstrap) -> FabricError | None:
+    """Only rank 0 sends: a queue pair that has failed does not answer its peer."""
+    end = End(bootstrap, "emulated", "bad_key=2")
+    error = None
+    if end.rank == 0:
+        for _ in range(3):
+            end.fabric.signal_add((1, 1), 5, 1)
+        error = await_error(end)
+    bootstrap.barrier()
+    assert end.signal(5) == 2 * end.rank
+    end.fabric.close()
+    return error
+
+
+def test_a_refused_key_is_an_error_that_names_the_peer(tmp_path):
+    error, _ = run_ranks(meet_a_refused_key, 2, tmp_path)
+    assert error.status == TRANSPORT
+    assert error.vendor == REFUSED_KEY
+    assert error.ranks == (1,)
+    assert "rank 1" in str(error)
+    assert "remote access error" in str(error)
+
+
+REFUSED = {
+    "early_fetch=2": '"early_fetch=2" is not one of rate=',
+    "relaxed=yes": '"relaxed=yes" is not one of rate=',
+    "bad_key": '"bad_key" is not one of rate=',
+    "slow_us=20": "slow_us needs slow_plane=",
+    "slow_plane=1": "slow_plane: expected less than planes=1, got 1",
+    "dead_plane=1": "dead_plane: expected less than planes=1, got 1",
+}
+
+
+def open_alone(bootstrap: FileBootstrap, options: str) -> str:
+    with pytest.raises(FabricError) as caught:
+        End(bootstrap, "emulated", options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_values_that_are_refused(options, tmp_path):
+    (text,) = run_ranks(open_alone, 1, tmp_path, options)
+    assert REFUSED[options] in text
