@@ -25,6 +25,7 @@ class EmulatedCuda : public EmulatedGpu {
     }
 
     const epcomm_ibgda* direct() override { return fabric_.queues == nullptr ? nullptr : &fabric_; }
+    bool has_atomics() const override { return true; }
 
     void look_after() override {
         const std::string why = why_dead();

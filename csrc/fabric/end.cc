@@ -233,6 +233,10 @@ const epcomm_fabric* epcomm_fabric_of(const epcomm_fabric_end* end) { return &en
 
 const epcomm_ibgda* epcomm_fabric_ibgda_of(const epcomm_fabric_end* end) { return end->direct; }
 
+int epcomm_fabric_has_atomics(const epcomm_fabric_end* end) {
+    return int(end->transport->has_atomics());
+}
+
 int epcomm_fabric_check(epcomm_fabric_end* end, int64_t stall_ns) {
     if (end->proxy != nullptr) end->proxy->check(stall_ns);
     const bool direct = end->direct != nullptr && !end->stopped;

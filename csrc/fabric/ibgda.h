@@ -66,6 +66,13 @@ struct Requests {
         return mlx5::word_request(
             header, {signals.address + uint64_t(command.signal) * 8, signals.key}, value);
     }
+
+    /// Of the word at the command's remote place; its old value comes to the local one.
+    EPCOMM_HD mlx5::Block fetch_add(uint64_t position, uint64_t amount) const {
+        return mlx5::fetch_add_request(mlx5::header_of(*queue, position, true),
+                                       {remote.address + command.remote.offset, remote.key},
+                                       {local.address + command.local.offset, local.key}, amount);
+    }
 };
 
 /// On the queue of `lane`, which may have taken over from the command's own.
@@ -175,6 +182,45 @@ EPCOMM_HD inline Ticket put_signal(const Ibgda& fabric, Lane lane, epcomm_fabric
 
 EPCOMM_HD inline Ticket signal_add(const Ibgda& fabric, Lane lane, int32_t signal, uint64_t value) {
     return push<EndFabric>(fabric, signal_add_command(lane, signal, value));
+}
+
+/// Add to a word of the peer; its old value comes to a local one. Both are aligned to 8 bytes.
+/// Where the peer's cards have atomics (epcomm_fabric_has_atomics). There is no such call for
+/// Planes: what was lost is sent again there, which would add twice.
+EPCOMM_HD inline Ticket fetch_add_at(const Ibgda& fabric, Lane lane, epcomm_fabric_place remote,
+                                     epcomm_fabric_place local, uint64_t amount) {
+    // It is checked, and reported, like a put of the word.
+    const Command command = put_command(lane, remote, local, sizeof amount);
+    if (!fits(fabric, command)) {
+        report_bad_command(fabric, command);
+        return 0;
+    }
+    mlx5::SendQueue* queue = queue_of(fabric, lane);
+    const Requests requests = requests_of(fabric, lane, command, true);
+    const auto make = [&](uint32_t, uint64_t position) {
+        return requests.fetch_add(position, amount);
+    };
+    FabricWait wait(fabric, fabric.timeout_ns);
+    const uint64_t end = mlx5::post(mlx5::OneThread(), queue, 1, mlx5::Ring::kNow, make, wait);
+    if (end == 0) {
+        report(fabric, queue, {command.op, command.bytes});
+        return 0;
+    }
+    mlx5::raise_to(&queue->asked, end);
+    return ticket_of(lane, end);
+}
+
+/// In a word that waits for a peer's answer: no counter gets there.
+constexpr uint64_t kNoAnswer = ~uint64_t(0);
+
+/// The completion may lie in other memory than the answer, and so may come before it. False: the
+/// wait is over.
+template <class Wait>
+EPCOMM_HD inline bool await_answer(const uint64_t* word, Wait& wait, uint64_t* answer) {
+    while ((*answer = load_acquire(word)) == kNoAnswer) {
+        if (!wait.again()) return false;
+    }
+    return true;
 }
 
 /// Read completions of one queue, and deal with an error among them. For those who wait for

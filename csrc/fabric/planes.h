@@ -152,9 +152,6 @@ struct Posted {
     }
 };
 
-/// No counter gets there.
-constexpr uint64_t kNoAnswer = ~uint64_t(0);
-
 /// From a queue to its successor.
 struct Move {
     const Ibgda& fabric;
@@ -194,11 +191,7 @@ struct Move {
         while (load_acquire(&to->done) < end) {
             if (!mlx5::wait_on(to, wait)) return false;
         }
-        // The completion may lie in other memory than the answer, and so may come before it.
-        while ((*value = load_acquire(word)) == kNoAnswer) {
-            if (!wait.again()) return false;
-        }
-        return true;
+        return await_answer(word, wait, value);
     }
 
     /// Pass over what has taken effect. Requests do so in order, so the first signal that the peer

@@ -123,6 +123,9 @@ class Transport {
     /// proxy threads. It points to memory of the transport's, valid until `close`.
     virtual const epcomm_ibgda* direct() { return nullptr; }
 
+    /// Direct: whether its NICs add to words of this rank for peers, from `open` on.
+    virtual bool has_atomics() const { return false; }
+
     /// Direct: wait until what producers have posted has completed, at most so long; none of them
     /// posts any more.
     virtual void drain(int64_t /*timeout_ns*/) {}

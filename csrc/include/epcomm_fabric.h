@@ -87,6 +87,10 @@ EPCOMM_API const epcomm_fabric* epcomm_fabric_of(const epcomm_fabric_end* end);
 /// The same for the producers of a direct end that is connected; null for other ends.
 EPCOMM_API const epcomm_ibgda* epcomm_fabric_ibgda_of(const epcomm_fabric_end* end);
 
+/// Whether peers may let the NICs of a direct end that is open add to its words (fetch_add_at of
+/// fabric/ibgda.h). Signals need no such thing.
+EPCOMM_API int epcomm_fabric_has_atomics(const epcomm_fabric_end* end);
+
 /// Copy what was sent since the last call with `restart`, by a modelled network. -1: there is none.
 /// Nothing is under way.
 EPCOMM_API int epcomm_fabric_count(epcomm_fabric_end* end, epcomm_fabric_traffic* into,
@@ -174,13 +178,20 @@ typedef struct {
 /// Fill the chunks, send them, wait for the peer's and compare. Returns a cudaError_t.
 EPCOMM_API int epcomm_fabric_probe_exchange(const epcomm_fabric_probe* probe, void* stream);
 
-/// A producer of a direct end, for self-tests: puts `bytes` and signal `signal` so many times, and
-/// after each a lone `other_signal`, and waits for the completion of each.
+/// A producer of a direct end, for self-tests: puts `bytes` and signal `signal` so many times,
+/// after each a lone `other_signal`, and then, if it may, adds 1 to `counter`; waits for the
+/// completion of each, and for the old value of the counter.
+///
+/// `result`: [0] rounds that failed; then the shortest nanoseconds of a call, which returns once it
+/// has rung, and from there to its completion: [1] [2] of a put, [3] [4] a signal, [5] [6] an
+/// addition. All ones where there was none.
 typedef struct {
     epcomm_ibgda ibgda;
-    uint64_t* result;  ///< [0] rounds that failed, shortest nanoseconds: [1] of a put, [2] a signal
+    uint64_t* result;
     epcomm_fabric_place local;
     epcomm_fabric_place remote;
+    epcomm_fabric_place counter;  ///< a word of the peer
+    epcomm_fabric_place answers;  ///< local: what it held before, a word for each round
     uint64_t bytes;
     int64_t timeout_ns;
     int32_t peer;
@@ -188,7 +199,7 @@ typedef struct {
     int32_t signal;
     int32_t other_signal;
     int32_t rounds;
-    int32_t reserved;
+    int32_t adds;  ///< 0: not at all, for NICs without atomics
 } epcomm_ibgda_probe;
 
 /// By a thread of the host, for an end whose regions are all the host's.

@@ -31,6 +31,7 @@ _FUNCTIONS = {
     "describe": (ctypes.c_char_p, [_POINTER]),
     "of": (_POINTER, [_POINTER]),
     "ibgda_of": (_POINTER, [_POINTER]),
+    "has_atomics": (_I32, [_POINTER]),
     "count": (_I32, [_POINTER, _POINTER, _I32]),
     "keep_messages": (_I32, [_POINTER, _U64]),
     "messages": (_I64, [_POINTER, _POINTER, _I64, _POINTER]),

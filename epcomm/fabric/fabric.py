@@ -268,6 +268,11 @@ class Fabric:
         return ctypes.string_at(address, dtypes["ibgda"].itemsize) if address else None
 
     @property
+    def has_atomics(self) -> bool:
+        """Whether peers' kernels may let this rank's network cards add to its words."""
+        return bool(library.epcomm_fabric_has_atomics(self._end))
+
+    @property
     def threads(self) -> np.ndarray:
         """What the proxy threads did, a copy: ``proxy_thread`` [num_threads]."""
         size = dtypes["proxy_thread"].itemsize * self.options.num_threads

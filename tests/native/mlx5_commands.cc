@@ -321,6 +321,21 @@ TEST(regions_are_registered_for_writes_and_atomics_and_without_relaxed_ordering)
     }
 }
 
+TEST(a_card_without_atomics_is_not_asked_for_any) {
+    for (const bool atomics : {false, true}) {
+        CardOptions options = card_on(kInfiniband);
+        options.atomics = atomics;
+        Pair pair(two(options), kOptions, false);
+        pair.connect();
+        CHECK_EQUAL(epcomm_fabric_has_atomics(pair.one.end()), atomics);
+        const std::vector<uint8_t> in = only(pair.world, 0x502).in;
+        CHECK_EQUAL(bits(in, kQpc + 0x48c, 4), atomics);  // atomic_mode
+        CHECK_EQUAL(bits(in, kQpc + 0x492, 1), atomics);  // rae
+        CHECK_EQUAL(bits(in, kQpc + 0x491, 1), 1);        // rwe
+        for (const Call& call : pair.world.calls("reg_mr")) CHECK_EQUAL(call.c, atomics ? 0xf : 7);
+    }
+}
+
 TEST(queues_in_gpu_memory_are_whole_pages_of_it) {
     Pair pair(two(card_on(kInfiniband)), kOptions, true);
     pair.connect();

@@ -124,7 +124,6 @@ TEST(unfit_cards_are_named_with_the_reason) {
         void (*spoil)(CardOptions*);
         const char* reason;
     } cases[] = {
-        {[](CardOptions* c) { c->atomics = false; }, "no 8-byte atomics"},
         {[](CardOptions* c) { c->overrun_ignore = false; }, "cannot ignore that they overrun"},
         {[](CardOptions* c) { c->log_max_msg = 24; }, "2^24 bytes, and 2^30 are needed"},
         {[](CardOptions* c) { c->active = false; }, "mlx5_0 port 1 is not active"},

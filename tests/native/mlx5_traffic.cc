@@ -4,6 +4,7 @@
 
 #include <thread>
 
+#include "../../csrc/fabric/ibgda_probe.h"
 #include "../../csrc/fabric/planes.h"
 #include "check.h"
 #include "fake_mlx5.h"
@@ -23,8 +24,8 @@ struct Nodes {
     std::vector<std::unique_ptr<Rank>> ranks;
 
     Nodes(int32_t num_nodes, int32_t channels, int32_t planes, const std::string& options,
-          bool on_gpu, Network network = kRoceV2)
-        : world(cards(num_nodes * planes, network)) {
+          bool on_gpu, Network network = kRoceV2, bool atomics = true)
+        : world(cards(num_nodes * planes, network, atomics)) {
         std::vector<Rank*> all;
         for (int32_t node = 0; node < num_nodes; ++node) {
             std::string nics = "nic=";
@@ -41,9 +42,10 @@ struct Nodes {
         world.start();
     }
 
-    static std::vector<CardOptions> cards(int32_t count, Network network) {
+    static std::vector<CardOptions> cards(int32_t count, Network network, bool atomics) {
         CardOptions card;
         card.network = network;
+        card.atomics = atomics;
         return std::vector<CardOptions>(size_t(count), card);
     }
 
@@ -212,29 +214,40 @@ TEST(a_region_that_the_peer_lacks_is_an_error_too) {
     CHECK_EQUAL(rank.state().error.vendor >> 8, mlx5::kRemoteAccess);
 }
 
+/// Node 0's producer, which sends to node 1.
+epcomm_ibgda_probe probe_of(Nodes& nodes, uint64_t* result) {
+    epcomm_ibgda_probe probe{};
+    probe.ibgda = nodes.ranks[0]->ibgda();
+    probe.result = result;
+    probe.local = {1, 0, 0};
+    probe.remote = {2, 0, 4096};
+    probe.counter = {EPCOMM_FABRIC_SIGNALS, 0, 8 * 13};
+    probe.answers = {2, 0, 64};
+    probe.bytes = 4096;
+    probe.timeout_ns = 80 * kSeconds;
+    probe.peer = 1;
+    probe.channel = 1;
+    probe.signal = 5;
+    probe.other_signal = 9;
+    probe.rounds = 20;
+    probe.adds = 1;
+    return probe;
+}
+
 TEST(a_producer_times_its_requests) {
     for (const bool on_gpu : {false, true}) {
         Nodes nodes(2, 2, 1, "depth=16", on_gpu);
         Rank& rank = *nodes.ranks[0];
         for (uint64_t k = 0; k < 512; ++k) rank.region(1)[k] = 7 * k;
-        uint64_t result[3] = {};
-        epcomm_ibgda_probe probe{};
-        probe.ibgda = rank.ibgda();
-        probe.result = result;
-        probe.local = {1, 0, 0};
-        probe.remote = {2, 0, 4096};
-        probe.bytes = 4096;
-        probe.timeout_ns = 80 * kSeconds;
-        probe.peer = 1;
-        probe.channel = 1;
-        probe.signal = 5;
-        probe.other_signal = 9;
-        probe.rounds = 20;
+        uint64_t result[7] = {};
+        epcomm_ibgda_probe probe = probe_of(nodes, result);
         epcomm_fabric_measure_ibgda(&probe);
         CHECK_EQUAL(result[0], 0);
-        for (const uint64_t ns : {result[1], result[2]}) CHECK(ns > 0 && ns < 80 * kSeconds);
+        for (int i = 1; i < 7; ++i) CHECK(result[i] > 0 && result[i] < 80 * kSeconds);
         CHECK_EQUAL(nodes.signal(1, 5), 20);
         CHECK_EQUAL(nodes.signal(1, 9), 20);
+        CHECK_EQUAL(nodes.signal(1, 13), 20);
+        for (uint64_t i = 0; i < 20; ++i) CHECK_EQUAL(rank.region(2)[8 + i], i);
         for (uint64_t k = 0; k < 512; ++k) {
             CHECK_EQUAL(nodes.ranks[1]->region(2)[512 + k], 7 * k);
         }
@@ -242,8 +255,70 @@ TEST(a_producer_times_its_requests) {
         probe.remote = {2, 0, 65536 - 16};
         epcomm_fabric_measure_ibgda(&probe);
         CHECK_EQUAL(result[0], 20);
-        CHECK_EQUAL(result[1], ~uint64_t(0));
+        for (int i = 1; i < 7; ++i) CHECK_EQUAL(result[i], ~uint64_t(0));
     }
+}
+
+TEST(a_producer_adds_to_nothing_on_cards_without_atomics) {
+    Nodes nodes(2, 2, 1, "depth=16", false, kRoceV2, false);
+    uint64_t result[7] = {};
+    epcomm_ibgda_probe probe = probe_of(nodes, result);
+    probe.adds = epcomm_fabric_has_atomics(nodes.ranks[0]->end());
+    epcomm_fabric_measure_ibgda(&probe);
+    CHECK_EQUAL(result[0], 0);
+    CHECK_EQUAL(result[6], ~uint64_t(0));
+    CHECK_EQUAL(nodes.signal(1, 9), 20);
+    CHECK_EQUAL(nodes.signal(1, 13), 0);
+    // They would refuse it.
+    probe.adds = 1;
+    epcomm_fabric_measure_ibgda(&probe);
+    CHECK_EQUAL(result[0], 20);
+    CHECK_EQUAL(nodes.ranks[0]->state().error.vendor >> 8, mlx5::kRemoteAccess);
+}
+
+TEST(an_addition_to_a_wrong_place_at_the_peer_is_reported) {
+    Nodes nodes(2, 2, 1, "depth=16", false);
+    uint64_t result[7] = {};
+    epcomm_ibgda_probe probe = probe_of(nodes, result);
+    probe.counter = {EPCOMM_FABRIC_SIGNALS, 0, 65536};
+    epcomm_fabric_measure_ibgda(&probe);
+    CHECK_EQUAL(result[0], 20);
+    const epcomm_fabric_error& error = nodes.ranks[0]->state().error;
+    CHECK_EQUAL(error.vendor >> 8, mlx5::kRemoteAccess);
+    CHECK_EQUAL(error.peer, 1);
+    CHECK_EQUAL(error.channel, 1);
+}
+
+TEST(an_addition_in_a_region_that_cannot_be_is_no_request) {
+    Nodes nodes(2, 1, 1, "depth=16", false);
+    const Rank& rank = *nodes.ranks[0];
+    CHECK_EQUAL(fabric::fetch_add_at(rank.ibgda(), {1, 0}, {8, 0, 0}, {2, 0, 0}, 1), 0);
+    CHECK_EQUAL(rank.state().error.status, EPCOMM_FABRIC_BAD_TRIGGER);
+    CHECK_EQUAL(nodes.queue(0, 1, 0).reserved, 0);
+}
+
+TEST(time_to_completion_begins_when_the_doorbell_has_been_rung) {
+    constexpr uint64_t kSlow = 30'000'000;
+    Nodes nodes(2, 1, 1, "depth=16", false);
+    uint64_t result[7] = {};
+    epcomm_ibgda_probe probe = probe_of(nodes, result);
+    probe.channel = 0;
+    const auto slowly = [&] {
+        const int64_t until = fabric::now_ns() + int64_t(kSlow);
+        while (fabric::now_ns() < until) {
+        }
+        return fabric::signal_add(probe.ibgda, {1, 0}, 9, 1);
+    };
+    fabric::ProbeTimes slow_call;
+    for (int i = 0; i < 5; ++i) CHECK(fabric::time_of(probe, slowly, &slow_call));
+    CHECK(slow_call.call >= kSlow);
+    CHECK(slow_call.completion < kSlow);
+    // And a slow line is seen there.
+    nodes.world.network().wire()->nic(0).line.latency_ns = kSlow;
+    probe.rounds = 1;
+    epcomm_fabric_measure_ibgda(&probe);
+    CHECK_EQUAL(result[0], 0);
+    for (const int completion : {2, 4, 6}) CHECK(result[completion] > kSlow / 2);
 }
 
 TEST(closing_waits_for_what_was_asked_for) {

@@ -68,23 +68,88 @@ print([ladder.attempt("mlx5", f"local_rank={i} {more}", region)
 """
 
 
-def test_doctor_and_ladder_use_cards_that_work(compiled, tmp_path):
-    """The library on a machine that seems to have two cards; Python is the real one."""
-    package = tmp_path / "epcomm"
+#: Stands for cards that add wrongly: changes what they did just before it is compared.
+TAMPERED = """
+import ctypes
+from epcomm.doctor import ibgda
+from epcomm.doctor.selftest import SelfTest
+from epcomm.errors import FabricError
+from epcomm.fabric import ladder
+from epcomm.fabric.twins import run_twins
+
+def add(memory, word, amount):
+    ctypes.c_uint64.from_address(memory.region.address + 8 * word).value += amount
+
+def run(name, tamper):
+    honest = getattr(ibgda, name)
+    def tampering(*arguments):
+        tamper(arguments[0])
+        return honest(*arguments)
+    setattr(ibgda, name, tampering)
+    try:
+        print(run_twins(60, ibgda.loopback, test))
+    except FabricError as error:
+        print(error)
+    setattr(ibgda, name, honest)
+
+test = SelfTest("ibgda", ladder.TRANSPORTS["ibgda"], "nic=mlx5_1", "", direct=True)
+run("_compare", lambda end: add(end.signals, ibgda._COUNTER, 1))
+run("_compare", lambda end: add(end.signals, ibgda._OTHER_SIGNAL, 1))
+run("_compare_answers", lambda answers: answers.__setitem__(3, 2))
+run("_compare", lambda end: None)
+"""
+
+
+@pytest.fixture(scope="module")
+def run_with_cards(compiled, tmp_path_factory):
+    """``run(text, **environment)``: lines that a program prints on a machine with two cards.
+
+    Python is the real one.
+    """
+    folder = tmp_path_factory.mktemp("machine")
+    package = folder / "epcomm"
     package.mkdir()
     for entry in (ROOT / "epcomm").iterdir():
         if entry.name != "libepcomm.so":
             (package / entry.name).symlink_to(entry)
     native_programs.shared_library(package / "libepcomm.so", compiled)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-c", SELF_TESTS]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, env=environment, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    good, bad_key, out_of_range, attempts = done.stdout.splitlines()
+
+    def run(text: str, **more: str) -> list[str]:
+        environment = {**os.environ, "PYTHONPATH": str(folder), "TMPDIR": str(folder), **more}
+        command = [sys.executable, "-c", text]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=200, env=environment, cwd=folder
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run
+
+
+def test_self_test_notices_wrong_sums_and_answers(run_with_cards):
+    total, signals, answers, good = run_with_cards(TAMPERED)
+    assert "additions of 1 came to 21, not 20" in total
+    assert "signals were raised to [20, 21], not [20, 20]" in signals
+    assert "additions of 1 brought back [0, 1, 2, 2, 4, 5," in answers
+    assert "not the old values 0 to 19" in answers
+    assert good.startswith("mlx5: mlx5_1")
+
+
+def test_self_test_works_without_atomics_and_says_so(run_with_cards):
+    lines = run_with_cards(SELF_TESTS, EPCOMM_FAKE_WITHOUT_ATOMICS="1")
+    assert lines[0].endswith(", no atomics: the card has none")
+    assert "remote access error" in lines[1]
+
+
+def test_doctor_and_ladder_use_cards_that_work(run_with_cards):
+    good, bad_key, out_of_range, attempts = run_with_cards(SELF_TESTS)
     assert good.startswith("mlx5: mlx5_1 port 1 RoCE GID 3 (::ffff:10.0.0.8, RoCE v2) MTU 4096")
-    assert "requests by the host, doorbell to completion: 512 KiB and a signal" in good
+    assert re.search(
+        r"requests by the host; us from doorbell to completion: "
+        r"512 KiB and a signal [\d.]+ \(written and rung in [\d.]+\), "
+        r"a signal alone [\d.]+ \(.*?\), an atomic [\d.]+ \(written and rung in [\d.]+\)$",
+        good,
+    )
     for error in (bad_key, out_of_range):
         assert "the transport failed: mlx5: remote access error" in error
     assert attempts.startswith("['', '', ")

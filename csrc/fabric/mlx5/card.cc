@@ -50,9 +50,6 @@ void find_limits(Card* card) {
              "the largest message is 2^" + std::to_string(of(c::log_max_msg)) +
                  " bytes, and 2^30 are needed");
     }
-    if (!card->nic.atomics()) {
-        fail(Step::kCapabilities, card->name(), "it has no 8-byte atomics, which raise signals");
-    }
     Limits& limits = card->limits;
     const uint32_t log_depth = std::min(of(c::log_max_qp_sz), of(c::log_max_cq_sz));
     limits.max_depth = std::min(mlx5::kMaxBlocks, 1u << std::min(log_depth, 31u));

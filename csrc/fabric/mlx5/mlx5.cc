@@ -62,6 +62,7 @@ class Mlx5 : public Transport {
     std::string address(int32_t peer) override;
     void connect(const std::vector<std::string>& addresses) override;
     const epcomm_ibgda* direct() override { return &fabric_; }
+    bool has_atomics() const override { return all_ != nullptr && all_->has_atomics(); }
     void drain(int64_t timeout_ns) override { fabric::devx::drain(*all_, timeout_ns); }
     void look_after() override;
     std::string error_text(const Completion& completion) const override;

@@ -51,8 +51,11 @@ QueuePair::QueuePair(const Card& card, const VerbsOptions& options, const QueueP
         set(q::migration, q::kMigrated);
         set(q::remote_write, 1);
         set(q::remote_read, 1);
-        set(q::remote_atomic, 1);
-        set(q::atomic_mode, q::kEightBytes);
+        // Only self-tests ask for atomics, and a card may have none.
+        if (card_.nic.atomics()) {
+            set(q::remote_atomic, 1);
+            set(q::atomic_mode, q::kEightBytes);
+        }
         set(at(q::path, q::pkey_index), uint64_t(options_.pkey_index));
         set(at(q::path, q::port), uint64_t(card_.nic.name.port));
         modify(in, Step::kInit);

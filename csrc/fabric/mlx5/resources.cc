@@ -2,6 +2,7 @@
 
 #include "resources.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "../queues.h"
@@ -42,6 +43,11 @@ epcomm_region_key Resources::key(size_t plane, int32_t id, Side side) const {
 
 int32_t Resources::num_signals() const {
     return int32_t(signals_in(regions[EPCOMM_FABRIC_SIGNALS].region.bytes));
+}
+
+bool Resources::has_atomics() const {
+    return std::all_of(planes.begin(), planes.end(),
+                       [](const auto& plane) { return plane->card().nic.atomics(); });
 }
 
 std::string Resources::describe() const {

@@ -33,6 +33,8 @@ struct Resources {
     epcomm_region_key key(size_t plane, int32_t id, Side side) const;
     /// Signals of a rank: words of region 0 but the last.
     int32_t num_signals() const;
+    /// Of every card.
+    bool has_atomics() const;
     std::string describe() const;
 };
 
