@@ -9,7 +9,6 @@ import numpy as np
 
 from epcomm.formats.wire import WireFormat
 from epcomm.native import RecordLayout, combine_record, dispatch_record
-from epcomm.traffic import Traffic
 
 from ..floor import row_bytes
 from ..measure import align
@@ -97,12 +96,11 @@ class Between:
         """What ranks of one memory move: a record lies in two places, one copied to the other."""
         return self.floor_bytes(timed) + 2 * self.crossing.total * timed.row_bytes
 
-    def of_least_out(self, timed: Timed, traffic: Traffic) -> float:
-        """Bytes that all ranks sent to other nodes in a call, over the least. Collective.
+    def of_least_out(self, timed: Timed, sent: float) -> float:
+        """Bytes that all ranks sent to other nodes in a call, over the least.
 
         The least are rows and scales of one record for each token and other node.
         """
-        sent = self.exchange.comm.allreduce(traffic.scale_out.total_bytes)
         return float(sent / (max(1, self.crossing.total) * timed.row_bytes))
 
     def describe(self, out: Table) -> None:
@@ -156,7 +154,7 @@ def _through_proxies(
         "up MB": up.mean() / 1e6,
         "out MB": sent.mean() / 1e6,
         "busiest out MB": sent.max() / 1e6,
-        "of least out": between.of_least_out(timed, traffic),
+        "of least out": between.of_least_out(timed, sent.sum()),
         "triggers": triggers_R.max(),
         "proxy us": busy_R.mean() * 1e6,
         "moving us": _moving(comm, result) * 1e6,
@@ -347,9 +345,10 @@ def _over_line(
     chunk = counters.chunk_records * timed.record.bytes
     floor = between.floor_bytes(timed)
     result = timed.call(0)
+    sent = exchange.comm.allreduce(result.traffic.scale_out.total_bytes)
     more = {
         "message KB": chunk / 1e3,
-        "of least out": between.of_least_out(timed, result.traffic),
+        "of least out": between.of_least_out(timed, sent),
         "moving us": _moving(exchange.comm, result) * 1e6,
         "copies us": out.machine.floor_seconds(between.copied_bytes(timed)) * 1e6,
     }

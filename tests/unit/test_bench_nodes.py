@@ -189,6 +189,7 @@ def test_staging_is_written_and_read_once_or_as_ranks_of_one_memory_do() -> None
     between = Between(None, _crossing(), None)  # type: ignore[arg-type]
     assert between.floor_bytes(timed) == 1000 + 2 * 37 * 10
     assert between.copied_bytes(timed) == 1000 + 4 * 37 * 10
+    assert between.of_least_out(timed, 444.0) == pytest.approx(1.2)
 
 
 def test_proxies_feed_a_chunk_for_each_trigger() -> None:
