@@ -17,7 +17,7 @@
 //     kCopiesAhead               it may be given long bodies before they depart (copy_ahead)
 #pragma once
 
-#include "fetch.h"
+#include "overlap.h"
 
 namespace epcomm::emulated {
 
@@ -27,9 +27,6 @@ constexpr Picoseconds kAtomicGap = 20 * kNanosecond;
 
 /// Who holds an NIC's atomics for so long is gone.
 constexpr uint64_t kLongestHoldNs = 1'000'000'000;
-
-/// The last bytes of a message, which come with its arrival and never before; all of a short one.
-constexpr uint32_t kTailBytes = 64;
 
 /// Until the copier is asked again to take a body that need not be copied yet.
 constexpr Picoseconds kCopyAgain = 4000 * kNanosecond;
@@ -223,6 +220,8 @@ EPCOMM_HD inline bool start_window(Group group, Context* context, QueuePair* que
         refuse(queue, flight, syndrome, syndrome == mlx5::kRemoteAccess ? kVendorRemoteAccess : 0);
     }
     if (refused < count) count = refused;
+    // The others go on when what they wait for has landed.
+    count = undisturbing(group, queue, first, count);
     const uint32_t started = start_bodies(group, context, queue, position, count, copier);
     group.sync();
     if (lane == 0) queue->started = first + started;
@@ -247,7 +246,11 @@ EPCOMM_COLD void copy_ahead(Group group, Context* context, QueuePair* queue, Pla
         wants = request.opcode == mlx5::kRdmaWrite && request.bytes > Placer::kKeptBytes &&
                 flight->num_pieces <= 1 && flight->body_placed == 0;
     }
-    if (group.ballot(wants) == 0) return;
+    const uint32_t long_ones = group.ballot(wants);
+    if (long_ones == 0) return;
+    const uint32_t count = mlx5::highest(long_ones) + 1;
+    const uint32_t free = undisturbing(group, queue, queue->started, count);
+    wants = wants && group.lane() < free;
     const PeerView peer =
         look_at_peer(*context, *queue, wants ? flight->request.remote_key : kFirstKey);
     if (wants) wants = peer.answers && judge_remote(peer, flight->request) == 0;

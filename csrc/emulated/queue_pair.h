@@ -6,7 +6,8 @@
 // Nothing is fetched before the doorbell. Requests take effect and complete in order within the
 // queue pair; there is no order across queue pairs. Only a message's last bytes, atomics and
 // completions have effects that anybody may rely on; the bytes before are placed as soon as the
-// message departs, which may be before an earlier request's effect.
+// message departs, which may be before an earlier request's effect, but not on the same memory
+// (overlap.h).
 //
 // A queue pair is served by a group (mlx5/group.h): lane i looks at the i-th request from some
 // position on, and steps of all lanes together take as long as those of one.

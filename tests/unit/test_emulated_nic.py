@@ -17,6 +17,7 @@ FIBERS = ["-DEPCOMM_EMULATED", f"-I{native_programs.ROOT / 'tests/emulation'}"]
 PROGRAMS = {
     "emulated_requests": EMULATED,
     "emulated_errors": EMULATED,
+    "emulated_overlaps": EMULATED,
     "emulated_line": EMULATED,
     "emulated_schedules": EMULATED,
     "emulated_wrong_writers": EMULATED,

@@ -14,6 +14,7 @@ PROGRAMS = {
     "emulated_offers": LINKED,
     "emulated_requests": LINKED,
     "emulated_errors": LINKED,
+    "emulated_overlaps": LINKED,
     "emulated_line": LINKED,
     "emulated_schedules": LINKED,
     "emulated_wrong_writers": LINKED,
