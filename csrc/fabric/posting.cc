@@ -65,7 +65,9 @@ bool Posting::post_one(const Operation& operation) {
         command.op == EPCOMM_FABRIC_NOOP || (command.op == EPCOMM_FABRIC_PUT && command.bytes == 0);
     uint64_t end = queue->reserved;
     if (!empty && mlx5::works(*queue)) {
-        const Requests requests = requests_of(fabric_, lane, command, true);
+        Requests requests = requests_of(fabric_, lane, command, true);
+        // What the peer may not have its NIC refuses; there is no count of it here.
+        if (command.signal >= fabric_.num_signals) requests.raised = &unknown_signal_;
         if (!mlx5::has_room(*queue, end + requests.count())) return false;
         NoWait wait;
         end = fabric::post(queue, requests, mlx5::Ring::kWhenDue, wait);

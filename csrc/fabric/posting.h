@@ -40,6 +40,7 @@ class Posting {
     bool post_one(const Operation& operation);
 
     const Ibgda fabric_;
+    uint64_t unknown_signal_ = 0;
     uint64_t* const bell_;
     std::vector<std::vector<int32_t>> queues_of_;  ///< lanes' queues: their channels', to all peers
     std::vector<std::deque<UnderWay>> under_way_;  ///< by queue
