@@ -11,7 +11,8 @@
 
 namespace epcomm::carrier {
 
-constexpr int32_t kOutOfRange = -2;  ///< vendor code of a completion that is no cudaError_t
+/// A cudaError_t as a completion's vendor code; codes above 0 are fabric::CopyFailure.
+constexpr int32_t vendor_code(int32_t error) { return -error; }
 
 /// How a rank's regions are reached from other processes; plain data.
 struct CopyAddress {

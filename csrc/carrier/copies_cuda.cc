@@ -233,7 +233,7 @@ class Copies {
         for (Batch& batch : lane->open) {
             const cudaError_t error = cudaEventRecord(batch.event, batch.stream);
             if (error != cudaSuccess) {
-                lane->done.push_back({batch.tokens[0], false, int32_t(error), 0});
+                lane->done.push_back({batch.tokens[0], false, vendor_code(error), 0});
             }
             lane->under_way.push_back(std::move(batch));
         }
@@ -248,12 +248,12 @@ class Copies {
         const cudaStream_t stream = stream_of(command.peer, command.channel);
         if (command.bytes != 0 && command.op != EPCOMM_FABRIC_SIGNAL_ADD) {
             const auto& remote = theirs[command.remote.region];
-            if (command.remote.offset + command.bytes > remote.bytes) return kOutOfRange;
+            if (command.remote.offset + command.bytes > remote.bytes) return fabric::kOutOfRange;
             const auto& local = regions_[size_t(setup_.node)][command.local.region];
             const cudaError_t error =
                 copy_device(remote.start + command.remote.offset,
                             local.start + command.local.offset, command.bytes, stream);
-            if (error != cudaSuccess) return int32_t(error);
+            if (error != cudaSuccess) return vendor_code(error);
         }
         batch_of(lane, stream)->tokens.push_back(operation.token);
         if (command.op == EPCOMM_FABRIC_PUT) return 0;
@@ -263,10 +263,10 @@ class Copies {
     int32_t signal(Lane* lane, const Command& command, const Regions::Mapping& signals,
                    cudaStream_t stream) const {
         const uint64_t at = uint64_t(command.signal) * sizeof(uint64_t);
-        if (at + sizeof(uint64_t) > signals.bytes) return kOutOfRange;
+        if (at + sizeof(uint64_t) > signals.bytes) return fabric::kOutOfRange;
         uint64_t& raised = lane->raised[uint64_t(command.peer) << 32 | uint64_t(command.signal)];
         raised += command.op == EPCOMM_FABRIC_PUT_SIGNAL ? 1 : command.value;
-        return store_(stream, reinterpret_cast<uint64_t*>(signals.start + at), raised);
+        return vendor_code(store_(stream, reinterpret_cast<uint64_t*>(signals.start + at), raised));
     }
 
     static Batch* batch_of(Lane* lane, cudaStream_t stream) {
@@ -288,7 +288,7 @@ class Copies {
                 continue;
             }
             for (const uint64_t token : batch.tokens) {
-                lane->done.push_back({token, state == cudaSuccess, int32_t(state), 0});
+                lane->done.push_back({token, state == cudaSuccess, vendor_code(state), 0});
             }
             lane->events_free.push_back(batch.event);
             lane->under_way.erase(lane->under_way.begin() + ptrdiff_t(i));

@@ -18,9 +18,6 @@ namespace epcomm::fabric {
 
 namespace {
 
-// The numbers of verbs' work completions: retries exceeded, remote access error.
-enum Failure : int32_t { kPeerGone = 12, kOutOfRange = 10 };
-
 /// What a peer is told: who to look for, and one entry per region.
 struct Address {
     int32_t pid;

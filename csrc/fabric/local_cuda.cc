@@ -28,8 +28,6 @@ using carrier::CopyLane;
 using carrier::CopyMemory;
 using carrier::CopySetup;
 
-constexpr int32_t kPeerGone = -1, kCarrierGone = -3;  // vendor codes that are no cudaError_t
-
 class LocalCuda : public Transport {
  public:
     ~LocalCuda() override { close(); }
@@ -120,9 +118,8 @@ class LocalCuda : public Transport {
             case kCarrierGone:
                 return "the carrier, the process that makes this rank's copies, is gone: " +
                        carrier_->last_words();
-            case carrier::kOutOfRange:
-                return "the place at the peer is not in a region it registered";
-            default: return cudaGetErrorString(cudaError_t(completion.vendor));
+            case kOutOfRange: return "the place at the peer is not in a region it registered";
+            default: return cudaGetErrorString(cudaError_t(-completion.vendor));
         }
     }
 

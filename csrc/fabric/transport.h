@@ -94,6 +94,14 @@ struct Completion {
     uint32_t queue_pair;  ///< error: number on this side, 0 if none
 };
 
+/// Vendor codes of transports that copy by themselves: the numbers of verbs' work completions, so
+/// that all transports say the same.
+enum CopyFailure : int32_t {
+    kOutOfRange = 10,   ///< remote access error
+    kPeerGone = 12,     ///< retries exceeded
+    kCarrierGone = 21,  ///< general error
+};
+
 class Transport {
  public:
     virtual ~Transport() = default;
