@@ -16,15 +16,22 @@
 
 namespace epcomm::fabric {
 
-/// Whether the tables have what the command names. Bounds are the NIC's to check.
+/// Whether the tables have what the command names. Bounds at the peer are its NIC's to check; those
+/// here are checked, as proxies do, before a queue pair is lost over them.
 EPCOMM_HD inline bool fits(const Ibgda& fabric, const Command& command) {
     const auto region_fits = [](int32_t region) {
         return region >= 0 && region < EPCOMM_FABRIC_MAX_REGIONS;
     };
-    return command.peer >= 0 && command.peer < fabric.num_nodes && command.peer != fabric.node &&
-           command.channel >= 0 && command.channel < fabric.num_channels && command.signal >= 0 &&
-           command.signal < fabric.num_signals && region_fits(command.local.region) &&
-           region_fits(command.remote.region);
+    if (command.peer < 0 || command.peer >= fabric.num_nodes || command.peer == fabric.node ||
+        command.channel < 0 || command.channel >= fabric.num_channels || command.signal < 0 ||
+        command.signal >= fabric.num_signals || !region_fits(command.local.region) ||
+        !region_fits(command.remote.region)) {
+        return false;
+    }
+    const int32_t plane = plane_of(fabric, {command.peer, command.channel});
+    const uint64_t there = keys_on(fabric, fabric.local, 0, plane)[command.local.region].bytes;
+    return command.bytes == 0 ||
+           (command.bytes <= there && command.local.offset <= there - command.bytes);
 }
 
 /// Bytes of the longest single write; half of what the hardware allows.
