@@ -51,7 +51,8 @@ void EmulatedGpu::open(const Plan& plan) {
     require_range("planes", options_.num_planes, 1, carrier::kMaxPlanes);
     require_range("blocks", options_.num_blocks, 1, 64);
     check(options_);
-    const uint64_t signals = signals_in(mine_.regions[EPCOMM_FABRIC_SIGNALS].bytes);
+    const uint64_t bytes = mine_.regions[EPCOMM_FABRIC_SIGNALS].bytes;
+    const uint64_t signals = by_host_ ? bytes / sizeof(uint64_t) : signals_in(bytes);
     shape_ = {plan.num_nodes,   plan.node,        plan.num_channels, int32_t(options_.num_planes),
               int32_t(signals), by_host_ ? 1 : 0, plan.max_messages};
     arena_ = std::make_unique<DeviceMemory>(places().bytes);
@@ -224,10 +225,11 @@ void EmulatedGpu::register_regions() {
         for (int id = 0; id < EPCOMM_FABRIC_MAX_REGIONS; ++id) {
             const uint64_t bytes = mine_.regions[id].bytes, at = mine_.region_addresses[id];
             if (bytes == 0) continue;
-            uint32_t access = emulated::kRemoteWrite;
+            // Atomics bring old values to any of them.
+            uint32_t access = emulated::kRemoteWrite | emulated::kLocalWrite;
             // Who moves a lane off a dead plane reads the peer's counters.
             if (id == EPCOMM_FABRIC_SIGNALS) {
-                access |= emulated::kRemoteRead | emulated::kLocalWrite;
+                access |= emulated::kRemoteRead | emulated::kRemoteAtomic;
             }
             const uint32_t key = emulated::add_key(&nics_[size_t(plane)], {at, bytes, 1, access});
             mine_.keys[plane][id] = {at, bytes, key};

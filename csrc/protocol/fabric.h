@@ -40,7 +40,8 @@ enum {
 };
 
 /// Region 0 of every rank holds its signals: 64-bit counters, zero at first, that only ever grow
-/// and are never cleared. Exactly one (source node, channel) raises any one of them.
+/// and are never cleared. Exactly one (source node, channel) raises any one of them. Under a direct
+/// transport the region's last word is none of them: peers' answers to reads come there.
 enum { EPCOMM_FABRIC_SIGNALS = 0 };
 
 typedef enum {
