@@ -84,7 +84,7 @@ if [[ $mode != only-gpu ]]; then
         test_stage "$size ranks" bash launch/mpirun.sh "$size" -m pytest --color=no --with-mpi \
             -o faulthandler_timeout=115 tests/mpi
     done
-    test_stage "fabric" python -m pytest --color=no tests/fabric
+    test_stage "fabric" python -m pytest --color=no -m "not gpu" tests/fabric
     if [[ -n $vm ]]; then
         test_stage "fabric, real verbs in a virtual machine" bash launch/vm_test.sh
     fi
@@ -100,6 +100,9 @@ if [[ $mode != cpu ]] && gpu_job; then
         test_stage "$size ranks in virtual nodes on GPUs" bash launch/gpu.sh -n "$size" --sms 12 \
             python -m mpi4py -m pytest --color=no --with-mpi -o faulthandler_timeout=115 tests/gpu_nodes
     done
+    # Ranks are forked by the tests, at most 3 of them.
+    test_stage "fabric on a GPU" bash launch/gpu.sh -n 3 --once python -m pytest --color=no -m gpu \
+        -o faulthandler_timeout=115 tests/fabric
     test_stage "jobs on GPUs" python -m pytest --color=no -m gpu tests/jobs
 elif [[ $mode == *gpu ]]; then
     stage "tests on GPUs: no GPU that can be used" false

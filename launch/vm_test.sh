@@ -26,4 +26,4 @@ fi
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 GLOO_SOCKET_IFNAME=lo PYTHONPATH=$EPCOMM_ROOT
 export EPCOMM_VM_TIMEOUT=${EPCOMM_VM_TIMEOUT:-1200}
 exec bash launch/vm.sh python -m pytest -p pytest_timeout --confcutdir=tests/fabric --color=no \
-    --durations=3 tests/fabric "$@"
+    --durations=3 -m "not gpu" tests/fabric "$@"

@@ -208,6 +208,33 @@ EPCOMM_API void epcomm_fabric_measure_ibgda(const epcomm_ibgda_probe* probe);
 /// By a thread of the GPU; only in a library built with CUDA. Returns a cudaError_t.
 EPCOMM_API int epcomm_fabric_probe_ibgda(const epcomm_ibgda_probe* probe, void* stream);
 
+/// What else than an epcomm_fabric_op a producer can be told to call.
+enum { EPCOMM_FABRIC_CALL_DONE = 4, EPCOMM_FABRIC_CALL_FLUSH, EPCOMM_FABRIC_CALL_LOOK };
+
+/// One call of fabric/ibgda.h.
+typedef struct {
+    int32_t what;  ///< an epcomm_fabric_op, or one of those above
+    int32_t peer;
+    int32_t channel;
+    int32_t signal;
+    epcomm_fabric_place local;
+    epcomm_fabric_place remote;
+    uint64_t bytes;
+    uint64_t value;  ///< of a signal_add; of done: the ticket
+} epcomm_fabric_call;
+
+/// A producer of a direct end that makes calls one after another, for tests.
+typedef struct {
+    epcomm_ibgda ibgda;
+    const epcomm_fabric_call* calls;
+    uint64_t* results;  ///< of each call: the ticket, or whether it is done or quiet
+    int64_t count;
+    int64_t timeout_ns;  ///< of a flush
+} epcomm_ibgda_calls;
+
+/// By a thread of the GPU; only in a library built with CUDA. Returns a cudaError_t.
+EPCOMM_API int epcomm_fabric_probe_calls(const epcomm_ibgda_calls* calls, void* stream);
+
 /// Put empty triggers, or send a signal back and forth; `result` gets the longest thread's time.
 /// Return a cudaError_t.
 EPCOMM_API int epcomm_fabric_probe_triggers(const epcomm_fabric_probe* probe, void* stream);

@@ -52,6 +52,7 @@ _FUNCTIONS = {
     "measure_ping": (_I64, [_POINTER, _I32, _I32, _POINTER, _U64, _I32, _I32, _I64]),
     "measure_ibgda": (None, [_POINTER]),
     "probe_ibgda": (_I32, [_POINTER, _POINTER]),
+    "probe_calls": (_I32, [_POINTER, _POINTER]),
     "probe_exchange": (_I32, [_POINTER, _POINTER]),
     "probe_triggers": (_I32, [_POINTER, _POINTER]),
     "probe_ping": (_I32, [_POINTER, _POINTER]),

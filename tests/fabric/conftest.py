@@ -17,6 +17,8 @@ if os.environ.get("EPCOMM_IN_VM"):
     package.__path__ = [str(Path(__file__).parents[2] / "epcomm")]
     sys.modules["epcomm"] = package
 
+from ranks import DIRECT  # it imports the package
+
 
 @dataclass(frozen=True)
 class Transport:
@@ -29,12 +31,21 @@ class Transport:
     def is_verbs(self) -> bool:
         return self.name == "verbs"
 
+    @property
+    def is_emulated(self) -> bool:
+        return self.name.startswith("emulated")
+
+    @property
+    def is_direct(self) -> bool:
+        """Kernels post by themselves."""
+        return self.name in DIRECT
+
     def status(self, vendor: int) -> int:
         """The status of a work completion that an error's code stands for.
 
         The emulated card reports (syndrome, vendor code), of which a driver makes a status.
         """
-        return _STATUS_OF_SYNDROME[vendor >> 8] if self.name == "emulated" else vendor
+        return _STATUS_OF_SYNDROME[vendor >> 8] if self.is_emulated else vendor
 
 
 _STARTED = pytest.StashKey["subprocess.Popen[str] | None"]()
@@ -50,6 +61,10 @@ TRANSPORTS = {
     "verbs, atomics": Transport("verbs", f"{_IMPATIENT} signal=atomic"),
     "verbs, immediate": Transport("verbs", f"{_IMPATIENT} signal=immediate"),
     "verbs, bounce": Transport("verbs", f"{_IMPATIENT} registration=bounce"),
+}
+#: Over memory of a GPU: by threads of the host, of the host over emulated NICs, and by kernels.
+GPU_TRANSPORTS = {
+    name: Transport(name) for name in ("local-cuda", "emulated-cuda-proxy", "emulated-cuda")
 }
 
 
@@ -67,12 +82,47 @@ def rdma() -> list[str]:
     return devices
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture(scope="session")
+def gpu() -> None:
+    """Make sure of a GPU that ranks share through MPS.
+
+    This process, from which they are forked, makes no use of it: what is forked from one that does
+    could not.
+    """
+    told = subprocess.run(
+        [sys.executable, str(Path(__file__).parents[2] / "launch/gpus.py")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if told.returncode != 0 or int(told.stdout.split()[0]) == 0:
+        pytest.skip("needs a CUDA device")
+    if "CUDA_MPS_PIPE_DIRECTORY" not in os.environ:
+        pytest.skip("needs a GPU that processes share: run it under launch/gpu.sh --once")
+
+
+_ALL = {**TRANSPORTS, **GPU_TRANSPORTS}
+_PARAMETERS = {
+    name: pytest.param(name, marks=pytest.mark.gpu if name in GPU_TRANSPORTS else ())
+    for name in _ALL
+}
+_EMULATED = [_PARAMETERS[name] for name, one in _ALL.items() if one.is_emulated]
+
+
+@pytest.fixture(params=list(_PARAMETERS.values()))
 def transport(request: pytest.FixtureRequest) -> Transport:
-    chosen = TRANSPORTS[request.param]
+    if request.param in GPU_TRANSPORTS:
+        request.getfixturevalue("gpu")
+    chosen = _ALL[request.param]
     if chosen.is_verbs:
         request.getfixturevalue("rdma")
     return chosen
+
+
+@pytest.fixture(params=_EMULATED)
+def emulated(request: pytest.FixtureRequest) -> str:
+    """The name of a transport over emulated NICs."""
+    if request.param in GPU_TRANSPORTS:
+        request.getfixturevalue("gpu")
+    return str(request.param)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from epcomm.fabric.fabric import Fabric, FabricOptions, RegionMemory
+from epcomm.fabric.abi import Place
+from epcomm.fabric.fabric import Fabric, FabricOptions, RegionMemory, RingMemory
 from epcomm.native import library
 from epcomm.topology import Topology
 
@@ -27,6 +28,8 @@ PATIENCE = 60.0
 SIGNALS, OUT, IN = 0, 1, 2
 REGION_BYTES = 1 << 20
 NUM_SIGNALS = 64
+#: Transports whose operations kernels post by themselves.
+DIRECT = ("emulated-cuda",)
 
 
 class FileBootstrap:
@@ -59,35 +62,53 @@ class SharedMemory:
     """Zeros that another process can map."""
 
     def __init__(self, nbytes: int) -> None:
-        self.fd, self.nbytes = os.memfd_create("test"), nbytes
-        os.ftruncate(self.fd, nbytes)
-        self._map = mmap.mmap(self.fd, nbytes)
+        fd = os.memfd_create("test")
+        os.ftruncate(fd, nbytes)
+        self._map = mmap.mmap(fd, nbytes)
         self.array = np.frombuffer(self._map, np.uint8)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.region = RegionMemory(self._address, nbytes, self, fd)
+
+    def counter(self, index: int) -> int:
+        return int(library.epcomm_counter_read(self._address + 8 * index))
 
 
 class End:
-    """A rank's fabric with one region to send from, one to receive into, and signals."""
+    """A rank's fabric with one region to send from, one to receive into, and signals.
+
+    Memory is the host's or, where the transport's name says CUDA, a GPU's; calls of a direct
+    transport are made by kernels.
+    """
 
     def __init__(
         self, bootstrap: FileBootstrap, transport: str, arguments: str, **how: Any
     ) -> None:
         self.bootstrap = bootstrap
         self.rank, self.size = bootstrap.rank, bootstrap.size
-        sizes = {SIGNALS: NUM_SIGNALS * 8, OUT: REGION_BYTES, IN: REGION_BYTES}
-        memory = {region: SharedMemory(nbytes) for region, nbytes in sizes.items()}
+        # Two words more, as the last is no signal of a direct transport.
+        sizes = {SIGNALS: (NUM_SIGNALS + 2) * 8, OUT: REGION_BYTES, IN: REGION_BYTES}
+        on_gpu = "cuda" in transport
+        memory = {region: _memory(nbytes, on_gpu) for region, nbytes in sizes.items()}
         self._signals, self.out, self.inbox = memory[SIGNALS], memory[OUT].array, memory[IN].array
-        regions = {
-            region: RegionMemory(shared.address, shared.nbytes, shared, shared.fd)
-            for region, shared in memory.items()
-        }
+        regions = {region: held.region for region, held in memory.items()}
         how = {"num_channels": 4, "num_rings": 2, "num_threads": 2, "num_slots": 64, **how}
         topology = Topology(self.rank, tuple(range(self.size)))
         options = FabricOptions(transport, arguments, **how)
-        self.fabric = Fabric(bootstrap, topology, options, regions)  # type: ignore[arg-type]
+        rings = _pinned(options) if transport in DIRECT else None
+        fabric = Fabric(bootstrap, topology, options, regions, rings)  # type: ignore[arg-type]
+        self._is_direct = transport in DIRECT
+        self.fabric: Any = _by_kernels(fabric) if self._is_direct else fabric
+
+    def put_signals(self, puts: list[tuple[tuple[int, int], Place, Place, int, int]]) -> None:
+        """Many; kernels are started once."""
+        if self._is_direct:
+            self.fabric.put_signals(puts)
+            return
+        for put in puts:
+            self.fabric.put_signal(*put)
 
     def signal(self, index: int) -> int:
-        return int(library.epcomm_counter_read(self._signals.address + 8 * index))
+        return self._signals.counter(index)
 
     def await_signal(self, index: int, expected: int) -> None:
         deadline = time.monotonic() + PATIENCE / 2
@@ -95,6 +116,31 @@ class End:
             self.fabric.check()
             assert time.monotonic() < deadline, f"signal {index}: {self.signal(index)}/{expected}"
             time.sleep(0.0005)
+
+
+# CuPy is imported by ranks only, and only by those that need it: the process they are forked from
+# must have nothing to do with a GPU.
+
+
+def _memory(nbytes: int, on_gpu: bool) -> Any:
+    if not on_gpu:
+        return SharedMemory(nbytes)
+    from gpu import GpuMemory
+
+    return GpuMemory(nbytes)
+
+
+def _pinned(options: FabricOptions) -> RingMemory:
+    """The fabric's state where a kernel can see that it failed."""
+    from epcomm.cuda.rings import DeviceRings
+
+    return DeviceRings(options).memory
+
+
+def _by_kernels(fabric: Fabric) -> Any:
+    from gpu import KernelFabric
+
+    return KernelFabric(fabric)
 
 
 def end_with_parent() -> None:

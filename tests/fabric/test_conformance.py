@@ -93,18 +93,22 @@ def test_signals_are_64_bit_sums(transport, tmp_path):
 
 def flood(bootstrap: FileBootstrap, transport: Transport, count: int, depth: int) -> None:
     arguments = transport.arguments + (f" depth={depth}" if transport.is_verbs else "")
+    if transport.is_direct:
+        # Its queues are long: they fill up where nothing completes for a while.
+        count, arguments = 600, "latency_ns=20000000"
     end = End(bootstrap, transport.name, arguments, num_slots=32, max_in_flight=8)
     nbytes, channels = 1024, 4
     end.out[:] = pattern(REGION_BYTES, end.rank)
     others = [node for node in range(end.size) if node != end.rank]
+    puts = []
     for turn in range(count):
         for peer in others:
             for channel in range(channels):
                 local = (turn * 16 + channel * 4096) % (REGION_BYTES - nbytes) // 16 * 16
-                remote = (end.rank * channels + channel) * nbytes
-                end.fabric.put_signal(
-                    (peer, channel), Place(IN, remote), Place(OUT, local), nbytes, remote // nbytes
-                )
+                slot = end.rank * channels + channel
+                place = Place(IN, slot * nbytes)
+                puts.append(((peer, channel), place, Place(OUT, local), nbytes, slot))
+    end.put_signals(puts)
     for channel in range(channels):
         end.fabric.flush(channel, SOON)
     bootstrap.barrier()
@@ -171,7 +175,11 @@ def put_badly(
 def test_bad_place_at_the_peer_is_a_remote_access_error(transport, bad, tmp_path):
     result, _ = run_ranks(put_badly, 2, tmp_path, transport, BAD_PLACES[bad])
     status, vendor, ranks, text = result
-    assert (status, transport.status(vendor), ranks) == (TRANSPORT, REMOTE_ACCESS, (1,)), text
+    if transport.is_direct and bad == "signal the peer lacks":
+        # Kernels know how many there are: as many as here.
+        assert (status, vendor, ranks) == (BAD_TRIGGER, 0, (1,)), text
+    else:
+        assert (status, transport.status(vendor), ranks) == (TRANSPORT, REMOTE_ACCESS, (1,)), text
     assert "channel 2" in text
     if transport.is_verbs:
         assert "remote access error" in text

@@ -1,4 +1,4 @@
-"""Faults of emulated NICs that options ask for, over the host engine."""
+"""Faults of emulated NICs that options ask for, over either engine."""
 
 import numpy as np
 import pytest
@@ -13,9 +13,9 @@ REFUSED_KEY = 0x13 << 8 | 0x88
 NBYTES, ROUNDS = 16384, 24
 
 
-def count_torn(bootstrap: FileBootstrap, options: str) -> int:
+def count_torn(bootstrap: FileBootstrap, transport: str, options: str) -> int:
     """Rounds in which a signal came before all of its bytes."""
-    end = End(bootstrap, "emulated", options)
+    end = End(bootstrap, transport, options)
     peer, torn = 1 - end.rank, 0
     for turn in range(ROUNDS):
         end.out[:NBYTES] = pattern(NBYTES, 2 * turn + end.rank)
@@ -29,19 +29,19 @@ def count_torn(bootstrap: FileBootstrap, options: str) -> int:
 
 
 @pytest.mark.parametrize("options", ["early_fetch=1", "slow_plane=0", "slow_plane=0 slow_us=2000"])
-def test_harmless_ones_are_not_noticed(options, tmp_path):
-    assert run_ranks(count_torn, 2, tmp_path, options) == [0, 0]
+def test_harmless_ones_are_not_noticed(emulated, options, tmp_path):
+    assert run_ranks(count_torn, 2, tmp_path, emulated, options) == [0, 0]
 
 
-def test_relaxed_ordering_is_seen(tmp_path):
+def test_relaxed_ordering_is_seen(emulated, tmp_path):
     """The test of the test: with such a connection signals must not be trusted."""
-    torn = run_ranks(count_torn, 2, tmp_path, "relaxed=50000 seed=1")
+    torn = run_ranks(count_torn, 2, tmp_path, emulated, "relaxed=50000 seed=1")
     assert min(torn) > 0
 
 
-def meet_a_refused_key(bootstrap: FileBootstrap) -> FabricError | None:
+def meet_a_refused_key(bootstrap: FileBootstrap, transport: str) -> FabricError | None:
     """Only rank 0 sends: a queue pair that has failed does not answer its peer."""
-    end = End(bootstrap, "emulated", "bad_key=2")
+    end = End(bootstrap, transport, "bad_key=2")
     error = None
     if end.rank == 0:
         for _ in range(3):
@@ -53,8 +53,8 @@ def meet_a_refused_key(bootstrap: FileBootstrap) -> FabricError | None:
     return error
 
 
-def test_a_refused_key_is_an_error_that_names_the_peer(tmp_path):
-    error, _ = run_ranks(meet_a_refused_key, 2, tmp_path)
+def test_a_refused_key_is_an_error_that_names_the_peer(emulated, tmp_path):
+    error, _ = run_ranks(meet_a_refused_key, 2, tmp_path, emulated)
     assert error.status == TRANSPORT
     assert error.vendor == REFUSED_KEY
     assert error.ranks == (1,)
