@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = ("emulated_resident", "emulated_resident_speed", "emulated_resident_host")
+PROGRAMS = (
+    *("emulated_resident", "emulated_resident_writers"),
+    *("emulated_resident_speed", "emulated_resident_host"),
+)
 #: What they are made of, besides their own file.
 LIBRARY = (
     *("csrc/emulated/resident.cu", "csrc/emulated/server_cuda.cc", "csrc/emulated/engine.cc"),

@@ -1,6 +1,6 @@
 // The GPU-resident engine on a GPU: writers' kernels beside it. Every byte is compared.
 
-#include "gpu_world.cuh"
+#include "gpu_running.cuh"
 
 using namespace gpu;
 
@@ -30,22 +30,6 @@ __device__ uint64_t bytes_of(const Exchange& exchange, uint64_t chunk) {
     const uint64_t draw = mix(chunk, 5);
     const uint64_t most = draw % 3 == 0 ? 512 : exchange.max_bytes;
     return (draw / 3 % (most / 16) + 1) * 16;
-}
-
-__device__ void count(uint64_t* result, int which, uint64_t amount) {
-    if (amount != 0) atomicAdd(reinterpret_cast<unsigned long long*>(&result[which]), amount);
-}
-
-/// Who waits for a peer looks at the own queue meanwhile, as the kernels do: nobody else learns
-/// that it has failed.
-__device__ bool wait_for(const Ibgda& fabric, Lane lane, const uint64_t* signal,
-                         uint64_t expected) {
-    fabric::FabricWait wait(fabric, fabric.timeout_ns);
-    while (fabric::load_acquire(signal) < expected) {
-        fabric::look(fabric, lane);
-        if (!wait.again()) return false;
-    }
-    return true;
 }
 
 __global__ void exchange_chunks(const __grid_constant__ Exchange x) {
@@ -171,37 +155,9 @@ __global__ void put_beyond(const __grid_constant__ Ibgda fabric, Lane lane, uint
     count(result, 2, put && fabric::flush(fabric, lane.channel, fabric.timeout_ns));
 }
 
-/// The doorbell without the record.
-__global__ void ring_wrongly(SendQueue* queue) {
-    *reinterpret_cast<volatile uint64_t*>(&queue->reserved) = 1;
-    mlx5::store_request(queue, 0, mlx5::nop_request(mlx5::header_of(*queue, 0, true)));
-    mlx5::fence<mlx5::Scope::kSystem>();
-    mlx5::store_doorbell(queue->doorbell, mlx5::next_index_doorbell(queue->number, 1));
-}
-
-void load_all() {
-    load(exchange_chunks, put_and_flush, add_to_word, post_by_lanes, put_beyond, ring_wrongly);
-}
-
-struct Results {
-    uint64_t values[3] = {};
-    uint64_t different() const { return values[0]; }
-    uint64_t failed_calls() const { return values[1]; }
-    uint64_t failed_waits() const { return values[2]; }
-};
-
-/// A world whose engines run.
-struct Running : World {
-    explicit Running(const Options& o) : World(o) {
-        load_all();
-        start();
-    }
-    Results results() {
-        wait_for_writers();
-        Results seen;
-        read(result, seen.values, 3);
-        return seen;
-    }
+struct Running : RunningWorld {
+    explicit Running(const Options& o)
+        : RunningWorld(o, exchange_chunks, put_and_flush, add_to_word, post_by_lanes, put_beyond) {}
 };
 
 Results exchange(Running& world, int32_t warps, int32_t epochs, uint64_t max_bytes) {
@@ -222,12 +178,6 @@ Results exchange(Running& world, int32_t warps, int32_t epochs, uint64_t max_byt
     return world.results();
 }
 
-void expect_good(const Results& seen) {
-    CHECK_EQUAL(seen.different(), 0);
-    CHECK_EQUAL(seen.failed_calls(), 0);
-    CHECK_EQUAL(seen.failed_waits(), 0);
-}
-
 void expect_exchange(const Options& options, int32_t warps, int32_t epochs, uint64_t max_bytes) {
     Running world(options);
     expect_good(exchange(world, warps, epochs, max_bytes));
@@ -242,10 +192,6 @@ void expect_exchange(const Options& options, int32_t warps, int32_t epochs, uint
         printf("%s\n", describe(0, options.line, traffic).c_str());
         CHECK(traffic.messages != 0);
     }
-}
-
-FaultRule everywhere(Fault kind, uint64_t nanoseconds, uint32_t chance = kAlways / 4) {
-    return {kind, kAny, kAny, 0, ~uint64_t(0), chance, 0, nanoseconds * kNanosecond};
 }
 
 }  // namespace
@@ -331,10 +277,8 @@ TEST(after_a_flush_the_bytes_are_there) {
         Options options;
         Running world(options);
         Node& node = world.nodes[0];
-        put_and_flush<<<1, 1, 0, world.stream>>>(
-            node.fabric, {1, 2}, reinterpret_cast<uint64_t*>(node.regions[kSend]),
-            reinterpret_cast<const uint64_t*>(world.nodes[1].regions[kReceive]), bytes, 30,
-            world.result);
+        put_and_flush<<<1, 1, 0, world.stream>>>(node.fabric, {1, 2}, world.words(0, kSend),
+                                                 world.words(1, kReceive), bytes, 30, world.result);
         CUDA(cudaGetLastError());
         expect_good(world.results());
         world.expect_clean();
@@ -347,10 +291,8 @@ TEST(an_early_completion_is_seen) {
     options.line.latency_ns = 50'000;
     Running world(options);
     Node& node = world.nodes[0];
-    put_and_flush<<<1, 1, 0, world.stream>>>(
-        node.fabric, {1, 2}, reinterpret_cast<uint64_t*>(node.regions[kSend]),
-        reinterpret_cast<const uint64_t*>(world.nodes[1].regions[kReceive]), 7168, 30,
-        world.result);
+    put_and_flush<<<1, 1, 0, world.stream>>>(node.fabric, {1, 2}, world.words(0, kSend),
+                                             world.words(1, kReceive), 7168, 30, world.result);
     CHECK(world.results().different() != 0);
 }
 
@@ -378,7 +320,7 @@ TEST(a_warp_posts_a_request_a_lane) {
     CUDA(cudaGetLastError());
     expect_good(world.results());
     uint64_t value = 0;
-    world.read(reinterpret_cast<uint64_t*>(world.nodes[1].regions[kReceive]) + 6 * 32, &value);
+    world.read(world.words(1, kReceive) + 6 * 32, &value);
     CHECK_EQUAL(value, 199 * 32 + 6);
     world.expect_clean();
 }
@@ -430,17 +372,6 @@ TEST(an_own_dead_nic_ends_in_the_deadline) {
     CUDA(cudaGetLastError());
     expect_good(world.results());
     CHECK_EQUAL(world.nodes[0].state->failed, 0);
-}
-
-TEST(a_doorbell_without_its_record_is_a_violation) {
-    Options options;
-    Running world(options);
-    ring_wrongly<<<1, 1, 0, world.stream>>>(world.nodes[0].device_queues + options.num_channels);
-    world.wait_for_writers();
-    const int64_t until = fabric::now_ns() + 5 * kSecond;
-    while (world.nodes[0].server->look().violations == 0) CHECK(fabric::now_ns() < until);
-    const std::vector<Event> events = world.nodes[0].server->events();
-    CHECK_EQUAL(events.at(0).code, kRecordBehind);
 }
 
 TEST(the_kernel_stops_while_writers_wait) {

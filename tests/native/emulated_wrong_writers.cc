@@ -1,6 +1,7 @@
 // Writers with one mistake each: the emulated NIC, or the receiver behind it, must see every one.
 
 #include "chunks.h"
+#include "writer_script.h"
 
 using namespace rig;
 
@@ -55,6 +56,27 @@ void expect_often(Mistake mistake, std::vector<Violation> expected) {
     CHECK(run(mistake, std::move(expected)).by_nic >= kSeeds / 2);
 }
 
+/// In the order that shows the mistake at any speed; see writer_script.h.
+void run_script(Mistake mistake, uint64_t start) {
+    Options options;
+    options.num_blocks = options.num_completions = writers::kSlots;
+    options.line.latency_ns = writers::kLatencyNs;
+    options.start = start;
+    Rig r(options);
+    Writer *w = r.pair(), *other = r.pair();
+    const writers::Script script = {
+        &w->queue, &other->queue, r.local(0, 0), r.remote(1, 0), r.remote(1, writers::kAllWords),
+        mistake};
+    writers::Evidence seen;
+    seen.outcome = writers::Play<Stepping>(script, r.wait).run();
+    r.engine.settle();
+    r.engine.check_idle();
+    seen.received = r.memory[1];
+    seen.events = r.engine.events();
+    seen.start = start;
+    writers::expect_caught(mistake, seen);
+}
+
 }  // namespace
 
 TEST(right_writers_are_not_accused) {
@@ -105,4 +127,14 @@ TEST(a_signal_on_another_queue_pair) {
 
 TEST(a_flush_that_leaves_one_out) {
     CHECK(run(Mistake::kFlushOffByOne, {}).by_receiver >= kSeeds / 2);
+}
+
+TEST(every_mistake_shows_at_any_speed) {
+    for (auto i = uint32_t(Mistake::kNone); i <= uint32_t(Mistake::kFlushOffByOne); ++i) {
+        for (uint64_t start : {0u, 65530u}) {
+            printf("mistake %u from %llu\n", i, (unsigned long long)start);
+            fflush(stdout);
+            run_script(Mistake(i), start);
+        }
+    }
 }

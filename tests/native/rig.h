@@ -127,11 +127,13 @@ struct RigOf {
         return one;
     }
 
-    uint64_t address(uint32_t nic, uint64_t word) { return uint64_t(&memory[nic][word]); }
-    mlx5::RemotePlace remote(uint32_t nic, uint64_t word) {
+    uint64_t address(uint32_t nic, uint64_t word) const { return uint64_t(&memory[nic][word]); }
+    mlx5::RemotePlace remote(uint32_t nic, uint64_t word) const {
         return {address(nic, word), keys[nic]};
     }
-    mlx5::LocalPlace local(uint32_t nic, uint64_t word) { return {address(nic, word), keys[nic]}; }
+    mlx5::LocalPlace local(uint32_t nic, uint64_t word) const {
+        return {address(nic, word), keys[nic]};
+    }
 
     /// Post one request made by `make(header)`, asking for a completion or not. 0: failed.
     template <class Make>
