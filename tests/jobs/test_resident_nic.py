@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = (
-    *("emulated_resident", "emulated_resident_writers"),
+    *("emulated_resident", "emulated_resident_faults", "emulated_resident_writers"),
     *("emulated_resident_speed", "emulated_resident_host"),
 )
 #: What they are made of, besides their own file.

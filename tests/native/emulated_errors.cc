@@ -1,189 +1,89 @@
 // Requests that fail: the syndrome, what is flushed behind them, and what stays unharmed.
 
 #include "rig.h"
+#include "wrong_requests.h"
 
 using namespace rig;
+using requests::Answer;
+using requests::Wrong;
 
 namespace {
 
-/// Post what `make` makes between two good writes; expect its error and the flush of the second.
-template <class Make>
-void expect_error(Rig& r, Writer* w, Make make, uint8_t syndrome, uint8_t vendor,
-                  bool completion = true) {
-    const uint64_t first = w->queue.reserved;
-    CHECK(r.write(w, 0, 10, 8, true, Ring::kWhenDue) != 0);
-    CHECK(r.post(w, make, completion, Ring::kWhenDue) != 0);
-    CHECK(r.write(w, 1, 11, 8, false) != 0);
-    CHECK(!r.flush(w));
-    CHECK_EQUAL(w->queue.failed, mlx5::kQueueError);
-    CHECK_EQUAL(w->queue.error.syndrome, syndrome);
-    CHECK_EQUAL(w->queue.error.vendor_syndrome, vendor);
-    CHECK_EQUAL(w->queue.error_position, first + 1);
-    CHECK_EQUAL(uint32_t(w->queue.error.queue_pair) & 0xffffff, w->queue.number);
-    r.engine.settle();
-    CHECK_EQUAL(r.memory[1][10], r.memory[0][0]);  // what came before the error is there
-    CHECK_EQUAL(r.memory[1][11], 0);               // what came behind is not
-    // Ring: a completion, the error, and a flushed entry for each request behind it.
-    const auto* entry = reinterpret_cast<const mlx5::ErrorCompletion*>(w->completions.data());
-    CHECK_EQUAL(mlx5::opcode_of(entry[0].opcode_owner), mlx5::kCompleted);
-    CHECK_EQUAL(mlx5::opcode_of(entry[1].opcode_owner), mlx5::kRequestError);
-    for (uint64_t i = first + 2; i < w->queue.reserved; ++i) {
-        CHECK_EQUAL(entry[i - first].syndrome, mlx5::kFlushed);
-        CHECK_EQUAL(entry[i - first].vendor_syndrome, kVendorFlushed);
-        CHECK_EQUAL(entry[i - first].index, uint16_t(i));
-    }
-    CHECK(w->queue.reserved > first + 2);
+/// Keys of a rig's memory that allow less.
+requests::Places places_of(Rig& r) {
+    const auto key = [&](uint32_t nic, uint32_t access, uint32_t domain = 1) {
+        return r.network.add_memory(nic, r.memory[nic].data(), r.options.memory_bytes, access,
+                                    domain);
+    };
+    const uint64_t to = r.address(1, 0), end = to + r.options.memory_bytes;
+    return {r.remote(1, 10),
+            r.local(0, 0),
+            r.remote(1, 20),
+            to,
+            end,
+            r.address(0, 0) + r.options.memory_bytes,
+            {to, key(1, kRemoteRead | kRemoteAtomic)},
+            {to, key(1, kRemoteWrite | kRemoteAtomic)},
+            {to, key(1, kRemoteWrite | kRemoteRead)},
+            {to, key(1, kRemoteWrite, 2)},
+            {r.address(0, 0), key(0, kLocalWrite, 2)},
+            {r.address(0, 0), key(0, 0)}};
 }
 
-template <class Make>
-void expect_error(Make make, uint8_t syndrome, uint8_t vendor) {
-    for (uint64_t start : {0u, 65534u}) {
-        Options options;
-        options.start = start;
-        Rig r(options);
-        Writer* w = r.pair();
-        r.memory[0][0] = 3, r.memory[0][1] = 4;
-        expect_error(r, w, [&](const Header& header) { return make(r, header); }, syndrome, vendor);
+/// Post it between two good writes; expect its error and the flush of the second.
+void expect_error(Wrong what, const Options& options, const Answer& answer, bool asks = true) {
+    Rig r(options);
+    Writer* w = r.pair();
+    r.memory[0][0] = 3, r.memory[0][1] = 4;
+    CHECK(!requests::post_between(&w->queue, what, places_of(r), asks, r.wait));
+    r.engine.settle();
+    requests::expect_refused(w->queue, w->completions.data(), options.start, answer);
+    requests::expect_words(&r.memory[1][10], r.memory[0].data(), true);
+    CHECK_EQUAL(r.engine.violations(), answer.violation != kNoViolation);
+    CHECK_EQUAL(r.count(EventKind::kViolation, answer.violation), r.engine.violations());
+}
+
+void expect_errors(Wrong first, Wrong last) {
+    for (auto i = uint32_t(first); i <= uint32_t(last); ++i) {
+        for (uint64_t start : {0u, 65534u}) {
+            Options options;
+            options.start = start;
+            expect_error(Wrong(i), options, requests::answer_to(Wrong(i)));
+        }
     }
 }
+void expect_error(Wrong what) { expect_errors(what, what); }
 
 }  // namespace
 
-TEST(an_unknown_remote_key) {
-    expect_error(
-        [](Rig& r, const Header& header) {
-            return mlx5::write_request(header, {r.address(1, 0), 0x77}, r.local(0, 0), 8);
-        },
-        mlx5::kRemoteAccess, kVendorRemoteAccess);
-}
+TEST(an_unknown_remote_key) { expect_error(Wrong::kUnknownKey); }
 
 TEST(beyond_the_remote_memory) {
-    for (int64_t off : {-8, 8}) {
-        expect_error(
-            [off](Rig& r, const Header& header) {
-                auto place = r.remote(1, 0);
-                place.address += uint64_t(off) + (off > 0 ? r.options.memory_bytes - 8 : 0);
-                return mlx5::write_request(header, place, r.local(0, 0), 8);
-            },
-            mlx5::kRemoteAccess, kVendorRemoteAccess);
-    }
-    // An end that wraps around the address space.
-    expect_error(
-        [](Rig& r, const Header& header) {
-            return mlx5::write_request(header, {~uint64_t(0) - 3, r.keys[1]}, r.local(0, 0), 8);
-        },
-        mlx5::kRemoteAccess, kVendorRemoteAccess);
+    expect_errors(Wrong::kBeforeMemory, Wrong::kAroundTheAddressSpace);
 }
 
-TEST(a_key_without_the_permission) {
-    for (uint32_t access :
-         {kRemoteRead | kRemoteAtomic, kRemoteWrite | kRemoteAtomic, kRemoteWrite | kRemoteRead}) {
-        expect_error(
-            [access](Rig& r, const Header& header) {
-                static uint64_t word[2];
-                const uint32_t key = r.network.add_memory(1, word, sizeof word, access);
-                const mlx5::RemotePlace place = {uint64_t(word), key};
-                if ((access & kRemoteWrite) == 0) {
-                    return mlx5::write_request(header, place, r.local(0, 0), 8);
-                }
-                return (access & kRemoteRead) == 0
-                           ? mlx5::read_request(header, place, r.local(0, 0), 8)
-                           : mlx5::fetch_add_request(header, place, r.local(0, 0), 1);
-            },
-            mlx5::kRemoteAccess, kVendorRemoteAccess);
-    }
-}
+TEST(a_key_without_the_permission) { expect_errors(Wrong::kNotWritable, Wrong::kNotAddable); }
 
 TEST(memory_of_another_protection_domain) {
-    expect_error(
-        [](Rig& r, const Header& header) {
-            static uint64_t word;
-            const uint32_t key = r.network.add_memory(1, &word, 8, kRemoteWrite, 2);
-            return mlx5::write_request(header, {uint64_t(&word), key}, r.local(0, 0), 8);
-        },
-        mlx5::kRemoteAccess, kVendorRemoteAccess);
-    expect_error(
-        [](Rig& r, const Header& header) {
-            static uint64_t word;
-            const uint32_t key = r.network.add_memory(0, &word, 8, kLocalWrite, 2);
-            return mlx5::write_request(header, r.remote(1, 0), {uint64_t(&word), key}, 8);
-        },
-        mlx5::kLocalProtection, 0);
+    expect_error(Wrong::kForeignMemory);
+    expect_error(Wrong::kForeignLocalMemory);
 }
 
-TEST(beyond_the_local_memory) {
-    expect_error(
-        [](Rig& r, const Header& header) {
-            auto place = r.local(0, 0);
-            place.address += r.options.memory_bytes - 7;
-            return mlx5::write_request(header, r.remote(1, 0), place, 8);
-        },
-        mlx5::kLocalProtection, 0);
-}
+TEST(beyond_the_local_memory) { expect_error(Wrong::kAcrossTheLocalEnd); }
 
 TEST(an_atomic_with_nowhere_for_the_old_value) {
-    expect_error(
-        [](Rig& r, const Header& header) {
-            return mlx5::fetch_add_request(header, r.remote(1, 0), {0, 0}, 1);
-        },
-        mlx5::kLocalProtection, 0);
-    expect_error(  // memory that only may be read
-        [](Rig& r, const Header& header) {
-            static uint64_t word;
-            const uint32_t key = r.network.add_memory(0, &word, 8, 0);
-            return mlx5::fetch_add_request(header, r.remote(1, 0), {uint64_t(&word), key}, 1);
-        },
-        mlx5::kLocalProtection, 0);
+    expect_errors(Wrong::kNoLanding, Wrong::kReadOnlyLanding);
 }
 
-TEST(a_misaligned_atomic) {
-    expect_error(
-        [](Rig& r, const Header& header) {
-            auto place = r.remote(1, 0);
-            place.address += 4;
-            return mlx5::fetch_add_request(header, place, r.local(0, 0), 1);
-        },
-        mlx5::kRemoteInvalid, 0);
-}
+TEST(a_misaligned_atomic) { expect_error(Wrong::kMisalignedAtomic); }
 
-TEST(malformed_requests) {
-    struct Wrong {
-        Violation violation;
-        void (*spoil)(Block*);
-    };
-    const auto control = [](Block* block) { return reinterpret_cast<mlx5::Control*>(block); };
-    static const auto at = control;
-    const Wrong all[] = {
-        {kWrongIndex, [](Block* b) { at(b)->operation = at(b)->operation + 0x100; }},
-        {kWrongIndex, [](Block* b) { at(b)->operation = at(b)->operation - 0x100; }},
-        {kWrongQueueNumber, [](Block* b) { at(b)->queue_pair = at(b)->queue_pair + 0x100; }},
-        {kWrongUnits, [](Block* b) { at(b)->queue_pair = at(b)->queue_pair + 1; }},
-        {kWrongUnits, [](Block* b) { at(b)->queue_pair = at(b)->queue_pair - 1; }},
-        {kUnknownOpcode, [](Block* b) { at(b)->operation = (at(b)->operation & ~0xffu) | 0x22; }},
-        {kUnknownOpcode, [](Block* b) { at(b)->operation = at(b)->operation | 1; }},
-        {kReservedBits, [](Block* b) { at(b)->operation = at(b)->operation | 1u << 24; }},
-        {kReservedBits, [](Block* b) { at(b)->immediate = 1; }},
-        {kReservedBits, [](Block* b) { at(b)->stream[1] = 1; }},
-        {kReservedBits, [](Block* b) { at(b)->signature = 1; }},
-        {kReservedBits, [](Block* b) { at(b)->flags |= 1; }},
-        {kReservedBits, [](Block* b) { b->unit[1].word[3] = 1; }},
-        {kNoBytes, [](Block* b) { b->unit[2].word[0] = 0; }},
-        {kInlineTooLong, [](Block* b) { b->unit[2].word[0] = mlx5::Be32(mlx5::kInline | 13).raw; }},
-        {kNoBytes, [](Block* b) { b->unit[2].word[0] = mlx5::Be32(mlx5::kInline).raw; }},
-    };
-    for (const Wrong& wrong : all) {
-        Rig r;
-        Writer* w = r.pair();
-        expect_error(
-            r, w,
-            [&](const Header& header) {
-                Block block = mlx5::write_request(header, r.remote(1, 5), r.local(0, 0), 8);
-                wrong.spoil(&block);
-                return block;
-            },
-            mlx5::kLocalOperation, kVendorMalformed);
-        CHECK_EQUAL(r.count(EventKind::kViolation, wrong.violation), 1);
-        CHECK_EQUAL(r.engine.violations(), 1);
+TEST(malformed_requests) { expect_errors(Wrong::kNextIndex, Wrong::kInlineZeroBytes); }
+
+TEST(a_right_request_that_a_fault_makes_fail) {
+    for (Fault fault : {kRetryExceeded, kBadKey}) {
+        Options options;
+        options.engine.rules = {once(fault, 1)};
+        expect_error(Wrong::kNone, options, requests::answer_to(fault));
     }
 }
 
@@ -204,12 +104,7 @@ TEST(behind_a_failed_request_nothing_is_read) {
 }
 
 TEST(an_error_needs_no_request_for_a_completion) {
-    Rig r;
-    Writer* w = r.pair();
-    expect_error(
-        r, w,
-        [&](const Header& header) { return mlx5::write_request(header, {0, 0}, r.local(0, 0), 8); },
-        mlx5::kRemoteAccess, kVendorRemoteAccess, false);
+    expect_error(Wrong::kUnknownKey, {}, requests::answer_to(Wrong::kUnknownKey), false);
 }
 
 TEST(the_first_error_is_kept_behind_completions_that_nobody_read) {

@@ -1,5 +1,6 @@
 // The GPU-resident engine on a GPU: writers' kernels beside it. Every byte is compared.
 
+#include "../../csrc/emulated/options.h"
 #include "gpu_running.cuh"
 
 using namespace gpu;
@@ -260,6 +261,14 @@ TEST(harmless_faults) {
         printf("%s: %zu\n", i < all.size() ? name(all[i].kind) : "all", injected);
         CHECK(injected > 20);
     }
+}
+
+TEST(a_slow_plane_harms_nothing) {
+    Options options;
+    options.num_channels = 6;
+    options.num_planes = 2;
+    options.server.rules = parse_options("planes=2 slow_plane=1 slow_us=200", 2).rules;
+    expect_exchange(options, 4, 50, 32768);
 }
 
 // The test of the test: with such a connection signals must not be trusted.

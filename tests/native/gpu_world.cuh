@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <iterator>
 #include <memory>
 #include <vector>
 
@@ -39,6 +40,8 @@ constexpr LineModel kNoLimit = {0, 4096, 30, 0, 0, 0, 50'000'000, 0};
 constexpr int32_t kMaxSignals = 512;
 
 enum RegionId : int32_t { kSignals = 0, kSend = 1, kReceive = 2, kNumRegions = 3 };
+/// kReceive's memory once more, in another protection domain: its key is good for nothing.
+constexpr int32_t kForeign = kNumRegions;
 
 struct Options {
     int32_t num_nodes = 2;
@@ -218,17 +221,18 @@ class World {
         memset(node.state, 0, sizeof *node.state);
         for (int32_t plane = 0; plane < options.num_planes; ++plane) {
             Nic* image = &images_[nic(n, plane)];
-            const auto add = [&](const void* start, uint64_t bytes, uint32_t access) {
-                const auto address = reinterpret_cast<uint64_t>(start);
-                return RegionKey{address, bytes, add_key(image, {address, bytes, 1, access})};
+            const auto add = [&](RegionId id, uint32_t access, uint32_t domain) {
+                const auto address = reinterpret_cast<uint64_t>(node.regions[id]);
+                const uint64_t bytes = options.region_bytes;
+                return RegionKey{address, bytes, add_key(image, {address, bytes, domain, access})};
             };
             const uint32_t access[] = {kRemoteWrite | kRemoteAtomic, kLocalWrite | kRemoteRead,
                                        kRemoteWrite};
-            for (int32_t id = 0; id < EPCOMM_FABRIC_MAX_REGIONS; ++id) {
-                keys_.push_back(id < kNumRegions
-                                    ? add(node.regions[id], options.region_bytes, access[id])
-                                    : RegionKey{});
-            }
+            RegionKey keys[EPCOMM_FABRIC_MAX_REGIONS] = {};
+            for (int32_t id = 0; id < kNumRegions; ++id)
+                keys[id] = add(RegionId(id), access[id], 1);
+            keys[kForeign] = add(kReceive, kRemoteWrite | kLocalWrite, 2);
+            keys_.insert(keys_.end(), std::begin(keys), std::end(keys));
         }
     }
 
