@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# launch/sanitize.sh [memcheck] [racecheck] [synccheck] [initcheck]: run compute-sanitizer's tools (by
-# default memcheck and racecheck) over a few calls of the CUDA back end, with one rank, with two in a
-# node and with two nodes over every kind of fabric that one GPU can have.
+# launch/sanitize.sh [--native] [memcheck] [racecheck] [synccheck] [initcheck]: run compute-sanitizer's
+# tools (by default memcheck and racecheck) over a few calls of the CUDA back end, with one rank, with
+# two in a node and with two nodes over every kind of fabric that one GPU can have.
+# --native: over the kernel of the emulated network cards itself, and kernels that post to it beside
+# it, all in one process: the runs of ranks leave it out.
 # Needs a GPU, and compute-sanitizer on PATH or under CUDA_HOME. Status: 0 if no tool found anything.
 set -euo pipefail
 # shellcheck source=launch/env.sh
@@ -22,11 +24,18 @@ if [[ -z $sanitizer ]]; then
     exit 2
 fi
 
+native=
+if [[ ${1:-} == --native ]]; then
+    native=1
+    shift
+fi
 tools=("$@")
 [[ ${#tools[@]} -gt 0 ]] || tools=(memcheck racecheck)
 bad=()
 export PYTHONPATH=$EPCOMM_ROOT${PYTHONPATH:+:$PYTHONPATH}
-for tool in "${tools[@]}"; do
+
+over_ranks() {
+    local tool=$1 run name
     for run in "1" "2" "2 nodes"; do
         name="$tool, $run"
         printf '\n=== %s\n' "$name"
@@ -39,6 +48,36 @@ for tool in "${tools[@]}"; do
             --target-processes application-only --kernel-name kernel_substring=epcomm \
             python -m mpi4py tests/gpu/short_run.py ${run#[12]} || bad+=("$name")
     done
+}
+
+# What a program does in one process: kernels that are loaded before any starts, and a kernel that
+# ends when its host says so, which a tool that let kernels run one by one would wait for until the
+# time is over.
+over_native() {
+    local tool=$1 run name
+    for run in "emulated_resident chunks_of_several_warps" \
+        "emulated_resident a_warp_posts_a_request_a_lane" \
+        "emulated_resident atomics_of_all_queue_pairs_count" "emulated_resident long_messages" \
+        "emulated_resident_bulk bulk_stores_before_a_put_without_a_line"; do
+        name="$tool, $run"
+        printf '\n=== %s\n' "$name"
+        EPCOMM_TEST_SLOWNESS=${SANITIZE_SLOWNESS:-20} timeout -k 10 "${SANITIZE_TIMEOUT:-240}" \
+            "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
+            "$programs/${run% *}" "${run#* }" || bad+=("$name")
+    done
+}
+
+if [[ -n $native ]]; then
+    programs=$(mktemp -d)
+    trap 'rm -rf "$programs"' EXIT
+    python tests/jobs/gpu_programs.py "$programs" emulated_resident emulated_resident_bulk >/dev/null
+fi
+for tool in "${tools[@]}"; do
+    if [[ -n $native ]]; then
+        over_native "$tool"
+    else
+        over_ranks "$tool"
+    fi
 done
 echo
 if [[ ${#bad[@]} -gt 0 ]]; then

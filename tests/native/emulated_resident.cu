@@ -1,80 +1,14 @@
 // The GPU-resident engine on a GPU: writers' kernels beside it. Every byte is compared.
 
 #include "../../csrc/emulated/options.h"
-#include "gpu_running.cuh"
+#include "gpu_exchange.cuh"
 
 using namespace gpu;
 
 namespace {
 
-/// What the writers of two nodes do to each other, epoch after epoch: a block for each channel, a
-/// chunk for each of its warps. Both nodes' blocks must be resident together.
-struct Exchange {
-    Ibgda fabric[2];
-    uint8_t* send[2];
-    const uint8_t* receive[2];
-    const uint64_t* signals[2];
-    uint64_t* result;  ///< [0] words that differ, [1] calls that failed, [2] waits that failed
-    uint64_t max_bytes;
-    int32_t epochs;
-    int32_t check;  ///< 0: chunks are not looked at before the end
-};
-
-constexpr int32_t kAcks = 256;  ///< signals from here on say that chunks were read
-
-__device__ uint64_t word_of(int32_t node, uint64_t chunk, uint64_t word) {
-    return mix(mix(uint64_t(node), chunk), word);
-}
-
-/// Multiples of 16, short and long.
-__device__ uint64_t bytes_of(const Exchange& exchange, uint64_t chunk) {
-    const uint64_t draw = mix(chunk, 5);
-    const uint64_t most = draw % 3 == 0 ? 512 : exchange.max_bytes;
-    return (draw / 3 % (most / 16) + 1) * 16;
-}
-
-__global__ void exchange_chunks(const __grid_constant__ Exchange x) {
-    const int32_t channels = x.fabric[0].num_channels;
-    const int32_t node = int32_t(blockIdx.x) / channels, channel = int32_t(blockIdx.x) % channels;
-    const Ibgda& fabric = x.fabric[node];
-    const uint32_t warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const Lane there{1 - node, channel};
-    const auto place_of = [&](uint32_t w) { return (uint64_t(channel) * warps + w) * x.max_bytes; };
-    int goes_on = 1;
-    for (int32_t epoch = 1; epoch <= x.epochs; ++epoch) {
-        const uint64_t chunk = uint64_t(epoch) * 64 + warp;
-        const uint64_t at = place_of(warp), bytes = bytes_of(x, chunk);
-        auto* out = reinterpret_cast<uint64_t*>(x.send[node] + at);
-        for (uint64_t w = lane; w < bytes / 8; w += 32) out[w] = word_of(node, chunk, w);
-        __syncwarp();
-        if (lane == 0) {
-            const fabric::Ticket ticket = fabric::put_signal(fabric, there, {kReceive, 0, at},
-                                                             {kSend, 0, at}, bytes, channel);
-            count(x.result, 1, ticket == 0);
-        }
-        goes_on =
-            __syncthreads_or(threadIdx.x == 0 && wait_for(fabric, there, &x.signals[node][channel],
-                                                          uint64_t(epoch) * warps));
-        if (goes_on == 0) break;
-        uint64_t different = 0;
-        for (uint32_t k = 0; x.check != 0 && k < warps; ++k) {
-            const uint64_t theirs = uint64_t(epoch) * 64 + k;
-            const auto* in = reinterpret_cast<const uint64_t*>(x.receive[node] + place_of(k));
-            for (uint64_t w = threadIdx.x; w < bytes_of(x, theirs) / 8; w += blockDim.x) {
-                different += fabric::load_relaxed(&in[w]) != word_of(1 - node, theirs, w);
-            }
-        }
-        count(x.result, 0, different);
-        __syncthreads();
-        // The chunks have been read; once the peer says so too, they may be overwritten.
-        goes_on = __syncthreads_or(
-            threadIdx.x == 0 && fabric::signal_add(fabric, there, kAcks + channel, 1) != 0 &&
-            wait_for(fabric, there, &x.signals[node][kAcks + channel], uint64_t(epoch)));
-        if (goes_on == 0) break;
-    }
-    if (threadIdx.x != 0) return;
-    count(x.result, 2, goes_on == 0);
-    count(x.result, 1, goes_on != 0 && !fabric::flush(fabric, channel, fabric.timeout_ns));
+__global__ void exchange_plainly(const __grid_constant__ Exchange x) {
+    exchange_chunks(x, StorePlainly());
 }
 
 /// One thread puts, flushes and looks at the peer's memory, many times.
@@ -85,13 +19,13 @@ __global__ void put_and_flush(const __grid_constant__ Ibgda fabric, Lane lane, u
         for (uint64_t w = 0; w < bytes / 8; ++w) send[w] = i * 1000 + w;
         const bool ok = fabric::put(fabric, lane, {kReceive, 0, 0}, {kSend, 0, 0}, bytes) != 0 &&
                         fabric::flush(fabric, lane.channel, fabric.timeout_ns);
-        count(result, 1, !ok);
+        count(result, kFailedCalls, !ok);
         if (!ok) return;
         uint64_t different = 0;
         for (uint64_t w = bytes / 8; w-- > 0;) {  // the last ones come last
             different += fabric::load_relaxed(&theirs[w]) != i * 1000 + w;
         }
-        count(result, 0, different);
+        count(result, kDifferent, different);
     }
 }
 
@@ -112,11 +46,11 @@ __global__ void add_to_word(const __grid_constant__ Ibgda fabric, int32_t peer, 
                                            {to.address + word * 8, to.key},
                                            {old.address + warp * 8, old.key}, 1);
         };
-        count(result, 1,
+        count(result, kFailedCalls,
               mlx5::post(mlx5::OneThread(), queue, 1, mlx5::Ring::kNow, make, wait) == 0);
     }
     for (int32_t c = 0; c < fabric.num_channels; ++c) {
-        count(result, 1, !fabric::flush(fabric, c, fabric.timeout_ns));
+        count(result, kFailedCalls, !fabric::flush(fabric, c, fabric.timeout_ns));
     }
 }
 
@@ -140,73 +74,44 @@ __global__ void post_by_lanes(const __grid_constant__ Ibgda fabric, Lane lane, i
                                        {from.address + offset, from.key}, 256);
         };
         const uint64_t end = mlx5::post(mlx5::WarpLanes(), queue, 32, mlx5::Ring::kNow, make, wait);
-        if (threadIdx.x == 0) count(result, 1, end == 0);
+        if (threadIdx.x == 0) count(result, kFailedCalls, end == 0);
     }
-    if (threadIdx.x == 0) count(result, 1, !mlx5::flush(queue, wait));
+    if (threadIdx.x == 0) count(result, kFailedCalls, !mlx5::flush(queue, wait));
 }
 
 /// Puts whose place at the peer is not its.
 __global__ void put_beyond(const __grid_constant__ Ibgda fabric, Lane lane, uint64_t offset,
                            int before, uint64_t* result) {
     for (int i = 0; i < before; ++i) {
-        count(result, 1, fabric::signal_add(fabric, lane, 3, 1) == 0);
+        count(result, kFailedCalls, fabric::signal_add(fabric, lane, 3, 1) == 0);
     }
     const bool put =
         fabric::put_signal(fabric, lane, {kReceive, 0, offset}, {kSend, 0, 0}, 64, 4) != 0;
-    count(result, 2, put && fabric::flush(fabric, lane.channel, fabric.timeout_ns));
+    count(result, kFailedWaits, put && fabric::flush(fabric, lane.channel, fabric.timeout_ns));
 }
 
 struct Running : RunningWorld {
     explicit Running(const Options& o)
-        : RunningWorld(o, exchange_chunks, put_and_flush, add_to_word, post_by_lanes, put_beyond) {}
+        : RunningWorld(o, exchange_plainly, put_and_flush, add_to_word, post_by_lanes, put_beyond) {
+    }
 };
 
-Results exchange(Running& world, int32_t warps, int32_t epochs, uint64_t max_bytes) {
-    Exchange x = {};
-    for (int n = 0; n < 2; ++n) {
-        Node& node = world.nodes[size_t(n)];
-        x.fabric[n] = node.fabric;
-        x.send[n] = node.regions[kSend];
-        x.receive[n] = node.regions[kReceive];
-        x.signals[n] = reinterpret_cast<const uint64_t*>(node.regions[kSignals]);
-    }
-    x.result = world.result;
-    x.max_bytes = max_bytes;
-    x.epochs = epochs;
-    x.check = 1;
-    exchange_chunks<<<2 * world.options.num_channels, warps * 32, 0, world.stream>>>(x);
-    CUDA(cudaGetLastError());
-    return world.results();
-}
-
-void expect_exchange(const Options& options, int32_t warps, int32_t epochs, uint64_t max_bytes) {
-    Running world(options);
-    expect_good(exchange(world, warps, epochs, max_bytes));
-    for (int32_t channel = 0; channel < options.num_channels; ++channel) {
-        for (int n = 0; n < 2; ++n) {
-            CHECK_EQUAL(world.signal(n, channel), uint64_t(warps) * uint64_t(epochs));
-            CHECK_EQUAL(world.signal(n, kAcks + channel), uint64_t(epochs));
-        }
-    }
-    world.expect_clean();
-    for (const Traffic& traffic : world.nodes[0].server->look().traffic) {
-        printf("%s\n", describe(0, options.line, traffic).c_str());
-        CHECK(traffic.messages != 0);
-    }
+void expect_exchange(const Options& options, const Load& load) {
+    gpu::expect_exchange(options, load, exchange_plainly);
 }
 
 }  // namespace
 
 TEST(chunks_of_several_warps) {
     Options options;
-    expect_exchange(options, 4, 200, 65536);
+    expect_exchange(options, {4, 200, 65536});
 }
 
 TEST(one_block_serves_many_queue_pairs) {
     Options options;
     options.num_channels = 32;
     options.num_blocks = 1;
-    expect_exchange(options, 2, 50, 16384);
+    expect_exchange(options, {2, 50, 16384});
 }
 
 TEST(four_blocks_and_no_line) {
@@ -214,14 +119,14 @@ TEST(four_blocks_and_no_line) {
     options.num_channels = 16;
     options.num_blocks = 4;
     options.line = kNoLimit;
-    expect_exchange(options, 4, 100, 65536);
+    expect_exchange(options, {4, 100, 65536});
 }
 
 TEST(planes) {
     Options options;
     options.num_channels = 6;
     options.num_planes = 2;
-    expect_exchange(options, 4, 100, 32768);
+    expect_exchange(options, {4, 100, 32768});
 }
 
 TEST(counters_wrap) {
@@ -229,7 +134,7 @@ TEST(counters_wrap) {
     for (uint64_t start : {65500u, 131060u, 32760u}) {
         options.start = start;
         options.depth = 16;
-        expect_exchange(options, 4, 100, 1024);
+        expect_exchange(options, {4, 100, 1024});
     }
 }
 
@@ -237,7 +142,7 @@ TEST(long_messages) {
     Options options;
     options.num_channels = 2;
     options.region_bytes = 64 << 20;
-    expect_exchange(options, 4, 20, 4 << 20);
+    expect_exchange(options, {4, 20, 4 << 20});
 }
 
 TEST(harmless_faults) {
@@ -252,7 +157,7 @@ TEST(harmless_faults) {
         options.server.rules = i < all.size() ? std::vector<FaultRule>{all[i]} : all;
         options.start = 65500;
         Running world(options);
-        expect_good(exchange(world, 3, 60, 8192));
+        expect_good(exchange(world, {3, 60, 8192}, exchange_plainly));
         world.expect_clean();
         size_t injected = 0;
         for (const Event& event : world.nodes[0].server->events()) {
@@ -268,7 +173,7 @@ TEST(a_slow_plane_harms_nothing) {
     options.num_channels = 6;
     options.num_planes = 2;
     options.server.rules = parse_options("planes=2 slow_plane=1 slow_us=200", 2).rules;
-    expect_exchange(options, 4, 50, 32768);
+    expect_exchange(options, {4, 50, 32768});
 }
 
 // The test of the test: with such a connection signals must not be trusted.
@@ -277,7 +182,7 @@ TEST(relaxed_ordering_is_seen) {
     options.server.rules = {everywhere(kPieces, 100'000, kAlways),
                             everywhere(kRelaxed, 0, kAlways)};
     Running world(options);
-    const Results seen = exchange(world, 2, 30, 8192);
+    const Results seen = exchange(world, {2, 30, 8192}, exchange_plainly);
     CHECK(seen.different() != 0);
 }
 
@@ -354,7 +259,7 @@ TEST(a_killed_queue_pair_is_an_error) {
     options.server.rules = {{kKillQueue, 0, kAny, 20, 20, kAlways, 1, 0}};
     options.timeout_ns = 2 * kSecond;  // the other node waits so long
     Running world(options);
-    const Results seen = exchange(world, 2, 100, 4096);
+    const Results seen = exchange(world, {2, 100, 4096}, exchange_plainly);
     CHECK_EQUAL(seen.different(), 0);
     CHECK(seen.failed_calls() + seen.failed_waits() != 0);
     CHECK_EQUAL(world.nodes[0].state->failed, EPCOMM_FABRIC_TRANSPORT);
