@@ -4,6 +4,7 @@
     bash launch/bench.sh --nodes 2 4 --json results.json
     bash launch/bench.sh --nodes 2 --cases line --sms 4 8 --fabric "emulated rate=50 blocks=2"
     bash launch/bench.sh --nodes 2 4 --cases messages     # kernels against proxies, same network
+    bash launch/bench.sh --nodes 2 --cases posting
     bash launch/bench.sh --nodes 2 --cases line --sms 8 --timeline trace.json
 
 Everything is checked against the oracle before it is timed. The cases are
@@ -12,7 +13,8 @@ Everything is checked against the oracle before it is timed. The cases are
   bytes of each kind of link, triggers, and the proxies' processor time;
 - line: over emulated NICs of a modelled network, by SMs of a rank: shares of the line rate;
 - messages: the same by the size of a message, posted by kernels and by proxies, side by side;
-- triggers: what rings and proxy threads can do, by rings, threads and ranks.
+- triggers: what rings and proxy threads can do, by rings, threads and ranks;
+- posting: how fast kernels post puts by themselves, and triggers for proxy threads.
 
 With routing "gate" a token goes to at most four nodes. A fabric that this build lacks is said to be
 so, and left out unless it was asked for.
@@ -35,6 +37,7 @@ from .gpu.network import name_of
 from .gpu.nodes_cases import LineFigure, judge_line, line, proxy
 from .gpu.nodes_compare import compare
 from .gpu.nodes_options import MESSAGE_HIDDEN, Options, Setting, parse
+from .gpu.nodes_posting import PostingTable, compare_posting, define_posting, measure_posting
 from .gpu.nodes_triggers import (
     TriggerTable,
     judge_triggers,
@@ -48,13 +51,20 @@ from .gpu.timing import Effort
 from .triggers import KernelProducers
 
 
-def _refusal(fabric: str) -> str:
-    """Why a GPU's buffer cannot have this fabric; empty if it can."""
+def _refusal(fabric: str, *, chosen: bool = False) -> str:
+    """Why a GPU's buffer cannot have this fabric; empty if it can.
+
+    Args:
+        fabric: as Buffer takes it, with options.
+        chosen: "auto" is no answer.
+    """
     try:
         check_fabric(fabric, "cuda", None)
     except ValueError as error:
         return str(error)
     transport = TRANSPORTS.get(fabric.partition(" ")[0])
+    if transport is None and chosen:
+        return f"fabric: expected one of {', '.join(TRANSPORTS)}, got {fabric!r}"
     if transport is None or transport in transports:  # None: chosen when the buffer is made
         return ""
     return f"fabric: this library has no transport {transport!r}"
@@ -70,21 +80,21 @@ class _Run:
         self.out = out
         self.goals = Goals(out)
         self.triggers = TriggerTable()
+        self.posting = PostingTable()
         ranks = numbers_of_ranks(options.ranks)
         self.runner = Runner(world, ranks, out, Effort(options.groups, options.calls))
 
     def _settings(self, case: str) -> list[Setting]:
         """Those whose fabric there is."""
-        found = []
-        for setting in self.options.settings(case, self.gpus):
-            refusal = _refusal(setting.fabric)
-            if not refusal:
-                found.append(setting)
-            elif self.options.fabrics is not None:
-                self.runner.failed += 1
-            if refusal:
-                self.out.say(f"  {case}: {setting.nodes} nodes, not measured: {refusal}")
-        return found
+        settings = self.options.settings(case, self.gpus)
+        return [s for s in settings if self._has(f"{case}: {s.nodes} nodes", _refusal(s.fabric))]
+
+    def _has(self, what: str, refusal: str) -> bool:
+        """Whether nothing is said against measuring; what was asked for and is not there fails."""
+        if refusal:
+            self.runner.failed += self.options.fabrics is not None
+            self.out.say(f"  {what}, not measured: {refusal}")
+        return not refusal
 
     def _job(self, setting: Setting, **changes: Any) -> Job:
         shape = replace(self.options.on(setting.nodes), **changes)
@@ -102,6 +112,11 @@ class _Run:
             for setting in self._settings(case):
                 for hidden in MESSAGE_HIDDEN:
                     self.runner.measure(case, self._job(setting, hidden=hidden), measure)
+        elif case == "posting":
+            for posting in self.options.postings:
+                refusal = _refusal(posting.fabric, chosen=True)
+                if self._has(f"{case}: {posting.fabric}", refusal):
+                    measure_posting(self.runner, posting, self.posting, self.out)
         else:
             assert case == "triggers"
             shape = self.options.on(self.options.nodes[0])
@@ -172,8 +187,16 @@ def main() -> None:
         out.markdown(case)
         for text in compare([f for f in out.figures if f.case == case == "messages"]):
             out.say(text)
+    for text in compare_posting(run.posting):
+        out.say(text)
+    if run.posting.trips:
+        define_posting(out)
     run.goals.markdown()
-    record |= out.as_dict() | {"goals": run.goals.as_list(), "triggers": run.triggers.as_dict()}
+    record |= out.as_dict() | {
+        "goals": run.goals.as_list(),
+        "triggers": run.triggers.as_dict(),
+        "posting": run.posting.as_dict(),
+    }
     end(world, run.runner.failed, options.json, record)
 
 

@@ -13,7 +13,7 @@ from epcomm.cuda.nics import nic_sms
 from ..options import Shape, positive
 from .options import Gpus, add_exchange
 
-CASES = ("proxy", "line", "messages", "triggers")
+CASES = ("proxy", "line", "messages", "triggers", "posting")
 #: SMs of a rank: where the copies are the limit, and where the line should be.
 PROXY_SMS = (16, 12)
 LINE_SMS = (2, 4, 6, 8, 12)
@@ -25,6 +25,8 @@ _NIC = "rate=50 latency_ns=2000 planes=1 blocks=4"
 PROXY_FABRICS = ("proxy/local",)
 LINE_FABRICS = (f"emulated {_NIC}",)
 MESSAGE_FABRICS = (f"emulated {_NIC}", f"proxy/emulated {_NIC}", "proxy/local")
+#: The same cards, with nothing left of the model but 0.3 us from a doorbell to the wire.
+_NO_LINE = "rate=0 latency_ns=0 planes=1 blocks=4"
 #: At most so many nodes for a token, as DeepSeek-V3's gate limits it.
 _MOST_NODES = 4
 
@@ -36,6 +38,21 @@ class Setting:
     nodes: int
     sms: int
     fabric: str
+
+
+@dataclass(frozen=True)
+class Posting:
+    """What the case "posting" measures over: a fabric; rates too, or only times of single puts."""
+
+    fabric: str
+    rates: bool
+
+
+POSTINGS = tuple(
+    Posting(f"{name} {line}", rates)
+    for line, rates in ((_NIC, True), (_NO_LINE, False))
+    for name in ("emulated", "proxy/emulated")
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,11 @@ class Options:
                     if fitting > 0:
                         found[Setting(nodes, fitting, fabric)] = None
         return list(found)
+
+    @property
+    def postings(self) -> list[Posting]:
+        """What the case "posting" measures, in order: its own, or all of what was asked for."""
+        return [Posting(fabric, True) for fabric in self.fabrics or ()] or list(POSTINGS)
 
     def most_sms(self, gpus: Gpus | None) -> int:
         """SMs of a rank and its NICs in the largest setting."""

@@ -235,6 +235,42 @@ typedef struct {
 /// By a thread of the GPU; only in a library built with CUDA. Returns a cudaError_t.
 EPCOMM_API int epcomm_fabric_probe_calls(const epcomm_ibgda_calls* calls, void* stream);
 
+/// Writers whose posting rate is measured, over either kind of fabric. The first lane of each warp
+/// puts `bytes`, a signal with each put, and waits until all of it has completed. Warps
+/// c * num_warps to (c + 1) * num_warps - 1 post to channel c, whose signal is `first_signal` + c.
+/// Put i of warp w goes between the places number w * num_places + i % num_places of both regions,
+/// `bytes` apart.
+typedef struct {
+    epcomm_fabric fabric;  ///< what writers of KIND_PROXY take
+    epcomm_ibgda ibgda;    ///< what those of KIND_IBGDA take
+    void* unread;          ///< for epcomm_fabric_probe_unread; where queues or rings lie
+    /// [0] warps that failed; ns of the GPU's timer: [1] the first warp began (all ones before),
+    /// [2] the last one had posted all (0 before), [3] and knew that it had completed (0 before).
+    uint64_t* result;
+    uint64_t* times;  ///< null; or, for one warp, which then waits for each put: ns of each [puts]
+    epcomm_fabric_place local;
+    epcomm_fabric_place remote;
+    uint64_t bytes;      ///< of a put; a multiple of EPCOMM_FABRIC_UNIT, not 0
+    int64_t timeout_ns;  ///< of a wait for completions
+    int32_t kind;        ///< epcomm_fabric_kind
+    int32_t peer;
+    int32_t num_channels;
+    int32_t num_warps;  ///< of a channel
+    int32_t puts;       ///< of a warp
+    int32_t num_places;
+    int32_t first_signal;
+} epcomm_posting_probe;
+
+/// Post. Only in a library built with CUDA, as all of these. Return a cudaError_t.
+EPCOMM_API int epcomm_fabric_probe_posting(const epcomm_posting_probe* probe, void* stream);
+
+/// The floor: the same stores and fences by as many warps, each into a queue or ring of its own
+/// that nobody reads, so without a wait or an atomic operation. `result` as above, but for [3].
+EPCOMM_API int epcomm_fabric_probe_unread(const epcomm_posting_probe* probe, void* stream);
+
+/// Bytes of `unread` for so many warps of all channels.
+EPCOMM_API int64_t epcomm_fabric_probe_unread_bytes(int32_t kind, int32_t num_warps);
+
 /// Put empty triggers, or send a signal back and forth; `result` gets the longest thread's time.
 /// Return a cudaError_t.
 EPCOMM_API int epcomm_fabric_probe_triggers(const epcomm_fabric_probe* probe, void* stream);

@@ -56,6 +56,9 @@ _FUNCTIONS = {
     "probe_exchange": (_I32, [_POINTER, _POINTER]),
     "probe_triggers": (_I32, [_POINTER, _POINTER]),
     "probe_ping": (_I32, [_POINTER, _POINTER]),
+    "probe_posting": (_I32, [_POINTER, _POINTER]),
+    "probe_unread": (_I32, [_POINTER, _POINTER]),
+    "probe_unread_bytes": (_I64, [_I32, _I32]),
 }
 
 

@@ -13,7 +13,7 @@
 
 #include "../../csrc/carrier/carrier.h"
 #include "../../csrc/carrier/wire.h"
-#include "../../csrc/fabric/ibgda.h"
+#include "../../csrc/fabric/posting_rate.h"
 #include "cuda_runtime.h"
 
 // The program is run as "epcomm-carrier" by the code under test.
@@ -237,6 +237,35 @@ TEST(ranks_exchange_chunks) {
         while (ends[0]->count().messages < expected) CHECK(fabric::now_ns() < until);
         CHECK_EQUAL(ends[0]->count().messages, expected);
         CHECK_EQUAL(ends[0]->count().num_nics, 1);
+    }
+}
+
+TEST(puts_whose_rate_is_measured_arrive) {
+    constexpr int32_t kPuts = 100;
+    epcomm_posting_probe probe{};
+    probe.local = {1, 0, 0};
+    probe.remote = {2, 0, 0};
+    probe.bytes = 4096;
+    probe.timeout_ns = 80 * kSecond;
+    probe.peer = 2;
+    probe.num_channels = kChannels;
+    probe.num_warps = 1;
+    probe.puts = kPuts;
+    probe.num_places = 2;
+    for (const char* transport : kTransports) {
+        const Ends ends = connected(transport);
+        memset(ends[0]->send(), 5, kRegion);
+        for (int32_t c = 0; c < kChannels; ++c) {
+            fabric::PostingSpan span{};
+            CHECK(ends[0]->with(
+                [&](const auto& fabric) { return fabric::post_puts(fabric, probe, c, &span); }));
+            CHECK(span.begin < span.posted && span.posted <= span.completed);
+            CHECK(ends[2]->wait(c, kPuts));
+        }
+        const uint64_t used = kChannels * 2 * 4096;
+        for (uint64_t i = 0; i < kRegion; ++i) {
+            CHECK_EQUAL(ends[2]->receive()[i], i < used ? 5 : 0);
+        }
     }
 }
 

@@ -24,6 +24,7 @@ PROGRAMS = {
     "emulated_threads": EMULATED,
     "emulated_passages": EMULATED,
     "ibgda_fabric": EMULATED,
+    "posting_rate": EMULATED,
     "ibgda_schedules": [*EMULATED, *FIBERS],
     "planes": [*EMULATED, *FIBERS],
 }
