@@ -4,6 +4,7 @@ import time
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from harness import Case
@@ -33,6 +34,39 @@ def test_order_between_planes_is_not_noticed(world, planes, ranks_per_node, num_
     case = replace(BASE, ranks_per_node=ranks_per_node)
     with make_buffer(comm, case, fabric=fabric, timeout=20.0) as buffer:
         check_calls(comm, buffer, ranks_per_node)
+
+
+#: Of a whole call, most of the time; what else keeps a message on its way is a hundredth of it.
+SLOW_PLANE, SLOW_US = 1, 500
+
+
+@pytest.mark.parametrize("fabric", ["emulated", "emulated failover=1", "proxy/emulated"])
+@pytest.mark.parametrize("planes", [2, 4])
+@pytest.mark.parametrize(("ranks_per_node", "num_ranks"), [(2, 4), (1, 4), (1, 2)])
+def test_slow_plane_is_not_noticed(world, planes, fabric, ranks_per_node, num_ranks):
+    comm = world(num_ranks)
+    fabric += f" planes={planes} slow_plane={SLOW_PLANE} slow_us={SLOW_US}"
+    case = replace(BASE, ranks_per_node=ranks_per_node)
+    # With a timeline the cards keep what became of each message.
+    with make_buffer(comm, case, fabric=fabric, timeout=20.0, timeline=True) as buffer:
+        check_calls(comm, buffer, ranks_per_node)
+        comm.Barrier()
+        nics = buffer._backend._scale_out.fabric
+        messages, _ = nics.messages()
+        assert nics.lost_planes == ()  # late is not dead
+        everyones = np.concatenate(comm.allgather(messages))
+    assert_slow(everyones)
+
+
+def assert_slow(messages):
+    """Every message of one plane was late, in the model and in fact, and none of the others."""
+    is_slow = messages["plane"] == SLOW_PLANE
+    assert is_slow.any()
+    assert not is_slow.all()
+    landed_us = (messages["landed_ns"] - messages["depart_ns"]) / 1e3
+    modelled_us = (messages["arrive_ns"] - messages["depart_ns"]) / 1e3
+    assert landed_us[is_slow].min() >= SLOW_US
+    assert modelled_us[~is_slow].max() < SLOW_US
 
 
 @pytest.mark.parametrize("first", [0, 1, 5])

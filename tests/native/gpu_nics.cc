@@ -314,6 +314,20 @@ TEST(messages_are_told_by_lane_and_plane) {
     }
 }
 
+TEST(messages_of_a_slow_plane_are_late_and_no_others) {
+    constexpr int64_t kSlow = 3'000'000;
+    for (const char* transport : kTransports) {
+        const Ends ends = connected(transport, "planes=2 slow_plane=1 slow_us=3000", 1 << 10);
+        for (const auto& end : ends) CHECK(end->keeps(1 << 10));
+        exchange(ends, 1);
+        for (const auto& message : ends[0]->messages_of(2 * (kNodes - 1) * kChannels)) {
+            const int64_t took = message.arrive_ns - message.depart_ns;
+            CHECK_EQUAL(took >= kSlow, message.plane == 1);
+            CHECK(message.landed_ns >= message.arrive_ns);
+        }
+    }
+}
+
 // Ports are shared by engines on several devices, each with a timer of its own.
 TEST(timers_of_several_devices_are_one_clock) {
     for (const char* transport : kTransports) {
