@@ -1,8 +1,9 @@
 """A job of which one rank is killed in the middle of a kernel; prints what became of the others.
 
-    bash launch/gpu.sh -n RANKS --sms 8 --once python3 tests/jobs/killed_gpu_rank.py RANKS HOW
+    bash launch/gpu.sh -n RANKS --sms 10 --once python3 tests/jobs/killed_gpu_rank.py ARGUMENTS
 
-It starts its ranks itself: a launcher would end them all as soon as one is killed. HOW:
+It starts its ranks itself: a launcher would end them all as soon as one is killed. ARGUMENTS are
+RANKS NODES HOW; with several NODES there are emulated network cards between them. HOW:
 
     nobody    no rank is killed
     before    the last rank is killed before it calls, while the others' kernels wait for it
@@ -25,6 +26,21 @@ TIMEOUT = 3.0  # of the buffer, seconds
 PATIENCE = 60.0  # of this program
 ROUNDS = 30
 DELAY_NS = 20_000_000
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is run, and where its ranks find each other."""
+
+    size: int
+    nodes: int
+    how: str
+    folder: str
+
+    @property
+    def killed(self) -> int:
+        """The rank that is, if one is."""
+        return self.size - 1
 
 
 @dataclass
@@ -62,7 +78,8 @@ def gpu_works() -> bool:
         return False
 
 
-def run_rank(rank: int, size: int, how: str, folder: str, answers: Any, told: Any) -> None:
+def run_rank(rank: int, job: Job, answers: Any, told: Any) -> None:
+    size, how = job.size, job.how
     os.environ["CUDA_VISIBLE_DEVICES"] = str(rank // int(os.environ["EPCOMM_GPU_RANKS"]))
     if how == "moving":
         os.environ["EPCOMM_CUDA_DELAY_NS"] = str(DELAY_NS)
@@ -72,7 +89,7 @@ def run_rank(rank: int, size: int, how: str, folder: str, answers: Any, told: An
     import epcomm
 
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
+        "gloo", init_method=f"file://{job.folder}/store", rank=rank, world_size=size
     )
     buffer = epcomm.Buffer(
         dist.group.WORLD,
@@ -80,10 +97,11 @@ def run_rank(rank: int, size: int, how: str, folder: str, answers: Any, told: An
         num_experts=2 * size,
         num_topk=2,
         max_tokens=512,
-        ranks_per_node=size,
+        ranks_per_node=size // job.nodes,
         timeout=TIMEOUT,
         backend="cuda",
         num_sms=8,
+        fabric="auto" if job.nodes == 1 else "emulated",
     )
     x = torch.ones(512, 2048, dtype=torch.bfloat16, device="cuda")
     topk_idx = torch.rand(512, 2 * size, device="cuda").topk(2, dim=1).indices
@@ -95,7 +113,7 @@ def run_rank(rank: int, size: int, how: str, folder: str, answers: Any, told: An
 
     call()
     dist.barrier()
-    if rank == size - 1:
+    if rank == job.killed:
         if how == "before":
             time.sleep(0.3)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -121,13 +139,14 @@ def run_rank(rank: int, size: int, how: str, folder: str, answers: Any, told: An
 
 
 def main() -> None:
-    size, how = int(sys.argv[1]), sys.argv[2]
+    size, nodes, how = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     context = multiprocessing.get_context("spawn")
     answers, told = context.Queue(), context.Event()
     collected: list[Answer] = []
     with tempfile.TemporaryDirectory() as folder:
+        job = Job(size, nodes, how, folder)
         processes = [
-            context.Process(target=run_rank, args=(rank, size, how, folder, answers, told))
+            context.Process(target=run_rank, args=(rank, job, answers, told))
             for rank in range(size)
         ]
         for process in processes:
