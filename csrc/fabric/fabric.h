@@ -159,9 +159,9 @@ EPCOMM_HD inline Ticket signal_add(const epcomm_fabric& fabric, Lane lane, int32
 }
 
 /// Whether the operation of a ticket, and with it every earlier one of its channel, has completed
-/// at its peer.
+/// at its peer. A failed call's, 0, never has.
 EPCOMM_HD inline bool done(const epcomm_fabric& fabric, int32_t channel, Ticket ticket) {
-    return load_acquire(&ring_of(fabric, channel).consumer->completed) >= ticket;
+    return ticket != 0 && load_acquire(&ring_of(fabric, channel).consumer->completed) >= ticket;
 }
 
 /// Wait until all operations that were put into this channel before have completed at their peers.

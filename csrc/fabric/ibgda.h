@@ -240,6 +240,7 @@ EPCOMM_HD inline void look_at_queue(const Ibgda& fabric, Lane lane) {
 
 template <class Recovery>
 EPCOMM_HD inline bool ticket_is_done(const Ibgda& fabric, Ticket ticket) {
+    if (ticket == 0) return false;
     constexpr uint64_t kChannel = EPCOMM_FABRIC_MAX_CHANNELS - 1;
     Lane lane{int32_t((ticket - 1) >> kTicketPeerShift),
               int32_t((ticket - 1) >> kTicketChannelShift & kChannel)};

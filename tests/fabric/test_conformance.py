@@ -160,8 +160,9 @@ def put_badly(
     started = time.monotonic()
     assert end.fabric.put(lane, Place(IN, 0), Place(OUT, 0), 16) == 0
     assert not end.fabric.done(2, ticket)
+    assert not end.fabric.done(2, 0)
     for channel in (2, 0):
-        with pytest.raises(FabricError, match=r"signal|region|place"):
+        with pytest.raises(FabricError, match=r"remote access|signal|region|place"):
             end.fabric.flush(channel, SOON)
     assert time.monotonic() - started < SOON / 2
     bootstrap.barrier()

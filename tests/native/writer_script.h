@@ -248,24 +248,30 @@ struct Evidence {
     uint64_t start;  ///< position that the counters began at
 };
 
+/// Whether an engine that looks between record and doorbell says so of the same mistake: the record
+/// is beyond what can be posted, the doorbell seen is the one before.
+inline bool is_seen_early(Violation expected, uint8_t code) {
+    return expected == emulated::kQueueOverflow && code == emulated::kRecordWrong;
+}
+
 inline void expect_caught(Mistake mistake, const Evidence& seen) {
     const Expected expected = expected_of(mistake);
     const Outcome& outcome = seen.outcome;
     CHECK_EQUAL(outcome.stuck, 0);
     CHECK_EQUAL(outcome.torn, mistake == Mistake::kSignalElsewhere);
-    size_t violations = 0;
+    Violation found = emulated::kNoViolation;
     for (const emulated::Event& event : seen.events) {
         if (event.kind != emulated::EventKind::kViolation) continue;
-        violations += 1;
-        CHECK_EQUAL(event.code, expected.violation);
+        if (found == emulated::kNoViolation) found = Violation(event.code);
+        CHECK(event.code == expected.violation || is_seen_early(expected.violation, event.code));
     }
-    CHECK_EQUAL(violations != 0, expected.violation != emulated::kNoViolation);
-    CHECK_EQUAL(outcome.failed, violations != 0);
+    CHECK_EQUAL(found != 0, expected.violation != emulated::kNoViolation);
+    CHECK_EQUAL(outcome.failed, found != 0);
     if (outcome.failed != 0) {
         const bool is_request = expected.violation < emulated::kDoorbellQueueNumber;
         CHECK_EQUAL(outcome.syndrome, mlx5::kLocalOperation);
         CHECK_EQUAL(outcome.vendor, is_request ? uint8_t(emulated::kVendorMalformed)
-                                               : emulated::kVendorViolation + expected.violation);
+                                               : emulated::kVendorViolation + found);
         // A request that is wrong is named; of broken rules the first one that has not completed.
         // Who counted completions wrong misplaces it.
         const uint64_t at = outcome.position - seen.start;

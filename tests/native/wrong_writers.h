@@ -122,7 +122,7 @@ struct Writer {
                 break;
             case Mistake::kReceiveRecord:
                 record(mlx5::kSendRecord, next);
-                record(mlx5::kReceiveRecord, next);
+                record(mlx5::kReceiveRecord, next | 1);  // not 0, where the index wraps
                 doorbell(queue->number);
                 break;
             case Mistake::kDoorbellElsewhere:
