@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <mutex>
 
+#include "../emulated/broken_rule.h"
 #include "../emulated/counts.h"
 #include "../emulated/engine.h"
 #include "../emulated/options.h"
@@ -168,7 +169,7 @@ class Emulated : public Transport {
     int64_t longest_nap_ns() const override { return 1'000'000; }
 
     std::string error_text(const Completion& completion) const override {
-        return Posting::error_text(completion);
+        return emulated::describe_error(completion.vendor);
     }
 
     std::string describe() const override {

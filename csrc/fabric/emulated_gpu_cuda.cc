@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "../emulated/broken_rule.h"
 #include "../emulated/counts.h"
 #include "../emulated/server.h"
 #include "emulated_gpu.h"
@@ -154,7 +155,7 @@ epcomm_fabric_message EmulatedGpu::message_of(const emulated::Passage& passage) 
 }
 
 std::string EmulatedGpu::error_text(const Completion& completion) const {
-    return mlx5::describe(uint8_t(completion.vendor >> 8));
+    return emulated::describe_error(completion.vendor);
 }
 
 /// Of one plane.

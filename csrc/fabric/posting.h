@@ -6,7 +6,6 @@
 
 #include <deque>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "ibgda.h"
@@ -25,10 +24,6 @@ class Posting {
     /// As Transport::post and Transport::poll.
     size_t post(int32_t lane, const Operation* operations, size_t count);
     size_t poll(int32_t lane, Completion* completions, size_t capacity);
-
-    static std::string error_text(const Completion& completion) {
-        return mlx5::describe(uint8_t(completion.vendor >> 8));
-    }
 
  private:
     /// What is under way on a queue, in order.

@@ -145,6 +145,16 @@ class End {
         const std::string text = describe();
         kill(std::stoi(text.substr(text.rfind(' ') + 1)), SIGKILL);
     }
+    /// Of a direct end: what kernels write to, and how they look at it while they wait. Whether the
+    /// fabric has failed.
+    mlx5::SendQueue* queue(Lane lane) const {
+        return fabric::queue_of(*epcomm_fabric_ibgda_of(end_), lane);
+    }
+    bool look(Lane lane) const {
+        const epcomm_ibgda& ibgda = *epcomm_fabric_ibgda_of(end_);
+        fabric::look(ibgda, lane);
+        return fabric::load_acquire(&ibgda.state->failed) != 0;
+    }
     uint8_t* send() const { return memory_[1]; }
     uint8_t* receive() const { return memory_[2]; }
 
@@ -405,6 +415,23 @@ TEST(killed_queue_pairs_end_the_fabric_with_the_reason) {
         CHECK_EQUAL(ends[0]->error().channel, 2);
         CHECK(has(ends[0]->error().text, "flushed"));
     }
+}
+
+/// A doorbell without its record.
+void ring_wrongly(mlx5::SendQueue* queue) {
+    const auto next = uint16_t(queue->reserved + 1);
+    mlx5::store_doorbell(queue->doorbell, mlx5::next_index_doorbell(queue->number, next));
+}
+
+TEST(a_broken_rule_is_told_by_name) {
+    const Ends ends = connected("emulated-cuda");
+    CHECK(ends[0]->add({1, 2}, 5) && ends[0]->flush(2));
+    ring_wrongly(ends[0]->queue({1, 2}));
+    const int64_t until = fabric::now_ns() + 20 * kSecond;
+    while (!ends[0]->look({1, 2})) CHECK(fabric::now_ns() < until);
+    CHECK_EQUAL(ends[0]->check(), EPCOMM_FABRIC_TRANSPORT);
+    CHECK_EQUAL(ends[0]->error().peer, 1);
+    CHECK(has(ends[0]->error().text, "; the emulated NIC found a broken rule: record behind"));
 }
 
 TEST(a_killed_carrier_ends_its_ranks_waits) {

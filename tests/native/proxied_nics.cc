@@ -3,6 +3,7 @@
 
 #include <thread>
 
+#include "../../csrc/emulated/broken_rule.h"
 #include "../../csrc/emulated/options.h"
 #include "../../csrc/fabric/posting.h"
 #include "rig.h"
@@ -191,7 +192,7 @@ class Proxied : public fabric::Transport {
         return posting_->poll(lane, completions, capacity);
     }
     std::string error_text(const fabric::Completion& completion) const override {
-        return fabric::Posting::error_text(completion);
+        return describe_error(completion.vendor);
     }
     std::string describe() const override { return "proxied"; }
     void close() override {}

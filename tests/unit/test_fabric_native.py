@@ -4,7 +4,15 @@ import native_programs
 import pytest
 
 LIBRARY = native_programs.library("host", "fabric", "emulated")
-PROGRAMS = {"rings": [], "proxies": LIBRARY, "model": LIBRARY, "direct": LIBRARY}
+#: Its test writes the requests of the transport `emulated`.
+WRONG = [source for source in LIBRARY if not source.endswith("/posting.cc")]
+PROGRAMS = {
+    "rings": [],
+    "proxies": LIBRARY,
+    "model": LIBRARY,
+    "direct": LIBRARY,
+    "wrong_posting": WRONG,
+}
 
 
 @pytest.fixture(scope="module")
