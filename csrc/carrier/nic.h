@@ -114,6 +114,7 @@ enum NicQuestion : uint64_t {
     kCountAnew = 1,       ///< count; later counts begin here
     kTellMessages = 2,    ///< those kept
     kForgetMessages = 3,  ///< those that landed so far
+    kTellBrokenRules = 4,
 };
 
 /// At the start of the memory that the carrier shares with its rank.
@@ -122,7 +123,8 @@ struct NicReport {
     uint64_t question;  ///< rank: NicQuestion
     uint64_t answered;  ///< carrier: `asked`, once what follows is there
     emulated::Traffic traffic;
-    uint64_t violations;
+    /// The count is written (release) after the first one; now and then without being asked.
+    emulated::BrokenRules broken_rules;
     uint64_t num_messages;    ///< that are told
     uint64_t total_messages;  ///< that landed since they were forgotten
     uint64_t heartbeat_ns;    ///< of the kernel's slowest block, device's timer

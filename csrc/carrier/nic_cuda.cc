@@ -100,7 +100,9 @@ class Nics {
         if (fabric::load_acquire(&report_->asked) != report_->answered) answer();
         if (turn % kLooksPerSign != 0) return;
         server_->sign_of_life();
-        fabric::store_release(&report_->heartbeat_ns, server_->look().heartbeat);
+        const emulated::ServerReport seen = server_->look();
+        tell_broken_rules(seen.broken_rules);
+        fabric::store_release(&report_->heartbeat_ns, seen.heartbeat);
         for (int32_t n = 0; n < shape_.num_nodes; ++n) {
             if (n == shape_.node || !peers_[size_t(n)].gone()) continue;
             // A process that has ended does not answer; its memory would.
@@ -172,9 +174,16 @@ class Nics {
         switch (report_->question) {
             case kTellMessages: tell_messages(); break;
             case kForgetMessages: server_->forget_passages(); break;
+            case kTellBrokenRules: tell_broken_rules(server_->look().broken_rules); break;
             default: count(report_->question == kCountAnew);
         }
         fabric::store_release(&report_->answered, asked);
+    }
+
+    /// The rank may be looking, so what it has seen stays as it is: the first one does not change.
+    void tell_broken_rules(const emulated::BrokenRules& seen) {
+        if (report_->broken_rules.count == 0) report_->broken_rules.first = seen.first;
+        fabric::store_release(&report_->broken_rules.count, seen.count);
     }
 
     void tell_messages() {
@@ -189,7 +198,7 @@ class Nics {
         const emulated::ServerReport seen = server_->look();
         report_->traffic = emulated::Traffic();
         for (const emulated::Traffic& traffic : seen.traffic) report_->traffic.add(traffic);
-        report_->violations = seen.violations;
+        tell_broken_rules(seen.broken_rules);
         if (!anew) return;
         server_->forget_counts();
         usleep(kCountUs);

@@ -83,6 +83,8 @@ class Engine {
 
     Picoseconds now() const;
     uint64_t violations() const { return journal_.violations; }
+    /// Also while another thread takes steps.
+    BrokenRules broken_rules() const { return journal_.broken_rules(); }
     std::vector<Event> events() const;
     const Traffic& traffic(uint32_t nic) const { return traffic_[nic]; }
     /// Count from now on. Not while another thread takes steps.

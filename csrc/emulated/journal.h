@@ -32,17 +32,34 @@ EPCOMM_HD inline uint64_t increase(uint64_t* counter) {
 #endif
 }
 
-/// Events beyond the capacity are counted, not kept. Violations are counted apart as well.
+/// Rules that writers were found to have broken.
+struct BrokenRules {
+    uint64_t count = 0;
+    Event first = {};  ///< if there is one
+};
+
+/// Events beyond the capacity are counted, not kept. Violations are counted apart as well, and the
+/// first one is always kept: faults that are meant to happen must not hide it.
 struct Journal {
     Event* events;
     uint64_t capacity;
     uint64_t count;
     uint64_t violations;
+    Event violation = {};
+    uint64_t violation_is_whole = 0;
 
     EPCOMM_HD void add(const Event& event) {
         const uint64_t slot = increase(&count);
-        if (event.kind == EventKind::kViolation) increase(&violations);
         if (slot < capacity) events[slot] = event;
+        if (event.kind != EventKind::kViolation || increase(&violations) != 0) return;
+        violation = event;
+        fabric::store_release(&violation_is_whole, uint64_t(1));
+    }
+
+    /// May be called while others add.
+    BrokenRules broken_rules() const {
+        if (fabric::load_acquire(&violation_is_whole) == 0) return {};
+        return {fabric::load_relaxed(&violations), violation};
     }
 };
 

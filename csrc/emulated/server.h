@@ -45,7 +45,7 @@ struct ServerReport {
     bool abandoned;           ///< a block ended because it heard nothing of its host
     uint64_t heartbeat;       ///< the oldest of the blocks'
     uint32_t granularity_ns;  ///< of the device's timer
-    uint64_t violations;
+    BrokenRules broken_rules;
     uint64_t num_events;
     std::vector<Traffic> traffic;  ///< [num_planes]
 };

@@ -296,7 +296,9 @@ ServerReport Server::look() {
     }
     Journal journal;
     parts.read(resident.journal, 1, &journal);
-    report.violations = journal.violations;
+    // A copy has no order within. What another one brings is as old as this one's flag at least.
+    if (journal.violation_is_whole != 0) parts.read(resident.journal, 1, &journal);
+    report.broken_rules = journal.broken_rules();
     report.num_events = journal.count;
     std::vector<Traffic> cells(resident_traffic_cells(resident));
     parts.read(resident.traffic, cells.size(), cells.data());

@@ -9,10 +9,10 @@
 #include <algorithm>
 #include <mutex>
 
-#include "../emulated/broken_rule.h"
 #include "../emulated/counts.h"
 #include "../emulated/engine.h"
 #include "../emulated/options.h"
+#include "nic_errors.h"
 #include "peer_memory.h"
 #include "peer_process.h"
 #include "plain_address.h"
@@ -169,7 +169,13 @@ class Emulated : public Transport {
     int64_t longest_nap_ns() const override { return 1'000'000; }
 
     std::string error_text(const Completion& completion) const override {
-        return emulated::describe_error(completion.vendor);
+        return describe_error(completion, engine_->broken_rules());
+    }
+
+    void look_after() override {
+        const emulated::BrokenRules found = engine_->broken_rules();
+        if (found.count == 0) return;
+        report(plan_.state, error_of(found, lane_of(found.first.queue)));
     }
 
     std::string describe() const override {
@@ -271,15 +277,20 @@ class Emulated : public Transport {
         }
     }
 
-    epcomm_fabric_message message_of(const emulated::Passage& passage) const {
-        epcomm_fabric_message message = emulated::message_of(passage, epoch_);
+    Lane lane_of(uint32_t number) const {
         const auto found =
             std::find_if(queues_.begin(), queues_.end(), [&](const mlx5::SendQueue& queue) {
-                return queue.ring != nullptr && queue.number == passage.queue;
+                return queue.ring != nullptr && queue.number == number;
             });
         const auto index = int32_t(found - queues_.begin());
-        message.peer = index / plan_.num_channels;
-        message.channel = index % plan_.num_channels;
+        return {index / plan_.num_channels, index % plan_.num_channels};
+    }
+
+    epcomm_fabric_message message_of(const emulated::Passage& passage) const {
+        epcomm_fabric_message message = emulated::message_of(passage, epoch_);
+        const Lane lane = lane_of(passage.queue);
+        message.peer = lane.peer;
+        message.channel = lane.channel;
         return message;
     }
 

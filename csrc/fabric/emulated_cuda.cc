@@ -30,6 +30,7 @@ class EmulatedCuda : public EmulatedGpu {
     void look_after() override {
         const std::string why = why_dead();
         if (!why.empty()) report(plan_.state, plain_error(EPCOMM_FABRIC_STALLED, why));
+        look_for_broken_rules();
     }
 
     size_t post(int32_t, const Operation*, size_t) override { return 0; }

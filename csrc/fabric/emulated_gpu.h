@@ -8,6 +8,7 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -72,6 +73,9 @@ class EmulatedGpu : public Transport {
     /// all is well. Called now and then, by one thread at a time.
     std::string why_dead();
 
+    /// Report rules that writers broke, as of the carrier's last look.
+    void look_for_broken_rules();
+
     /// Counts and flags of what writers are given; the pointers are not set.
     Ibgda fabric() const;
 
@@ -99,8 +103,12 @@ class EmulatedGpu : public Transport {
 
  private:
     carrier::NicReport* said() const { return static_cast<carrier::NicReport*>(shared_->start()); }
-    /// Wait for the carrier's answer.
-    void ask(carrier::NicQuestion question);
+    /// Wait for the carrier's answer, which is there until the next question: `asking_` is held
+    /// until it has been read.
+    void ask(carrier::NicQuestion question) const;
+    emulated::BrokenRules broken_rules() const;
+    int32_t plane_of(uint32_t nic) const { return int32_t(nic - shape_.nic(shape_.node, 0)); }
+    Lane lane_of(int32_t plane, uint32_t number) const;
     epcomm_fabric_message message_of(const emulated::Passage& passage) const;
     void register_regions();
     carrier::NicAddress checked(int32_t node, const std::string& bytes) const;
@@ -116,6 +124,7 @@ class EmulatedGpu : public Transport {
     std::unique_ptr<carrier::SharedMemory> shared_;
     std::vector<PeerProcess> peers_;
     std::unique_ptr<carrier::Carrier> carrier_;
+    mutable std::mutex asking_;
     int64_t epoch_ns_ = 0;        ///< where time begins, on the device's timer
     int64_t host_epoch_ns_ = 0;   ///< and on the host's clock
     uint64_t kept_messages_ = 0;  ///< at most

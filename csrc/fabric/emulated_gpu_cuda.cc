@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "../emulated/broken_rule.h"
 #include "../emulated/counts.h"
 #include "../emulated/server.h"
 #include "emulated_gpu.h"
+#include "nic_errors.h"
 #include "plain_address.h"
 
 namespace epcomm::fabric {
@@ -101,7 +101,7 @@ void EmulatedGpu::connect(const std::vector<std::string>& addresses) {
     start_carrier(all);
 }
 
-void EmulatedGpu::ask(carrier::NicQuestion question) {
+void EmulatedGpu::ask(carrier::NicQuestion question) const {
     NicReport* report = said();
     report->question = question;
     const uint64_t asked = report->asked + 1;
@@ -114,6 +114,7 @@ void EmulatedGpu::ask(carrier::NicQuestion question) {
 }
 
 bool EmulatedGpu::count(epcomm_fabric_traffic* into, bool restart) {
+    const std::lock_guard<std::mutex> lock(asking_);
     ask(restart ? carrier::kCountAnew : carrier::kCount);
     // On the host's clock, so that ranks with other GPUs can be compared.
     emulated::fill_counts(said()->traffic, options_.line, host_epoch_ns_, into);
@@ -123,12 +124,14 @@ bool EmulatedGpu::count(epcomm_fabric_traffic* into, bool restart) {
 
 bool EmulatedGpu::keep_messages(uint64_t capacity) {
     if (capacity > uint64_t(shape_.max_messages)) return false;
+    const std::lock_guard<std::mutex> lock(asking_);
     ask(carrier::kForgetMessages);
     kept_messages_ = capacity;
     return true;
 }
 
 std::vector<epcomm_fabric_message> EmulatedGpu::messages(uint64_t* total) {
+    const std::lock_guard<std::mutex> lock(asking_);
     ask(carrier::kTellMessages);
     const NicReport* report = said();
     const auto* kept = reinterpret_cast<const emulated::Passage*>(
@@ -144,18 +147,47 @@ std::vector<epcomm_fabric_message> EmulatedGpu::messages(uint64_t* total) {
 
 epcomm_fabric_message EmulatedGpu::message_of(const emulated::Passage& passage) const {
     epcomm_fabric_message message = emulated::message_of(passage, epoch_ns_);
-    message.plane = int32_t(passage.nic - shape_.nic(shape_.node, 0));
-    carrier::for_each_queue(
-        shape_, [&](int32_t, int32_t peer, int32_t channel, int32_t plane, uint32_t number) {
-            if (plane != message.plane || number != passage.queue) return;
-            message.peer = peer;
-            message.channel = channel;
-        });
+    message.plane = plane_of(passage.nic);
+    const Lane lane = lane_of(message.plane, passage.queue);
+    message.peer = lane.peer;
+    message.channel = lane.channel;
     return message;
 }
 
+Lane EmulatedGpu::lane_of(int32_t plane, uint32_t number) const {
+    Lane lane = {-1, -1};
+    carrier::for_each_queue(
+        shape_, [&](int32_t, int32_t peer, int32_t channel, int32_t of_plane, uint32_t of_number) {
+            if (of_plane == plane && of_number == number) lane = {peer, channel};
+        });
+    return lane;
+}
+
+emulated::BrokenRules EmulatedGpu::broken_rules() const {
+    const emulated::BrokenRules& seen = said()->broken_rules;
+    const uint64_t count = load_acquire(&seen.count);
+    return count == 0 ? emulated::BrokenRules() : emulated::BrokenRules{count, seen.first};
+}
+
+void EmulatedGpu::look_for_broken_rules() {
+    const emulated::BrokenRules found = broken_rules();
+    if (found.count == 0) return;
+    const emulated::Event& first = found.first;
+    report(plan_.state, error_of(found, lane_of(plane_of(first.nic), first.queue)));
+}
+
 std::string EmulatedGpu::error_text(const Completion& completion) const {
-    return emulated::describe_error(completion.vendor);
+    emulated::BrokenRules found;
+    if (emulated::is_malformed(completion.vendor)) {
+        const std::lock_guard<std::mutex> lock(asking_);
+        try {
+            ask(carrier::kTellBrokenRules);
+            found = broken_rules();
+        } catch (const std::runtime_error&) {
+            // It does not answer. Then the rule has no name, and the error still comes.
+        }
+    }
+    return describe_error(completion, found);
 }
 
 /// Of one plane.

@@ -36,6 +36,8 @@ class EmulatedProxyCuda : public EmulatedGpu {
         return posting_->poll(lane, completions, capacity);
     }
 
+    void look_after() override { look_for_broken_rules(); }
+
     std::string describe() const override {
         return "emulated-cuda-proxy: mlx5 requests by proxy threads, " + network();
     }

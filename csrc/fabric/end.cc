@@ -239,10 +239,11 @@ int epcomm_fabric_has_atomics(const epcomm_fabric_end* end) {
 
 int epcomm_fabric_check(epcomm_fabric_end* end, int64_t stall_ns) {
     if (end->proxy != nullptr) end->proxy->check(stall_ns);
-    const bool direct = end->direct != nullptr && !end->stopped;
-    if (direct) end->transport->look_after();
+    const bool direct = end->direct != nullptr;
+    const bool connected = !end->stopped && (direct || end->proxy != nullptr);
+    if (connected) end->transport->look_after();
     const auto failed = int(load_acquire(&end->fabric.state->failed));
-    if (direct && failed != 0) explain(end);
+    if (connected && direct && failed != 0) explain(end);
     return failed;
 }
 

@@ -27,7 +27,7 @@
 // operation gets one Completion, in any order.
 //
 // DIRECT. A transport whose producers post by themselves is told so by `direct()`. It has no proxy
-// threads: post and poll are never called, and `drain` and `look_after` are called instead.
+// threads: post and poll are never called, and `drain` is called instead.
 //
 // FAILURE. post and poll don't throw. An operation that fails gets a Completion with `ok` false;
 // then the proxy stops and nothing more is posted. The other operations under way need no
@@ -138,7 +138,7 @@ class Transport {
     /// posts any more.
     virtual void drain(int64_t /*timeout_ns*/) {}
 
-    /// Direct: look for errors that no producer meets and report them (report.h). Called now and
+    /// Look for errors that no producer or poll meets and report them (report.h). Called now and
     /// then between `connect` and `close`. Never waits.
     virtual void look_after() {}
 

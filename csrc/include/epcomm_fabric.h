@@ -106,8 +106,9 @@ EPCOMM_API int64_t epcomm_fabric_messages(epcomm_fabric_end* end, epcomm_fabric_
                                           int64_t capacity, uint64_t* total);
 
 /// Look after the threads: one that ended, or showed no sign of life for `stall_ns`, fails the
-/// fabric. A direct transport looks for errors that no producer meets. Returns the
-/// epcomm_fabric_status; the error record is in state->error.
+/// fabric. So does an error that no producer meets, such as a rule of the network card's interface
+/// that an emulated card found broken. Returns the epcomm_fabric_status; the error record is in
+/// state->error.
 EPCOMM_API int epcomm_fabric_check(epcomm_fabric_end* end, int64_t stall_ns);
 
 /// Planes lost to peers so far (see epcomm_ibgda.failover).

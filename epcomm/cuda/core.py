@@ -140,6 +140,8 @@ class Core:
         if self.engine.error() is not None:
             raise timeout(self.engine)
         self.raise_late_refusal()
+        if self.scale_out is not None:
+            self.scale_out.fabric.check()
 
     def time(self, number: int, first: bool, *, combines: bool = False) -> dict[str, float]:
         """Seconds by phase of a call (waits)."""

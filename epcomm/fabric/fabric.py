@@ -337,8 +337,10 @@ class Fabric:
         return bool(library.epcomm_fabric_peer_gone(self._end, node))
 
     def check(self, stall: float = STALL_SECONDS) -> None:
-        """Raise FabricError if the fabric has failed; notices dead proxy threads.
+        """Raise FabricError if the fabric has failed.
 
+        Notices dead proxy threads, and what an emulated network card has found: a rule of the
+        card's interface that whoever writes its requests broke, also where no operation failed yet.
         Warns (RuntimeWarning) once for every plane to a peer that is not used any more.
         """
         failed = library.epcomm_fabric_check(self._end, int(stall * 1e9))
@@ -376,8 +378,11 @@ def describe_error(error: np.void, topology: Topology) -> FabricError:
     ranks: tuple[int, ...] = ()
     if 0 <= peer < topology.num_nodes and peer != topology.node:
         ranks = (topology.rail[peer],)
+        # Nothing goes to a peer with NOOP: what was found without an operation has none.
+        op, nbytes = int(error["op"]), int(error["bytes"])
+        what = f"{_OPS[op]} of {nbytes} bytes " if op != constants["NOOP"] else ""
         text += (
-            f" ({_OPS[int(error['op'])]} of {int(error['bytes'])} bytes to rank {ranks[0]}, "
+            f" ({what}to rank {ranks[0]}, "
             f"node {peer}, channel {int(error['channel'])}, queue pair "
             f"{int(error['queue_pair'])}, vendor code {int(error['vendor'])})"
         )

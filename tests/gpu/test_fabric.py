@@ -200,3 +200,45 @@ def test_error_ends_kernels(comm, make_world, transport):
     with pytest.raises(epcomm.FabricError, match=REFUSALS[transport]) as caught:
         world.fabric.check()
     assert caught.value.ranks == (peer,)
+
+
+def ring_wrongly(fabric):
+    """A doorbell that names another queue pair, where that of the rank's first one is due."""
+    ibgda = np.frombuffer(fabric.ibgda, dtypes["ibgda"])[0]
+    # The beginning of an mlx5::SendQueue: four pointers, the last one to the doorbell; two sizes;
+    # its number.
+    head = np.zeros(11, np.uint32)
+    copy, to_host, to_device = cupy.cuda.runtime.memcpy, 2, 1
+    copy(head.ctypes.data, int(ibgda["queues"]), head.nbytes, to_host)
+    word = np.array([1 << 8, (int(head[10]) + 1) << 8], ">u4")
+    copy(int(head[6:8].view(np.uint64)[0]), word.ctypes.data, word.nbytes, to_device)
+    return int(head[10])
+
+
+def check_for(fabric, seconds):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        fabric.check()
+
+
+@pytest.mark.parametrize("transport", ["emulated-cuda"])
+def test_broken_rule_that_nobody_notices_fails_the_fabric(comm, make_world):
+    """Also where no operation fails, because nobody reads completions."""
+    world = make_world(False)
+    fabric, topology = world.fabric, world.topology
+    # The first queue pair is that to node 0, which itself has none there.
+    wrong = topology.node == 1
+    fabric.check()
+    comm.Barrier()
+    if wrong:
+        number = ring_wrongly(fabric)
+        assert number > 0
+        words = "the emulated NIC found a broken rule: doorbell queue"
+        with pytest.raises(epcomm.FabricError, match=words) as caught:
+            check_for(fabric, 10)
+        assert caught.value.ranks == (topology.rail[0],)
+        assert f"channel 0, queue pair {number}," in str(caught.value)
+        assert "bytes" not in str(caught.value)
+    assert comm.allreduce(wrong) == 1
+    if not wrong:
+        check_for(fabric, 0.5)  # longer than NICs take to tell

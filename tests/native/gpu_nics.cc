@@ -434,6 +434,42 @@ TEST(a_broken_rule_is_told_by_name) {
     CHECK(has(ends[0]->error().text, "; the emulated NIC found a broken rule: record behind"));
 }
 
+TEST(a_rule_that_is_broken_unnoticed_fails_the_fabric) {
+    const Ends ends = connected("emulated-cuda", "planes=2");
+    CHECK(ends[0]->add({1, 1}, 5) && ends[0]->flush(1));
+    CHECK_EQUAL(ends[0]->check(), 0);
+    ring_wrongly(ends[0]->queue({2, 3}));
+    ring_wrongly(ends[0]->queue({1, 1}));
+    // Nobody reads completions.
+    const int64_t until = fabric::now_ns() + 20 * kSecond;
+    while (ends[0]->check() == 0) CHECK(fabric::now_ns() < until);
+    const epcomm_fabric_error& error = ends[0]->error();
+    CHECK_EQUAL(error.status, EPCOMM_FABRIC_TRANSPORT);
+    CHECK(has(error.text, "the emulated NIC found a broken rule: record behind, at request "));
+    const Lane lane = {error.peer, error.channel};
+    CHECK((lane.peer == 1 && lane.channel == 1) || (lane.peer == 2 && lane.channel == 3));
+    CHECK_EQUAL(error.queue_pair, ends[0]->queue(lane)->number);
+    CHECK_EQUAL(error.position, ends[0]->queue(lane)->reserved);
+    for (int32_t other = 1; other < kNodes; ++other) CHECK_EQUAL(ends[size_t(other)]->check(), 0);
+}
+
+TEST(malformed_requests_are_told_by_name) {
+    const Ends ends = connected("emulated-cuda");
+    mlx5::SendQueue* queue = ends[0]->queue({1, 2});
+    mlx5::Block block = mlx5::nop_request(mlx5::header_of(*queue, 0, true));
+    block.unit[0].word[3] = 1;
+    mlx5::store_request(queue, 0, block);
+    queue->reserved = 1;
+    mlx5::store_record(&queue->record[mlx5::kSendRecord], 1);
+    mlx5::store_doorbell(queue->doorbell, mlx5::next_index_doorbell(queue->number, 1));
+    const int64_t until = fabric::now_ns() + 20 * kSecond;
+    while (!ends[0]->look({1, 2})) CHECK(fabric::now_ns() < until);
+    CHECK_EQUAL(ends[0]->check(), EPCOMM_FABRIC_TRANSPORT);
+    CHECK(has(ends[0]->error().text,
+              "malformed request; the emulated NIC found a broken rule: "
+              "reserved bits"));
+}
+
 TEST(a_killed_carrier_ends_its_ranks_waits) {
     for (const char* transport : kTransports) {
         const Ends ends = connected(transport);

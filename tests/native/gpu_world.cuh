@@ -202,8 +202,8 @@ class World {
     void expect_clean() {
         for (Node& node : nodes) {
             CHECK(node.server->stop(kStopClean, 5 * kSecond * slowness()));
-            if (node.server->look().violations != 0) print_events(node);
-            CHECK_EQUAL(node.server->look().violations, 0);
+            if (node.server->look().broken_rules.count != 0) print_events(node);
+            CHECK_EQUAL(node.server->look().broken_rules.count, 0);
         }
     }
 

@@ -4,7 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <memory>
+#include <iterator>
 
 #include "../../csrc/fabric/posting.h"
 #include "check.h"
@@ -18,7 +18,7 @@ constexpr int64_t kSecond = 1'000'000'000;
 /// Long enough to write to a request's slot between its fetch and its completion.
 const char* const kOptions = "latency_ns=20000000";
 
-/// How the threads write: in `post` a request of position 0 is in the ring, not rung for.
+/// How the threads write: when `post` is called the first request is in the ring, not rung for.
 struct Mistake {
     const char* name;  ///< of the rule
     void (*post)(SendQueue*);
@@ -26,6 +26,7 @@ struct Mistake {
 };
 
 Mistake mistake;
+bool threads_look = true;  ///< at completions
 
 void ring_for(SendQueue* queue, uint16_t record, uint16_t doorbell, uint32_t number) {
     mlx5::store_record(&queue->record[mlx5::kSendRecord], record);
@@ -38,6 +39,12 @@ const Mistake kMistakes[] = {
     {"record behind", [](SendQueue* queue) { ring_for(queue, 0, 1, queue->number); }, nullptr},
     {"doorbell queue", [](SendQueue* queue) { ring_for(queue, 1, 1, queue->number + 1); }, nullptr},
     {"queue overflow", [](SendQueue* queue) { ring_for(queue, 999, 999, queue->number); }, nullptr},
+    {"reserved bits",
+     [](SendQueue* queue) {
+         queue->ring[0].unit[1].word[3] = 1;
+         ring_rightly(queue);
+     },
+     nullptr},
     {"slot reused", ring_rightly, [](SendQueue* queue) { queue->ring[0].unit[0].word[2] ^= 1; }},
 };
 
@@ -106,6 +113,10 @@ class Rank {
     }
     const epcomm_fabric& fabric() const { return *epcomm_fabric_of(end_); }
     const epcomm_fabric_error& error() const { return fabric().state->error; }
+    int check() const { return epcomm_fabric_check(end_, 10 * kSecond); }
+    uint64_t signal() const {
+        return fabric::load_acquire(static_cast<const uint64_t*>(signals_.region()->pointer));
+    }
 
  private:
     struct alignas(128) Line {
@@ -154,7 +165,7 @@ size_t Posting::poll(int32_t, Completion* completions, size_t) {
     SendQueue* queue = queue_of(fabric_, {1, 1});
     if (mistake.later != nullptr) mistake.later(queue);
     mistake.later = nullptr;
-    if (mlx5::poll(queue)) return 0;
+    if (!threads_look || mlx5::poll(queue)) return 0;
     completions[0] = {under_way_[0].front().token, false, vendor_of(*queue), queue->number};
     under_way_[0].clear();
     return 1;
@@ -162,17 +173,53 @@ size_t Posting::poll(int32_t, Completion* completions, size_t) {
 
 }  // namespace epcomm::fabric
 
-TEST(the_error_names_the_broken_rule) {
-    for (const Mistake& one : kMistakes) {
+/// A world in which node 0 has posted wrongly to node 1, on channel 1.
+struct WrongWorld : World {
+    explicit WrongWorld(const Mistake& one, bool looks) {
         mistake = one;
-        World world;
-        CHECK(fabric::signal_add(world.one.fabric(), {1, 1}, 5, 1) != 0);
-        CHECK(!fabric::flush(world.one.fabric(), 1, 20 * kSecond));
-        const epcomm_fabric_error& error = world.one.error();
+        threads_look = looks;
+        CHECK(fabric::signal_add(this->one.fabric(), {1, 1}, 5, 1) != 0);
+    }
+    void expect_error(const std::string& words) const {
+        const epcomm_fabric_error& error = one.error();
         CHECK_EQUAL(error.status, EPCOMM_FABRIC_TRANSPORT);
         CHECK_EQUAL(error.peer, 1);
         CHECK_EQUAL(error.channel, 1);
-        CHECK(has(error.text, "local queue pair operation error"));
-        CHECK(has(error.text, std::string("; the emulated NIC found a broken rule: ") + one.name));
+        CHECK(error.queue_pair != 0);
+        CHECK(has(error.text, words));
     }
+};
+
+TEST(the_error_names_the_broken_rule) {
+    for (const Mistake& one : kMistakes) {
+        const WrongWorld world(one, true);
+        CHECK(!fabric::flush(world.one.fabric(), 1, 20 * kSecond));
+        world.expect_error("local queue pair operation error");
+        world.expect_error(std::string("; the emulated NIC found a broken rule: ") + one.name);
+    }
+}
+
+TEST(a_rule_that_is_broken_unnoticed_fails_the_fabric) {
+    int32_t vendors[std::size(kMistakes)];
+    for (size_t i = 0; i < std::size(kMistakes); ++i) {
+        const WrongWorld noticed(kMistakes[i], true);
+        CHECK(!fabric::flush(noticed.one.fabric(), 1, 20 * kSecond));
+        vendors[i] = noticed.one.error().vendor;
+    }
+    for (size_t i = 0; i < std::size(kMistakes); ++i) {
+        const WrongWorld world(kMistakes[i], false);
+        const int64_t until = fabric::now_ns() + 20 * kSecond;
+        while (world.one.check() == 0) CHECK(fabric::now_ns() < until);
+        world.expect_error(std::string("the emulated NIC found a broken rule: ") +
+                           kMistakes[i].name + ", at request 0; a bug of who writes the requests");
+        CHECK_EQUAL(world.one.error().vendor, vendors[i]);
+        // The rule was broken by one rank, and is one rank's to report.
+        CHECK_EQUAL(world.other.check(), 0);
+    }
+}
+
+TEST(who_keeps_the_rules_hears_nothing) {
+    const WrongWorld world({"", ring_rightly, nullptr}, false);
+    while (world.other.signal() == 0) CHECK_EQUAL(world.one.check(), 0);
+    for (int i = 0; i < 100; ++i) CHECK_EQUAL(world.one.check(), 0);
 }
