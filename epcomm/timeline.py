@@ -26,10 +26,23 @@ from typing import Any
 
 from .trace_events import JsonObject, name_process, note_loss
 
-#: Messages of network cards that a rank keeps.
+#: Messages of network cards that a rank keeps, and events.
 MAX_MESSAGES = 1 << 14
 #: Keys of a rank in "otherData".
-_RANK_KEYS = ("rank", "node", "local_rank", "lost_spans", "lost_messages", "not_shown", "clock")
+_LOST = {"spans": "spans", "messages": "messages", "events": "events of network cards"}
+_RANK_KEYS = (
+    *("rank", "node", "local_rank", "not_shown", "clock"),
+    *(f"lost_{what}" for what in _LOST),
+)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """How many older notes newer ones wrote over."""
+
+    spans: int = 0
+    messages: int = 0
+    events: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,8 +118,8 @@ class Trace:
 
     @property
     def lost(self) -> int:
-        """Spans and messages that newer ones wrote over."""
-        return sum(rank["lost_spans"] + rank["lost_messages"] for rank in self.ranks)
+        """Spans, messages and events of network cards that newer ones wrote over."""
+        return sum(rank[f"lost_{what}"] for rank in self.ranks for what in _LOST)
 
 
 def make_trace(
@@ -117,8 +130,7 @@ def make_trace(
     rank: int,
     node: int,
     local_rank: int,
-    lost_spans: int = 0,
-    lost_messages: int = 0,
+    lost: Lost = Lost(),
     not_shown: Sequence[str] = (),
     modelled: bool = False,
 ) -> Trace:
@@ -131,8 +143,7 @@ def make_trace(
         rank: whose.
         node: its node.
         local_rank: its place in the node.
-        lost_spans: older ones that were written over.
-        lost_messages: likewise.
+        lost: what is missing in it.
         not_shown: what a reader might look for in vain, in words.
         modelled: whether what is called a network is a model, so that nobody takes its times for
             a real one's.
@@ -140,17 +151,19 @@ def make_trace(
     network = ", modelled network" if modelled else ""
     who = f"rank {rank} (node {node}, local rank {local_rank}{network})"
     all_events = [name_process(rank, who), *events]
-    for count, what in ((lost_spans, "spans"), (lost_messages, "messages")):
-        if count:
-            all_events.append(note_loss(rank, count, what))
-    about = dict(
-        zip(
-            _RANK_KEYS,
-            (rank, node, local_rank, lost_spans, lost_messages, list(not_shown), asdict(clock)),
-            strict=True,
-        )
-    )
-    about["modelled_network"] = modelled
+    counts = asdict(lost)
+    for what, words in _LOST.items():
+        if counts[what]:
+            all_events.append(note_loss(rank, counts[what], words))
+    about = {
+        "rank": rank,
+        "node": node,
+        "local_rank": local_rank,
+        **{f"lost_{what}": count for what, count in counts.items()},
+        "not_shown": list(not_shown),
+        "clock": asdict(clock),
+        "modelled_network": modelled,
+    }
     return Trace(
         {
             "traceEvents": all_events,

@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from .fabric.abi import describe_event
+
 JsonObject = dict[str, Any]
 
 #: Thread numbers of a rank's tracks: a block has 64, its warps and itself; cards come after them.
 _THREADS_OF_BLOCK = 64
 _CALLS = 0
+_CARDS = 1 << 20
 #: What a warp does within a role.
 _WITHIN = ("put", "credit", "wait")
 
@@ -181,6 +184,43 @@ def events_of_messages(
             {**same, "ph": "e", "name": "wire", "ts": landed / 1e3},
             {**same, "ph": "e", "name": name, "ts": completed / 1e3},
         ]
+    return events
+
+
+def events_of_incidents(
+    incidents: np.ndarray, rank: int, rail: Sequence[int], base: int
+) -> list[JsonObject]:
+    """What the rank's emulated network cards did on purpose, or found: instants of each card.
+
+    Args:
+        incidents: ``epcomm_fabric_event``, structured array [n].
+        rank: whose.
+        rail: rank by node.
+        base: nanoseconds.
+    """
+    events = [
+        name_thread(rank, _CARDS + plane, f"NIC plane {plane}")
+        for plane in sorted(set(incidents["plane"].tolist()))
+    ]
+    for incident in incidents:
+        plane = int(incident["plane"])
+        details: JsonObject = {
+            "queue pair": f"{int(incident['queue_pair']):#x}",
+            "to rank": rail[int(incident["peer"])],
+            "channel": int(incident["channel"]),
+            "plane": plane,
+            "request": int(incident["position"]),
+        }
+        if incident["amount_ps"] != 0:
+            details["late, us"] = int(incident["amount_ps"]) / 1e6
+        events.append(
+            {
+                "ph": "i", "s": "t", "cat": "nic event",
+                "name": describe_event(int(incident["kind"]), int(incident["code"])),
+                "pid": rank, "tid": _CARDS + plane,
+                "ts": (int(incident["time_ns"]) - base) / 1e3, "args": details,
+            }
+        )  # fmt: skip
     return events
 
 

@@ -30,7 +30,7 @@ struct NicShape {
     int32_t num_planes;
     int32_t num_signals;
     int32_t by_host;       ///< 1: host threads fill the send queues
-    int32_t max_messages;  ///< that are kept for a timeline; 0: none is noted
+    int32_t max_messages;  ///< that are kept for a timeline, and events; 0: none is noted
 
     int32_t num_queues() const { return num_nodes * num_channels; }
     uint32_t nic(int32_t of_node, int32_t plane) const {
@@ -113,8 +113,9 @@ enum NicQuestion : uint64_t {
     kCount = 0,
     kCountAnew = 1,       ///< count; later counts begin here
     kTellMessages = 2,    ///< those kept
-    kForgetMessages = 3,  ///< those that landed so far
+    kForgetMessages = 3,  ///< those that landed so far, and events
     kTellBrokenRules = 4,
+    kTellEvents = 5,  ///< those kept
 };
 
 /// At the start of the memory that the carrier shares with its rank.
@@ -125,24 +126,26 @@ struct NicReport {
     emulated::Traffic traffic;
     /// The count is written (release) after the first one; now and then without being asked.
     emulated::BrokenRules broken_rules;
-    uint64_t num_messages;    ///< that are told
-    uint64_t total_messages;  ///< that landed since they were forgotten
-    uint64_t heartbeat_ns;    ///< of the kernel's slowest block, device's timer
+    uint64_t num_messages;              ///< that are told
+    uint64_t total_messages;            ///< that landed since they were forgotten
+    uint64_t num_events, total_events;  ///< likewise
+    uint64_t heartbeat_ns;              ///< of the kernel's slowest block, device's timer
 };
 
 /// Places in that memory; it is pinned if there are queues in it. Messages are
-/// emulated::Passage[max_messages].
+/// emulated::Passage[max_messages], events emulated::Event[max_messages].
 struct NicShared {
     static constexpr uint64_t kQueuesAt = 4096;
     static_assert(sizeof(NicReport) <= kQueuesAt, "queues come behind the report");
 
     emulated::HostQueues queues;
-    uint64_t messages, bytes;
+    uint64_t messages, events, bytes;
 
     explicit NicShared(const NicShape& shape)
         : queues(uint32_t(shape.num_queues()), kQueueDepth),
           messages(shape.by_host != 0 ? kQueuesAt + queues.bytes : sizeof(NicReport)),
-          bytes(messages + sizeof(emulated::Passage) * uint64_t(shape.max_messages)) {}
+          events(messages + sizeof(emulated::Passage) * uint64_t(shape.max_messages)),
+          bytes(events + sizeof(emulated::Event) * uint64_t(shape.max_messages)) {}
 };
 
 /// Call `use(queue, peer, channel, plane, number)` for every queue pair, in the order in which an

@@ -87,7 +87,7 @@ class Nics {
         options.seed = parts.setup.seed;
         options.rules = parts.rules;
         options.patience_ns = kPatienceNs;
-        options.max_passages = uint64_t(shape_.max_messages);
+        options.max_passages = options.max_events = uint64_t(shape_.max_messages);
         options.epoch_ns = parts.setup.epoch_ns;
         if (pinned_ != nullptr) options.bells = bells();
         server_ = std::make_unique<Server>(wire_, queues(), options);
@@ -172,8 +172,15 @@ class Nics {
     void answer() {
         const uint64_t asked = fabric::load_acquire(&report_->asked);
         switch (report_->question) {
-            case kTellMessages: tell_messages(); break;
-            case kForgetMessages: server_->forget_passages(); break;
+            case kTellMessages:
+                report_->num_messages =
+                    tell(server_->passages(&report_->total_messages), shared_.messages);
+                break;
+            case kTellEvents:
+                report_->num_events =
+                    tell(server_->newest_events(&report_->total_events), shared_.events);
+                break;
+            case kForgetMessages: server_->forget(); break;
             case kTellBrokenRules: tell_broken_rules(server_->look().broken_rules); break;
             default: count(report_->question == kCountAnew);
         }
@@ -186,11 +193,12 @@ class Nics {
         fabric::store_release(&report_->broken_rules.count, seen.count);
     }
 
-    void tell_messages() {
-        const std::vector<emulated::Passage> kept = server_->passages(&report_->total_messages);
-        report_->num_messages = kept.size();
-        auto* into = reinterpret_cast<uint8_t*>(report_) + shared_.messages;
-        std::copy(kept.begin(), kept.end(), reinterpret_cast<emulated::Passage*>(into));
+    /// Copy notes to their place in the memory that the rank reads; returns how many.
+    template <class Note>
+    uint64_t tell(const std::vector<Note>& kept, uint64_t place) {
+        auto* into = reinterpret_cast<uint8_t*>(report_) + place;
+        std::copy(kept.begin(), kept.end(), reinterpret_cast<Note*>(into));
+        return kept.size();
     }
 
     void count(bool anew) {

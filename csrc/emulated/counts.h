@@ -47,4 +47,16 @@ inline epcomm_fabric_message message_of(const Passage& passage, int64_t epoch_ns
     return message;
 }
 
+/// All but `peer`, `channel` and `plane`.
+inline epcomm_fabric_event event_of(const Event& event, int64_t epoch_ns) {
+    epcomm_fabric_event told{};
+    told.time_ns = epoch_ns + int64_t(event.time / kNanosecond);
+    told.amount_ps = event.amount;
+    told.position = event.position;
+    told.queue_pair = event.queue;
+    told.kind = int32_t(event.kind);
+    told.code = event.code;
+    return told;
+}
+
 }  // namespace epcomm::emulated

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 
+#include "event_name.h"
+
 namespace epcomm::emulated {
 
 Network::Network(uint32_t num_nics, const LineModel& line) : nics_(new Nic[num_nics]()) {
@@ -83,6 +85,20 @@ Engine::~Engine() { stop(); }
 void Engine::keep_passages(uint64_t capacity) {
     passages_ = {std::vector<Passage>(capacity), 0};
     for (auto& slot : slots_) slot->moments = Moments(capacity == 0 ? 0 : slot->flights.size());
+}
+
+void Engine::keep_events(uint64_t capacity) {
+    newest_.resize(capacity);
+    marks_.assign(capacity, 0);
+    ring_ = {newest_.data(), marks_.data(), capacity, 0};
+    journal_.newest = capacity == 0 ? nullptr : &ring_;
+}
+
+std::vector<Event> Engine::newest_events(uint64_t* total) const {
+    const auto copy = [](const auto* from, uint64_t count, auto* into) {
+        std::copy(from, from + count, into);
+    };
+    return read_ring(&ring_, 0, copy, total);
 }
 
 uint32_t Engine::add_queue(uint32_t nic, const QueueMemory& memory) {
@@ -233,18 +249,10 @@ std::string describe(uint32_t nic, const LineModel& line, const Traffic& seen) {
 }
 
 std::string describe(const Event& event) {
-    const char* what = "";
-    const char* kind = "";
-    switch (event.kind) {
-        case EventKind::kFault: kind = "fault", what = name(Fault(event.code)); break;
-        case EventKind::kViolation: kind = "violation", what = name(Violation(event.code)); break;
-        case EventKind::kFailed: kind = "failed", what = mlx5::describe(event.code); break;
-        case EventKind::kRecovered: kind = "doorbell recovered"; break;
-    }
     char text[256];
-    snprintf(text, sizeof text, "%.3f us: NIC %u queue pair 0x%x request %llu: %s %s (%.3f us)",
+    snprintf(text, sizeof text, "%.3f us: NIC %u queue pair 0x%x request %llu: %s (%.3f us)",
              double(event.time) / 1e6, event.nic, event.queue, (unsigned long long)event.position,
-             kind, what, double(event.amount) / 1e6);
+             name(event.kind, event.code).c_str(), double(event.amount) / 1e6);
     return text;
 }
 

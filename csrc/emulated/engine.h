@@ -85,6 +85,7 @@ class Engine {
     uint64_t violations() const { return journal_.violations; }
     /// Also while another thread takes steps.
     BrokenRules broken_rules() const { return journal_.broken_rules(); }
+    /// The first ones.
     std::vector<Event> events() const;
     const Traffic& traffic(uint32_t nic) const { return traffic_[nic]; }
     /// Count from now on. Not while another thread takes steps.
@@ -93,6 +94,12 @@ class Engine {
     /// From now on keep the last `capacity` messages' passages; 0: none. The same holds here.
     void keep_passages(uint64_t capacity);
     const Passages& passages() const { return passages_; }
+
+    /// From now on keep the last `capacity` events; 0: only `events`. Not while another thread
+    /// takes steps.
+    void keep_events(uint64_t capacity);
+    /// In order of time; `total`: all since keep_events.
+    std::vector<Event> newest_events(uint64_t* total) const;
 
     /// One line on an NIC: rates, and what was the limit. Says that the network is modelled.
     std::string describe(uint32_t nic) const;
@@ -120,6 +127,9 @@ class Engine {
     Passages passages_;
     std::vector<Event> events_;
     Journal journal_;
+    std::vector<Event> newest_;  ///< with the next, what `ring_` is made of
+    std::vector<uint64_t> marks_;
+    EventRing ring_ = {};
     Picoseconds virtual_now_ = 1000 * kNanosecond;
     Picoseconds copier_free_ = 0;
     Picoseconds wake_ = kNever;

@@ -1,16 +1,20 @@
-// What happened: injected faults, violations and changes of state, in a bounded list.
+// What happened: injected faults, violations and changes of state, in bounded lists.
 #pragma once
 
+#include <tuple>
+
+#include "../protocol/fabric.h"
 #include "fault.h"
+#include "note_ring.h"
 #include "parse.h"
 
 namespace epcomm::emulated {
 
 enum class EventKind : uint8_t {
-    kFault,      ///< code: Fault
-    kViolation,  ///< code: Violation
-    kFailed,     ///< code: Syndrome; the queue pair is in the error state
-    kRecovered,  ///< a lost doorbell was made up for by the doorbell record
+    kFault = EPCOMM_FABRIC_FAULT,          ///< code: Fault
+    kViolation = EPCOMM_FABRIC_VIOLATION,  ///< code: Violation
+    kFailed = EPCOMM_FABRIC_FAILED,        ///< code: Syndrome; the queue pair is in the error state
+    kRecovered = EPCOMM_FABRIC_RECOVERED,  ///< the doorbell record made up for a lost doorbell
 };
 
 struct Event {
@@ -21,16 +25,11 @@ struct Event {
     uint16_t nic;
     EventKind kind;
     uint8_t code;
+
+    auto order() const { return std::make_tuple(time, nic, queue); }
 };
 
-/// Count one more, among any threads of one side; returns the count before.
-EPCOMM_HD inline uint64_t increase(uint64_t* counter) {
-#ifdef __CUDA_ARCH__
-    return atomicAdd(reinterpret_cast<unsigned long long*>(counter), 1ull);
-#else
-    return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
-#endif
-}
+using EventRing = NoteRing<Event>;
 
 /// Rules that writers were found to have broken.
 struct BrokenRules {
@@ -38,19 +37,22 @@ struct BrokenRules {
     Event first = {};  ///< if there is one
 };
 
-/// Events beyond the capacity are counted, not kept. Violations are counted apart as well, and the
-/// first one is always kept: faults that are meant to happen must not hide it.
+/// The first events of a run: those beyond the capacity are counted, not kept. Violations are
+/// counted apart as well, and the first one is always kept: faults that are meant to happen must
+/// not hide it.
 struct Journal {
     Event* events;
     uint64_t capacity;
     uint64_t count;
     uint64_t violations;
+    EventRing* newest = nullptr;  ///< the last ones, too, where somebody wants them
     Event violation = {};
     uint64_t violation_is_whole = 0;
 
     EPCOMM_HD void add(const Event& event) {
         const uint64_t slot = increase(&count);
         if (slot < capacity) events[slot] = event;
+        if (newest != nullptr) newest->add(event);
         if (event.kind != EventKind::kViolation || increase(&violations) != 0) return;
         violation = event;
         fabric::store_release(&violation_is_whole, uint64_t(1));

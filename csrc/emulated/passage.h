@@ -1,10 +1,12 @@
 // What became of every message of an engine's queue pairs, and when: for a timeline. Kept only
 // where somebody asked for it, in a ring whose oldest entries are written over. The host engine
-// keeps Passages; what the GPU-resident engine keeps is in passage_ring.h.
+// keeps Passages; the GPU-resident engine a NoteRing.
 #pragma once
 
+#include <tuple>
 #include <vector>
 
+#include "note_ring.h"
 #include "queue_pair.h"
 
 namespace epcomm::emulated {
@@ -21,7 +23,11 @@ struct Passage {
     uint32_t queue;
     uint32_t bytes;
     uint32_t nic;
+
+    auto order() const { return std::make_tuple(landed, nic, queue, position); }
 };
+
+using PassageRing = NoteRing<Passage>;
 
 struct Passages {
     std::vector<Passage> kept;  ///< passage i lies at i % capacity; empty: none are wanted

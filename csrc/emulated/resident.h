@@ -6,7 +6,7 @@
 #pragma once
 
 #include "host_queues.h"
-#include "passage_ring.h"
+#include "passage.h"
 #include "step.h"
 #include "traffic.h"
 

@@ -37,6 +37,7 @@ struct ServerOptions {
     int64_t epoch_ns = 0;       ///< of the device's timer, the same for all NICs
     HostBells bells = {};       ///< where host threads fill queues
     uint64_t max_passages = 0;  ///< messages that are kept, the newest; 0: none are noted
+    uint64_t max_events = 0;    ///< likewise, beside those of the journal
 };
 
 /// What the kernel said when it was last looked at.
@@ -81,14 +82,18 @@ class Server {
     /// From now on the NIC, whosever it is, does not answer.
     void kill_nic(uint32_t nic);
 
+    /// Those of the journal, the first ones.
     std::vector<Event> events();
 
-    /// Messages that have landed, oldest first; `total`: all since forget_passages. Others may be
-    /// landing meanwhile.
+    /// Messages that have landed, oldest first; `total`: all since `forget`. Others may be landing
+    /// meanwhile.
     std::vector<Passage> passages(uint64_t* total);
 
-    /// From now on `passages` has none that landed before.
-    void forget_passages();
+    /// The newest events, as `passages`.
+    std::vector<Event> newest_events(uint64_t* total);
+
+    /// From now on `passages` and `newest_events` have none of before.
+    void forget();
 
  private:
     struct Parts;

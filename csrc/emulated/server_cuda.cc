@@ -67,7 +67,7 @@ struct Server::Parts {
     void* pinned = nullptr;  ///< what copies go through
     uint64_t pinned_bytes = 0;
     uint64_t signs = 0, countings = 0;
-    uint64_t first_passage = 0;
+    uint64_t first_passage = 0, first_event = 0;  ///< that are not forgotten
     std::vector<Nic*> nics;
     bool runs = false;
 
@@ -96,6 +96,11 @@ struct Server::Parts {
             resident.passages = memory.take<PassageRing>(1);
             passages = memory.take<Passage>(options.max_passages);
             marks = memory.take<uint64_t>(options.max_passages);
+        }
+        if (options.max_events != 0) {
+            newest = memory.take<EventRing>(1);
+            newest_events = memory.take<Event>(options.max_events);
+            event_marks = memory.take<uint64_t>(options.max_events);
         }
         flights = memory.take<Flight>(total_blocks);
         shadows = memory.take<mlx5::Block>(total_blocks);
@@ -138,7 +143,31 @@ struct Server::Parts {
         }
     }
 
+    /// Of a ring, or of none, those from number `first` on.
+    template <typename Note>
+    std::vector<Note> read_notes(const NoteRing<Note>* ring, uint64_t first, uint64_t* total) {
+        *total = 0;
+        if (ring == nullptr) return {};
+        const auto copy = [this](const auto* from, uint64_t count, auto* into) {
+            read(from, count, into);
+        };
+        uint64_t end = 0;
+        const std::vector<Note> all = read_ring(ring, first, copy, &end);
+        *total = end - first;
+        return all;
+    }
+
+    template <typename Note>
+    uint64_t count_notes(const NoteRing<Note>* from) {
+        NoteRing<Note> ring = {};
+        if (from != nullptr) read(from, 1, &ring);
+        return ring.count;
+    }
+
     Event* events = nullptr;
+    EventRing* newest = nullptr;
+    Event* newest_events = nullptr;
+    uint64_t* event_marks = nullptr;
     Passage* passages = nullptr;
     uint64_t* marks = nullptr;
     Flight* flights = nullptr;
@@ -196,7 +225,12 @@ Server::Server(const ServedWire& wire, const std::vector<ServedQueue>& queues,
     upload(resident.faults.rules, options.rules);
     upload(resident.queues, rows);
     upload(resident.first, first);
-    upload(resident.journal, std::vector<Journal>{{parts.events, options.journal_capacity, 0, 0}});
+    upload(resident.journal,
+           std::vector<Journal>{{parts.events, options.journal_capacity, 0, 0, parts.newest}});
+    if (parts.newest != nullptr) {
+        upload(parts.newest, std::vector<EventRing>{
+                                 {parts.newest_events, parts.event_marks, options.max_events, 0}});
+    }
     if (resident.passages != nullptr) {
         upload(resident.passages,
                std::vector<PassageRing>{{parts.passages, parts.marks, options.max_passages, 0}});
@@ -328,23 +362,16 @@ std::vector<Event> Server::events() {
 }
 
 std::vector<Passage> Server::passages(uint64_t* total) {
-    *total = 0;
-    if (parts_->resident.passages == nullptr) return {};
-    const auto read = [this](const auto* from, uint64_t count, auto* into) {
-        parts_->read(from, count, into);
-    };
-    uint64_t end = 0;
-    const uint64_t first = parts_->first_passage;
-    const std::vector<Passage> all = read_ring(parts_->resident.passages, first, read, &end);
-    *total = end - first;
-    return all;
+    return parts_->read_notes(parts_->resident.passages, parts_->first_passage, total);
 }
 
-void Server::forget_passages() {
-    if (parts_->resident.passages == nullptr) return;
-    PassageRing ring;
-    parts_->read(parts_->resident.passages, 1, &ring);
-    parts_->first_passage = ring.count;
+std::vector<Event> Server::newest_events(uint64_t* total) {
+    return parts_->read_notes(parts_->newest, parts_->first_event, total);
+}
+
+void Server::forget() {
+    parts_->first_passage = parts_->count_notes(parts_->resident.passages);
+    parts_->first_event = parts_->count_notes(parts_->newest);
 }
 
 }  // namespace epcomm::emulated

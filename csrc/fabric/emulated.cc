@@ -197,6 +197,7 @@ class Emulated : public Transport {
     bool keep_messages(uint64_t capacity) override {
         const std::lock_guard<std::mutex> lock(working_);
         engine_->keep_passages(capacity);
+        engine_->keep_events(capacity);
         return true;
     }
 
@@ -207,6 +208,18 @@ class Emulated : public Transport {
             all.push_back(message_of(passage));
         }
         *total = engine_->passages().count;
+        return all;
+    }
+
+    std::vector<epcomm_fabric_event> events(uint64_t* total) override {
+        const std::lock_guard<std::mutex> lock(working_);
+        std::vector<epcomm_fabric_event> all;
+        for (const emulated::Event& event : engine_->newest_events(total)) {
+            all.push_back(emulated::event_of(event, epoch_));
+            const Lane lane = lane_of(event.queue);
+            all.back().peer = lane.peer;
+            all.back().channel = lane.channel;
+        }
         return all;
     }
 

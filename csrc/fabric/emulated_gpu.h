@@ -42,6 +42,7 @@ class EmulatedGpu : public Transport {
     bool count(epcomm_fabric_traffic* into, bool restart) override;
     bool keep_messages(uint64_t capacity) override;
     std::vector<epcomm_fabric_message> messages(uint64_t* total) override;
+    std::vector<epcomm_fabric_event> events(uint64_t* total) override;
     bool peer_gone(int32_t node) override { return peers_[size_t(node)].gone(); }
     std::string error_text(const Completion& completion) const override;
     int64_t memory_bytes(int32_t num_nodes, int32_t num_channels,
@@ -109,7 +110,9 @@ class EmulatedGpu : public Transport {
     emulated::BrokenRules broken_rules() const;
     int32_t plane_of(uint32_t nic) const { return int32_t(nic - shape_.nic(shape_.node, 0)); }
     Lane lane_of(int32_t plane, uint32_t number) const;
-    epcomm_fabric_message message_of(const emulated::Passage& passage) const;
+    /// Fill in whose a message or an event is.
+    template <class Told>
+    void name_lane(uint32_t nic, Told* told) const;
     void register_regions();
     carrier::NicAddress checked(int32_t node, const std::string& bytes) const;
     Tables fill_tables(const std::vector<carrier::NicAddress>& all);
@@ -127,7 +130,7 @@ class EmulatedGpu : public Transport {
     mutable std::mutex asking_;
     int64_t epoch_ns_ = 0;        ///< where time begins, on the device's timer
     int64_t host_epoch_ns_ = 0;   ///< and on the host's clock
-    uint64_t kept_messages_ = 0;  ///< at most
+    uint64_t kept_messages_ = 0;  ///< at most, and events
     uint64_t beat_ = 0;
     int64_t beat_at_ns_ = 0;
 };

@@ -26,6 +26,13 @@ namespace {
 constexpr int64_t kStallNs = 10'000'000'000;
 constexpr int64_t kAnswerNs = 2'000'000'000;
 
+/// Of notes in shared memory the last ones, at most so many.
+template <class Note>
+std::vector<Note> last_of(const void* place, uint64_t count, uint64_t most) {
+    const auto* all = static_cast<const Note*>(place);
+    return {all + (count > most ? count - most : 0), all + count};
+}
+
 }  // namespace
 
 DeviceMemory::DeviceMemory(uint64_t bytes) {
@@ -134,24 +141,38 @@ std::vector<epcomm_fabric_message> EmulatedGpu::messages(uint64_t* total) {
     const std::lock_guard<std::mutex> lock(asking_);
     ask(carrier::kTellMessages);
     const NicReport* report = said();
-    const auto* kept = reinterpret_cast<const emulated::Passage*>(
-        static_cast<const uint8_t*>(shared_->start()) + NicShared(shape_).messages);
-    const uint64_t count = report->num_messages;
+    const uint8_t* place =
+        static_cast<const uint8_t*>(shared_->start()) + NicShared(shape_).messages;
     std::vector<epcomm_fabric_message> all;
-    for (uint64_t i = count > kept_messages_ ? count - kept_messages_ : 0; i < count; ++i) {
-        all.push_back(message_of(kept[i]));
+    for (const auto& kept :
+         last_of<emulated::Passage>(place, report->num_messages, kept_messages_)) {
+        all.push_back(emulated::message_of(kept, epoch_ns_));
+        name_lane(kept.nic, &all.back());
     }
     *total = report->total_messages;
     return all;
 }
 
-epcomm_fabric_message EmulatedGpu::message_of(const emulated::Passage& passage) const {
-    epcomm_fabric_message message = emulated::message_of(passage, epoch_ns_);
-    message.plane = plane_of(passage.nic);
-    const Lane lane = lane_of(message.plane, passage.queue);
-    message.peer = lane.peer;
-    message.channel = lane.channel;
-    return message;
+std::vector<epcomm_fabric_event> EmulatedGpu::events(uint64_t* total) {
+    const std::lock_guard<std::mutex> lock(asking_);
+    ask(carrier::kTellEvents);
+    const NicReport* report = said();
+    const uint8_t* place = static_cast<const uint8_t*>(shared_->start()) + NicShared(shape_).events;
+    std::vector<epcomm_fabric_event> all;
+    for (const auto& kept : last_of<emulated::Event>(place, report->num_events, kept_messages_)) {
+        all.push_back(emulated::event_of(kept, epoch_ns_));
+        name_lane(kept.nic, &all.back());
+    }
+    *total = report->total_events;
+    return all;
+}
+
+template <class Told>
+void EmulatedGpu::name_lane(uint32_t nic, Told* told) const {
+    told->plane = plane_of(nic);
+    const Lane lane = lane_of(told->plane, told->queue_pair);
+    told->peer = lane.peer;
+    told->channel = lane.channel;
 }
 
 Lane EmulatedGpu::lane_of(int32_t plane, uint32_t number) const {

@@ -2,8 +2,10 @@
 
 #include <string.h>
 
+#include <algorithm>
 #include <stdexcept>
 
+#include "../emulated/event_name.h"
 #include "proxy.h"
 #include "report.h"
 
@@ -110,6 +112,13 @@ void explain(epcomm_fabric_end* end) {
     epcomm_fabric_error& error = end->fabric.state->error;
     if (error.status != EPCOMM_FABRIC_TRANSPORT || error.text[0] != 0) return;
     put_text(&error, end->transport->error_text({0, false, error.vendor, error.queue_pair}));
+}
+
+template <class Note>
+int64_t copy_notes(const std::vector<Note>& kept, Note* into, int64_t capacity) {
+    const int64_t count = std::min(int64_t(kept.size()), capacity);
+    std::copy_n(kept.begin(), count, into);
+    return count;
 }
 
 /// End every wait on a direct transport; proxy threads do it themselves.
@@ -268,12 +277,25 @@ int64_t epcomm_fabric_messages(epcomm_fabric_end* end, epcomm_fabric_message* in
     int64_t count = 0;
     const int result = attempt(end, [&] {
         require(!end->stopped, "the fabric was stopped");
-        const std::vector<epcomm_fabric_message> kept = end->transport->messages(total);
-        for (; count < int64_t(kept.size()) && count < capacity; ++count) {
-            into[count] = kept[size_t(count)];
-        }
+        count = copy_notes(end->transport->messages(total), into, capacity);
     });
     return result != 0 ? result : count;
+}
+
+int64_t epcomm_fabric_events(epcomm_fabric_end* end, epcomm_fabric_event* into, int64_t capacity,
+                             uint64_t* total) {
+    int64_t count = 0;
+    const int result = attempt(end, [&] {
+        require(!end->stopped, "the fabric was stopped");
+        count = copy_notes(end->transport->events(total), into, capacity);
+    });
+    return result != 0 ? result : count;
+}
+
+const char* epcomm_fabric_event_text(int32_t kind, int32_t code) {
+    static thread_local std::string text;
+    text = epcomm::emulated::name(epcomm::emulated::EventKind(kind), uint8_t(code));
+    return text.c_str();
 }
 
 uint32_t epcomm_fabric_num_losses(const epcomm_fabric_end* end) {

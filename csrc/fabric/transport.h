@@ -146,11 +146,18 @@ class Transport {
     /// false. Nothing is under way. Not at the same time as `close`.
     virtual bool count(epcomm_fabric_traffic* /*into*/, bool /*restart*/) { return false; }
 
-    /// A modelled network: keep the last `capacity` messages from now on; false: it cannot.
+    /// A modelled network: keep the last `capacity` messages, and as many events, from now on;
+    /// false: it cannot.
     virtual bool keep_messages(uint64_t /*capacity*/) { return false; }
 
     /// Those kept, oldest first; `total`: all since `keep_messages`.
     virtual std::vector<epcomm_fabric_message> messages(uint64_t* total) {
+        *total = 0;
+        return {};
+    }
+
+    /// Likewise what its NICs did on purpose, or found.
+    virtual std::vector<epcomm_fabric_event> events(uint64_t* total) {
         *total = 0;
         return {};
     }

@@ -96,14 +96,22 @@ EPCOMM_API int epcomm_fabric_has_atomics(const epcomm_fabric_end* end);
 EPCOMM_API int epcomm_fabric_count(epcomm_fabric_end* end, epcomm_fabric_traffic* into,
                                    int32_t restart);
 
-/// Keep the last `capacity` messages from now on, and forget older ones. Returns 1 where the
-/// transport keeps none, because it models no network or cannot tell, or has no room for so many.
+/// Keep the last `capacity` messages, and as many events, from now on, and forget older ones.
+/// Returns 1 where the transport keeps none, because it models no network or cannot tell, or has no
+/// room for so many.
 EPCOMM_API int epcomm_fabric_keep_messages(epcomm_fabric_end* end, uint64_t capacity);
 
 /// Copy the kept messages, oldest first, at most `capacity`; returns how many, or -1. `total`: all
 /// since epcomm_fabric_keep_messages.
 EPCOMM_API int64_t epcomm_fabric_messages(epcomm_fabric_end* end, epcomm_fabric_message* into,
                                           int64_t capacity, uint64_t* total);
+
+/// The same of events: what emulated network cards did on purpose, or found.
+EPCOMM_API int64_t epcomm_fabric_events(epcomm_fabric_end* end, epcomm_fabric_event* into,
+                                        int64_t capacity, uint64_t* total);
+
+/// What an event was, in words, such as "fault: delay"; valid until the thread's next call.
+EPCOMM_API const char* epcomm_fabric_event_text(int32_t kind, int32_t code);
 
 /// Look after the threads: one that ended, or showed no sign of life for `stall_ns`, fails the
 /// fabric. So does an error that no producer meets, such as a rule of the network card's interface

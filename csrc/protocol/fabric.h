@@ -90,6 +90,27 @@ typedef struct {
     int32_t plane;
 } epcomm_fabric_message;
 
+/// What an emulated network card did on purpose, or found.
+typedef enum {
+    EPCOMM_FABRIC_FAULT = 0,      ///< something went wrong that the options ask for
+    EPCOMM_FABRIC_VIOLATION = 1,  ///< whoever writes the requests broke a rule
+    EPCOMM_FABRIC_FAILED = 2,     ///< a queue pair went into the error state
+    EPCOMM_FABRIC_RECOVERED = 3,  ///< the doorbell record made up for a lost doorbell
+} epcomm_fabric_event_kind;
+
+/// It happened to one request, or to the doorbell behind the requests before it.
+typedef struct {
+    int64_t time_ns;      ///< by the clock of messages
+    uint64_t amount_ps;   ///< of a fault: how much later it made something; else 0
+    uint64_t position;    ///< of the request in its send queue
+    uint32_t queue_pair;  ///< its number on this rank's side
+    int32_t peer;         ///< node number
+    int32_t channel;
+    int32_t plane;
+    int32_t kind;  ///< epcomm_fabric_event_kind
+    int32_t code;  ///< which fault, rule or error: see epcomm_fabric_event_text
+} epcomm_fabric_event;
+
 /// Why a fabric stopped. Once it has, nothing more is sent and every wait on it ends.
 typedef enum {
     EPCOMM_FABRIC_OK = 0,

@@ -1,13 +1,11 @@
 """The timeline of a rank of the CPU back end: phases of its calls, messages of emulated NICs."""
 
-import numpy as np
-
 from ..clocks import HostClock
-from ..fabric.abi import dtypes
 from ..fabric.fabric import Fabric
-from ..timeline import MAX_MESSAGES, Clock, Trace, make_trace
+from ..nic_notes import NicNotes
+from ..timeline import MAX_MESSAGES, Clock, Lost, Trace, make_trace
 from ..topology import Topology
-from ..trace_events import begins_of_messages, events_of_host, events_of_messages
+from ..trace_events import events_of_host
 from .phases import HostSpans
 from .scaleout import ScaleOut
 from .scaleout_fabric import FabricScaleOut
@@ -40,14 +38,10 @@ class HostTimeline:
         """The trace; ``restart``: then forget what it shows."""
         topology, clock = self._topology, self._clock
         spans, lost_spans = self.spans.read()
-        messages, total = np.zeros(0, dtypes["message"]), 0
-        starts = [span.begin for span in spans]
-        if self._fabric is not None:
-            messages, total = self._fabric.messages()
-            starts += begins_of_messages(messages).tolist()
-        base = min(starts, default=0)
+        notes = NicNotes.read(self._fabric)
+        base = min([*(span.begin for span in spans), *notes.times], default=0)
         events = events_of_host(spans, topology.rank, base)
-        events += events_of_messages(messages, topology.rank, topology.rail, base)
+        events += notes.trace_events(topology.rank, topology.rail, base)
         if restart:
             self.spans.restart()
             if self._fabric is not None:
@@ -63,8 +57,7 @@ class HostTimeline:
             rank=topology.rank,
             node=topology.node,
             local_rank=topology.local_rank,
-            lost_spans=lost_spans,
-            lost_messages=total - len(messages),
+            lost=Lost(lost_spans, notes.lost_messages, notes.lost_incidents),
             not_shown=self._not_shown,
             modelled=self._fabric is not None,
         )

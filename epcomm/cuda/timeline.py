@@ -10,15 +10,10 @@ from .. import native
 from ..clocks import HostClock
 from ..fabric.abi import dtypes as fabric_dtypes
 from ..fabric.fabric import Fabric
-from ..timeline import MAX_MESSAGES, Clock, Trace, make_trace
+from ..nic_notes import NicNotes
+from ..timeline import MAX_MESSAGES, Clock, Lost, Trace, make_trace
 from ..topology import Topology
-from ..trace_events import (
-    Channels,
-    begins_of_messages,
-    events_of_kernels,
-    events_of_messages,
-    unroll,
-)
+from ..trace_events import Channels, events_of_kernels, unroll
 from . import abi
 from .device import Device
 from .scaleout import ScaleOut
@@ -76,9 +71,7 @@ class GpuTimeline:
         counts = self._counts.get()
         spans = self._spans.get().view(abi.dtypes["span"]).reshape(len(counts), CAPACITY)
         spans, lost = unroll(spans, counts)
-        messages, total = np.zeros(0, fabric_dtypes["message"]), 0
-        if self._fabric is not None:
-            messages, total = self._fabric.messages()
+        notes = NicNotes.read(self._fabric)
         if restart:
             # A fill of CuPy's would first have to compile a kernel.
             cupy.cuda.runtime.memset(self._counts.data.ptr, 0, counts.nbytes)
@@ -87,10 +80,9 @@ class GpuTimeline:
                 self._fabric.keep_messages(MAX_MESSAGES)
         topology = self._topology
         # Both are by the GPU's timer.
-        starts = [*spans["begin"].tolist(), *begins_of_messages(messages).tolist()]
-        base = min(starts, default=0)
+        base = min([*spans["begin"].tolist(), *notes.times], default=0)
         events = events_of_kernels(spans, _ROLES, topology.rank, self._channels, base)
-        events += events_of_messages(messages, topology.rank, topology.rail, base)
+        events += notes.trace_events(topology.rank, topology.rail, base)
         return make_trace(
             events,
             base,
@@ -98,8 +90,7 @@ class GpuTimeline:
             rank=topology.rank,
             node=topology.node,
             local_rank=topology.local_rank,
-            lost_spans=lost,
-            lost_messages=total - len(messages),
+            lost=Lost(lost, notes.lost_messages, notes.lost_incidents),
             not_shown=self._not_shown,
             modelled=self._fabric is not None,
         )

@@ -35,6 +35,8 @@ _FUNCTIONS = {
     "count": (_I32, [_POINTER, _POINTER, _I32]),
     "keep_messages": (_I32, [_POINTER, _U64]),
     "messages": (_I64, [_POINTER, _POINTER, _I64, _POINTER]),
+    "events": (_I64, [_POINTER, _POINTER, _I64, _POINTER]),
+    "event_text": (ctypes.c_char_p, [_I32, _I32]),
     "check": (_I32, [_POINTER, _I64]),
     "num_losses": (ctypes.c_uint32, [_POINTER]),
     "loss_text": (ctypes.c_char_p, [_POINTER, ctypes.c_uint32, _POINTER]),
@@ -74,6 +76,12 @@ _declare()
 
 #: Names of the transports this build has.
 transports: tuple[str, ...] = tuple(library.epcomm_fabric_transports().decode().split())
+
+
+def describe_event(kind: int, code: int) -> str:
+    """What an ``epcomm_fabric_event`` was, such as "fault: delay"."""
+    text: bytes = library.epcomm_fabric_event_text(kind, code)
+    return text.decode()
 
 
 class Place(ctypes.Structure):

@@ -40,8 +40,9 @@ class FabricOptions:
         device_fills: kernels fill the rings.
         longest_nap: seconds; where kernels fill the rings also what a nap adds to a latency.
         timeout: seconds a producer waits for a free slot.
-        max_messages: that ``keep_messages`` may ask for where emulated NICs are on a GPU, 0 to
-            2**24; NICs of the host's threads need not be told before. The same on all ranks.
+        max_messages: that ``keep_messages`` may ask for, and events, where emulated NICs are on a
+            GPU, 0 to 2**24; NICs of the host's threads need not be told before. The same on all
+            ranks.
     """
 
     transport: str
@@ -291,7 +292,8 @@ class Fabric:
     def keep_messages(self, capacity: int) -> bool:
         """Keep the last ``capacity`` messages of a modelled network from now on, and no older ones.
 
-        False where the transport models no network, does not tell, or has no room for so many.
+        And as many events. False where the transport models no network, does not tell, or has no
+        room for so many.
         """
         result = library.epcomm_fabric_keep_messages(self._end, capacity)
         self._require(result)
@@ -300,12 +302,27 @@ class Fabric:
 
     def messages(self) -> tuple[np.ndarray, int]:
         """The kept messages, oldest first: ``message`` [n]; and the number of all."""
-        messages, total = np.zeros(self._kept, dtypes["message"]), ctypes.c_uint64()
-        count = library.epcomm_fabric_messages(
-            self._end, messages.ctypes.data, len(messages), ctypes.byref(total)
-        )
+        return self._notes("message", library.epcomm_fabric_messages)
+
+    def events(self) -> tuple[np.ndarray, int]:
+        """What emulated network cards did on purpose, or found, since ``keep_messages``.
+
+        Injected faults, rules that whoever writes the requests broke, queue pairs that failed.
+
+        Returns:
+            The last ones, oldest first: ``event`` [n], ``time_ns`` by the clock of messages,
+            ``describe_event`` says what they were; and the number of all.
+
+        Raises:
+            FabricError: network cards on the GPU do not answer.
+        """
+        return self._notes("event", library.epcomm_fabric_events)
+
+    def _notes(self, name: str, read: Any) -> tuple[np.ndarray, int]:
+        notes, total = np.zeros(self._kept, dtypes[name]), ctypes.c_uint64()
+        count = read(self._end, notes.ctypes.data, len(notes), ctypes.byref(total))
         self._require(count)
-        return messages[:count], total.value
+        return notes[:count], total.value
 
     def describe(self) -> str:
         """One line: what the transport chose."""

@@ -14,7 +14,7 @@ from test_bounded import make_world as make_bounded_world
 from test_one_node import check, make_node
 from world import EmulatedWorld
 
-from epcomm.timeline import Clock, Trace, make_trace, merge
+from epcomm.timeline import Clock, Lost, Trace, make_trace, merge
 from epcomm.trace_events import Channels, events_of_kernels, unroll
 
 pytestmark = pytest.mark.timeout(120)
@@ -80,7 +80,7 @@ def trace_of(world: EmulatedWorld, rank: Any, spans: np.ndarray, lost: int = 0) 
         rank=topology.rank,
         node=topology.node,
         local_rank=topology.local_rank,
-        lost_spans=lost,
+        lost=Lost(lost),
     )
 
 

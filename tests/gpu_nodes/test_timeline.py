@@ -62,6 +62,42 @@ def test_the_trace_has_every_message_of_the_calls(world, fabric):
     spans = [e for e in trace.events if e["ph"] == "X"]
     first, last = min(e["ts"] for e in spans), max(e["ts"] + e["dur"] for e in spans)
     assert all(first <= e["ts"] <= last + 10_000 for e in begins)
+    # Nothing went wrong.
+    assert not [e for e in trace.events if e["ph"] == "i"]
     if comm.rank == 0:
         merged = merge([Trace(data) for data in traces])
         assert {e["pid"] for e in begins_of(merged)} == {0, 1, 2, 3}
+
+
+@fabrics
+def test_injected_faults_are_on_the_tracks_of_their_cards(world, fabric):
+    comm = world(4)
+    case = replace(CASES["bf16"], ranks_per_node=2)
+    faults = f"{fabric} delay=20 pieces=20 seed=5"
+    with make_buffer(comm, case, fabric=faults, timeline=True) as buffer:
+        check(comm, case, buffer)
+        comm.Barrier()
+        trace = buffer.timeline(restart=True)
+        after = buffer.timeline()
+        comm.Barrier()
+    instants = [e for e in trace.events if e["ph"] == "i"]
+    assert {"fault: delay"} <= {e["name"] for e in instants} <= {"fault: delay", "fault: pieces"}
+    tracks = {
+        e["args"]["name"]: e["tid"]
+        for e in trace.events
+        if e["ph"] == "M" and e["args"]["name"].startswith("NIC")
+    }
+    sent = {
+        (int(words[2]), int(words[5], 16), e["args"]["request"])
+        for e in begins_of(trace)
+        for words in [e["name"].split()]
+    }
+    for event in instants:
+        details = event["args"]
+        assert event["tid"] == tracks[f"NIC plane {details['plane']}"]
+        assert details["to rank"] == (comm.rank + 2) % 4
+        assert details["channel"] % PLANES == details["plane"]
+        assert (details["plane"], int(details["queue pair"], 16), details["request"]) in sent
+        assert details.get("late, us", 0) <= 20
+    assert trace.lost == 0
+    assert not [e for e in after.events if e["ph"] == "i"]

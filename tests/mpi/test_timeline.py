@@ -66,6 +66,36 @@ def test_phases_and_messages_are_in_one_trace(world, tmp_path):
         assert ours <= theirs["ts"] + theirs["dur"]
 
 
+def test_injected_faults_are_on_the_track_of_the_card(world):
+    comm = world(4)
+    fabric = f"{FABRIC} delay=20 late_completion=20 seed=7"
+    with make_buffer(comm, SHAPE, fabric=fabric, timeline=True) as buffer:
+        check(comm, SHAPE, buffer)
+        comm.barrier()
+        trace = buffer.timeline(restart=True)
+        after = buffer.timeline()
+        comm.barrier()
+    instants = [e for e in trace.events if e["ph"] == "i"]
+    assert {e["name"] for e in instants} == {"fault: delay", "fault: late completion"}
+    (track,) = [
+        e["tid"] for e in trace.events if e["ph"] == "M" and e["args"]["name"] == "NIC plane 0"
+    ]
+    sent = {
+        (int(e["name"].split()[5], 16), e["args"]["request"])
+        for e in trace.events
+        if e.get("cat") == "nic" and e["ph"] == "b" and e["name"] != "wire"
+    }
+    for event in instants:
+        details = event["args"]
+        assert event["tid"] == track
+        assert event["pid"] == comm.rank
+        assert details["to rank"] == (comm.rank + 2) % 4
+        assert (int(details["queue pair"], 16), details["request"]) in sent
+        assert 0 < details["late, us"] <= 20
+    assert trace.lost == 0
+    assert not [e for e in after.events if e["ph"] == "i"]
+
+
 def test_restart_shows_later_calls_only(world):
     comm = world(4)
     with make_buffer(comm, SHAPE, fabric=FABRIC, timeline=True) as buffer:

@@ -148,7 +148,7 @@ TEST(nothing_is_noted_unless_asked_for) {
     CHECK_EQUAL(r.engine.ring()->count, 0);
     for (uint64_t i = 0; i < 8; ++i) {
         CHECK_EQUAL(there.marks[i], 0);
-        CHECK_EQUAL(there.passages[i].bytes, 0);
+        CHECK_EQUAL(there.notes[i].bytes, 0);
     }
 }
 

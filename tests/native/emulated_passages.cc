@@ -1,5 +1,6 @@
 // What the host engine keeps of every message, for a timeline.
 
+#include "../../csrc/emulated/options.h"
 #include "plain_line.h"
 
 using namespace rig;
@@ -66,6 +67,48 @@ TEST(none_are_kept_unless_asked_for) {
     write_in_turn(r, w);
     CHECK(!r.engine.passages().wanted());
     CHECK_EQUAL(r.engine.passages().count, 0u);
+}
+
+TEST(the_newest_events_are_kept_and_all_are_counted) {
+    Options options = plain();
+    options.engine.rules.push_back(anywhere(kDelay, kAlways, 1));
+    options.engine.journal_capacity = 3;
+    Rig r(options);
+    Writer* w = r.pair();
+    write_in_turn(r, w, 10);
+    uint64_t total = 0;
+    CHECK(r.engine.newest_events(&total).empty() && total == 0);  // nobody asked
+    r.engine.keep_events(4);
+    write_in_turn(r, w, 20);
+    const std::vector<Event> seen = r.engine.newest_events(&total);
+    CHECK_EQUAL(total, 20u);
+    CHECK_EQUAL(seen.size(), size_t(4));
+    for (size_t i = 0; i < seen.size(); ++i) {
+        CHECK_EQUAL(seen[i].position, 26 + i);
+        CHECK_EQUAL(seen[i].code, kDelay);
+        CHECK(i == 0 || seen[i - 1].time <= seen[i].time);
+    }
+    // The journal has the first ones.
+    CHECK_EQUAL(r.engine.events().size(), size_t(3));
+    CHECK_EQUAL(r.engine.events()[2].position, 2u);
+    r.engine.keep_events(0);
+    write_in_turn(r, w, 1);
+    CHECK(r.engine.newest_events(&total).empty() && total == 0);
+}
+
+TEST(the_first_broken_rule_is_kept_behind_faults) {
+    Options options = plain();
+    options.engine.rules.push_back(anywhere(kDelay, kAlways, 1));
+    options.engine.journal_capacity = 3;
+    Rig r(options);
+    Writer* w = r.pair();
+    write_in_turn(r, w, 10);
+    CHECK_EQUAL(r.engine.broken_rules().count, 0u);
+    mlx5::store_doorbell(&w->doorbell, mlx5::next_index_doorbell(w->queue.number, 11));
+    r.engine.settle();
+    CHECK_EQUAL(r.engine.broken_rules().count, 1u);
+    CHECK_EQUAL(r.engine.broken_rules().first.code, kRecordBehind);
+    CHECK_EQUAL(r.engine.broken_rules().first.position, 10u);
 }
 
 TEST(flushed_requests_have_no_passage) {

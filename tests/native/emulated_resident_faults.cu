@@ -117,7 +117,7 @@ class Refusals {
             if (event.kind == EventKind::kViolation) seen[event.code] += 1;
         }
         for (uint32_t i = 0; i < kNumViolations; ++i) CHECK_EQUAL(seen[i], violations[i]);
-        CHECK_EQUAL(world_.nodes[1].server->look().violations, 0);
+        CHECK_EQUAL(world_.nodes[1].server->look().broken_rules.count, 0);
     }
 
     int64_t took(int32_t channel) {

@@ -4,6 +4,7 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -13,6 +14,7 @@
 
 #include "../../csrc/carrier/carrier.h"
 #include "../../csrc/carrier/wire.h"
+#include "../../csrc/emulated/options.h"
 #include "../../csrc/fabric/posting_rate.h"
 #include "cuda_runtime.h"
 
@@ -139,6 +141,24 @@ class End {
             const std::vector<epcomm_fabric_message> all = messages(&total);
             if (total == expected) return all;
             CHECK(total < expected && fabric::now_ns() < until);
+        }
+    }
+    std::vector<epcomm_fabric_event> events(uint64_t* total) const {
+        std::vector<epcomm_fabric_event> all(1 << 12);
+        const int64_t count = epcomm_fabric_events(end_, all.data(), int64_t(all.size()), total);
+        CHECK(count >= 0);
+        all.resize(size_t(count));
+        return all;
+    }
+    /// Once there are so many.
+    std::vector<epcomm_fabric_event> events_of(size_t expected) const {
+        const int64_t until = fabric::now_ns() + 20 * kSecond;
+        while (true) {
+            uint64_t total = 0;
+            const std::vector<epcomm_fabric_event> all = events(&total);
+            CHECK_EQUAL(all.size(), total);
+            if (total >= expected) return all;
+            CHECK(fabric::now_ns() < until);
         }
     }
     void kill_carrier() const {
@@ -338,6 +358,67 @@ TEST(messages_of_a_slow_plane_are_late_and_no_others) {
     }
 }
 
+std::string text_of(const epcomm_fabric_event& event) {
+    return epcomm_fabric_event_text(event.kind, event.code);
+}
+
+/// Whether the options make this message late, and by how much.
+bool is_delayed(const emulated::TransportOptions& options, uint32_t nic,
+                const epcomm_fabric_message& message, uint64_t* amount) {
+    const emulated::FaultPlan plan{options.rules.data(), uint32_t(options.rules.size()), 0,
+                                   options.seed};
+    return plan.hits(emulated::kDelay, {nic, message.queue_pair, message.position}, amount);
+}
+
+TEST(faults_are_events_by_lane_and_plane) {
+    constexpr int32_t kPlanes = 2, kRounds = 3;
+    constexpr uint64_t kAll = 2 * (kNodes - 1) * kChannels;
+    const std::string text = "planes=2 seed=4 delay=20";
+    const emulated::TransportOptions options = emulated::parse_options(text, kNodes);
+    for (const char* transport : kTransports) {
+        const Ends ends = connected(transport, text, 1 << 10);
+        for (const auto& end : ends) CHECK(end->keeps(1 << 10));
+        const int64_t begin = fabric::now_ns();
+        exchange(ends, kRounds);
+        for (size_t node = 0; node < ends.size(); ++node) {
+            const auto messages = ends[node]->messages_of(kRounds * kAll);
+            const int64_t now = fabric::now_ns();
+            uint64_t total = 0;
+            const auto events = ends[node]->events(&total);
+            size_t found = 0;
+            for (const epcomm_fabric_message& message : messages) {
+                const auto nic = uint32_t(int32_t(node) * kPlanes + message.plane);
+                uint64_t amount = 0;
+                if (!is_delayed(options, nic, message, &amount)) continue;
+                found += 1;
+                const auto event = std::find_if(events.begin(), events.end(), [&](const auto& one) {
+                    return one.queue_pair == message.queue_pair && one.plane == message.plane &&
+                           one.position == message.position;
+                });
+                CHECK(event != events.end());
+                CHECK(text_of(*event) == "fault: delay");
+                CHECK_EQUAL(event->amount_ps, amount);
+                CHECK_EQUAL(event->peer, message.peer);
+                CHECK_EQUAL(event->channel, message.channel);
+                // When it was scheduled.
+                CHECK(event->time_ns >= begin && event->time_ns <= now);
+                CHECK(event->time_ns <= message.landed_ns);
+            }
+            CHECK(found > 0 && found < messages.size());
+            CHECK_EQUAL(events.size(), found);
+            CHECK_EQUAL(total, found);
+        }
+        // Forgotten; then more than are to be kept.
+        CHECK(ends[0]->keeps(2));
+        uint64_t total = 0;
+        CHECK(ends[0]->events(&total).empty() && total == 0);
+        exchange(ends, kRounds, kRounds);
+        CHECK_EQUAL(ends[0]->events(&total).size(), 2);
+        CHECK(total > 2);
+        CHECK(connected(transport, text)[0]->events(&total).empty() && total == 0);
+    }
+}
+
 // Ports are shared by engines on several devices, each with a timer of its own.
 TEST(timers_of_several_devices_are_one_clock) {
     for (const char* transport : kTransports) {
@@ -451,6 +532,26 @@ TEST(a_rule_that_is_broken_unnoticed_fails_the_fabric) {
     CHECK_EQUAL(error.queue_pair, ends[0]->queue(lane)->number);
     CHECK_EQUAL(error.position, ends[0]->queue(lane)->reserved);
     for (int32_t other = 1; other < kNodes; ++other) CHECK_EQUAL(ends[size_t(other)]->check(), 0);
+}
+
+TEST(broken_rules_and_failures_are_events) {
+    const Ends ends = connected("emulated-cuda", "planes=2", 16);
+    CHECK(ends[0]->keeps(16));
+    CHECK(ends[0]->add({1, 3}, 5) && ends[0]->flush(3));
+    ring_wrongly(ends[0]->queue({1, 3}));
+    const auto events = ends[0]->events_of(2);
+    CHECK_EQUAL(events.size(), 2);
+    const char* const words[] = {"violation: record behind",
+                                 "failed: local queue pair operation error: malformed request"};
+    for (size_t i = 0; i < 2; ++i) {
+        CHECK(text_of(events[i]) == words[i]);
+        CHECK_EQUAL(events[i].kind, i == 0 ? EPCOMM_FABRIC_VIOLATION : EPCOMM_FABRIC_FAILED);
+        CHECK_EQUAL(events[i].peer, 1);
+        CHECK_EQUAL(events[i].channel, 3);
+        CHECK_EQUAL(events[i].plane, 1);
+        CHECK_EQUAL(events[i].position, ends[0]->queue({1, 3})->reserved);
+        CHECK_EQUAL(events[i].amount_ps, 0);
+    }
 }
 
 TEST(malformed_requests_are_told_by_name) {

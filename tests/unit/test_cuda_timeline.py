@@ -18,6 +18,7 @@ from cuda_stand_ins import RANK, Gpu, make_buffer
 
 from epcomm.backend import Options
 from epcomm.clocks import HostClock
+from epcomm.fabric.abi import constants as fabric_constants
 from epcomm.fabric.abi import dtypes as fabric_dtypes
 
 pytestmark = pytest.mark.timeout(60)
@@ -53,6 +54,8 @@ class Nics:
     tells: bool = True
     total: int = 0
     told: np.ndarray = field(default_factory=lambda: np.zeros(0, fabric_dtypes["message"]))
+    incidents: np.ndarray = field(default_factory=lambda: np.zeros(0, fabric_dtypes["event"]))
+    total_incidents: int = 0
     kept: list[int] = field(default_factory=list)
     options = SimpleNamespace(transport="some-nics")
     ibgda = None
@@ -63,6 +66,9 @@ class Nics:
 
     def messages(self) -> tuple[np.ndarray, int]:
         return self.told, self.total
+
+    def events(self) -> tuple[np.ndarray, int]:
+        return self.incidents, self.total_incidents
 
 
 def timeline_over(buffer: Any, nics: Nics) -> Any:
@@ -157,6 +163,21 @@ def test_messages_of_nics_on_the_gpu_are_in_the_trace(monkeypatch, gpu):
     # Asked for when it was made, and forgotten with the spans.
     assert len(nics.kept) == 2
     assert nics.kept[0] == nics.kept[1] > 0
+
+
+def test_incidents_of_nics_on_the_gpu_are_in_the_trace(monkeypatch, gpu):
+    nics = Nics(incidents=np.zeros(1, fabric_dtypes["event"]), total_incidents=3)
+    timeline = timeline_over(make_buffer(monkeypatch, gpu, timeline=True), nics)
+    store = abi.constants["ROLE_STORE"]
+    Rings(timeline.pointer).note(0, role=store, warp=3, begin=5000, end=9000, epoch=1)
+    nics.incidents["time_ns"], nics.incidents["peer"] = 4000, 1
+    nics.incidents["kind"], nics.incidents["code"] = fabric_constants["FAULT"], 1
+    trace = timeline.read(restart=False)
+    assert trace.data["otherData"]["base_ns"] == 4000
+    assert [e["ts"] for e in trace.events if e["name"] == "store"] == [1.0]
+    (instant,) = [e for e in trace.events if e["name"] == "fault: delay"]
+    assert (instant["ph"], instant["ts"], instant["args"]["to rank"]) == ("i", 0.0, 3)
+    assert trace.ranks[0]["lost_events"] == trace.lost == 2
 
 
 def test_a_network_that_tells_nothing_is_named(monkeypatch, gpu):

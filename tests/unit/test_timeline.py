@@ -13,12 +13,15 @@ import pytest
 from epcomm import clocks, timeline
 from epcomm.clocks import HostClock, compare_hosts
 from epcomm.cpu.phases import HostSpans, Phases
+from epcomm.fabric.abi import constants as fabric_constants
+from epcomm.fabric.abi import describe_event
 from epcomm.fabric.abi import dtypes as fabric_dtypes
-from epcomm.timeline import Clock, Trace, make_trace, merge
+from epcomm.timeline import Clock, Lost, Trace, make_trace, merge
 from epcomm.trace_events import (
     Channels,
     Span,
     events_of_host,
+    events_of_incidents,
     events_of_kernels,
     events_of_messages,
     unroll,
@@ -160,13 +163,14 @@ def test_a_shifted_rank_keeps_its_lengths():
 
 
 def test_losses_are_in_the_picture_and_in_the_numbers():
-    trace = kernels(0, [span(0, 5, 9)], lost_spans=12, lost_messages=3, not_shown=["the wire"])
-    assert trace.lost == 15
+    trace = kernels(0, [span(0, 5, 9)], lost=Lost(12, 3, 2), not_shown=["the wire"])
+    assert trace.lost == 17
     assert named(trace, "12 older spans lost")
     assert named(trace, "3 older messages lost")
+    assert named(trace, "2 older events of network cards lost")
     assert trace.ranks[0]["not_shown"] == ["the wire"]
     check_schema(trace.data)
-    assert merge([trace, receiver()]).lost == 15
+    assert merge([trace, receiver()]).lost == 17
 
 
 def test_rings_are_unrolled_in_order_of_time():
@@ -199,6 +203,43 @@ def test_messages_are_named_by_plane_and_queue_pair():
     assert [(e["ph"], e["ts"]) for e in named(trace, name)] == [("b", 0.0), ("e", 6.0)]
     wires = [(e["ph"], e["ts"]) for e in named(trace, "wire")]
     assert wires == [("b", 1.0), ("e", 3.5), ("b", 1.1), ("e", 3.5)]
+
+
+def test_incidents_are_instants_on_the_track_of_their_card():
+    incidents = np.zeros(3, fabric_dtypes["event"])
+    incidents["time_ns"], incidents["plane"] = (12_000, 13_500, 13_500), (1, 0, 0)
+    incidents["queue_pair"], incidents["peer"], incidents["channel"] = 0x102, 1, 3
+    incidents["position"], incidents["amount_ps"] = (7, 9, 8), (2_500_000, 0, 0)
+    # A late message; a request changed too early, which ends its queue pair.
+    incidents["kind"] = [fabric_constants[name] for name in ("FAULT", "VIOLATION", "FAILED")]
+    incidents["code"] = (1, 15, 2)
+    events = events_of_incidents(incidents, 4, (4, 9), 10_000)
+    check_schema(make_trace(events, 10_000, Clock("host"), rank=4, node=0, local_rank=4).data)
+    tracks = {e["args"]["name"]: e["tid"] for e in events if e["name"] == "thread_name"}
+    instants = [e for e in events if e["ph"] == "i"]
+    assert [(e["name"], e["ts"], e["tid"], e["pid"]) for e in instants] == [
+        ("fault: delay", 2.0, tracks["NIC plane 1"], 4),
+        ("violation: slot reused", 3.5, tracks["NIC plane 0"], 4),
+        (
+            "failed: local queue pair operation error: malformed request",
+            *(3.5, tracks["NIC plane 0"], 4),
+        ),
+    ]
+    assert len(set(tracks.values())) == 2
+    assert instants[0]["args"] == {
+        "queue pair": "0x102", "to rank": 9, "channel": 3, "plane": 1, "request": 7,
+        "late, us": 2.5,
+    }  # fmt: skip
+    assert "late, us" not in instants[1]["args"]
+    assert not events_of_incidents(incidents[:0], 4, (4, 9), 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "words"),
+    [("FAULT", 99, "fault: unknown"), ("RECOVERED", 0, "doorbell recovered"), (None, 0, "unknown")],
+)
+def test_what_has_no_name_is_said_to_have_none(kind, code, words):
+    assert words in describe_event(fabric_constants[kind] if kind else 77, code)
 
 
 @pytest.mark.parametrize("modelled", [True, False])
