@@ -7,7 +7,6 @@ engine's kernel as coroutines. Not tested here: memory order, PCIe, CUDA's own r
 import native_programs
 import pytest
 
-PROGRAM = "gpu_nics"
 FAKE = native_programs.ROOT / "tests/native/fake_device"
 FLAGS = [*native_programs.KERNEL_FLAGS, f"-I{FAKE}"]
 SOURCES = [
@@ -18,15 +17,21 @@ SOURCES = [
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gpu_nics")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("gpu_nics")
+
+
+@pytest.fixture(scope="module")
+def linked(folder):
     sources = [str(native_programs.ROOT / "csrc" / name) for name in SOURCES]
     sources += [str(FAKE / "fake_device.cc"), *native_programs.KERNELS_ON_THE_HOST[-1:]]
-    compiled = native_programs.objects(folder, sources, FLAGS)
-    return native_programs.build(folder, PROGRAM, [*FLAGS, *compiled])
+    return [*FLAGS, *native_programs.objects(folder, sources, FLAGS)]
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("name", native_programs.names_in(PROGRAM))
-def test_gpu_nics(program, name):
-    native_programs.run(program, name)
+@pytest.mark.parametrize(
+    ("program", "name"),
+    native_programs.all_tests({"gpu_nics": [], "gpu_nic_failures": []}),
+)
+def test_gpu_nics(folder, linked, program, name):
+    native_programs.run(native_programs.build(folder, program, linked), name)
