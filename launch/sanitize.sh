@@ -2,8 +2,7 @@
 # launch/sanitize.sh [--native] [memcheck] [racecheck] [synccheck] [initcheck]: run compute-sanitizer's
 # tools (by default memcheck and racecheck) over a few calls of the CUDA back end, with one rank, with
 # two in a node and with two nodes over every kind of fabric that one GPU can have.
-# --native: over the kernel of the emulated network cards itself, and kernels that post to it beside
-# it, all in one process: the runs of ranks leave it out.
+# --native: over the kernel of the emulated network cards itself: the runs of ranks leave it out.
 # Needs a GPU, and compute-sanitizer on PATH or under CUDA_HOME. Status: 0 if no tool found anything.
 set -euo pipefail
 # shellcheck source=launch/env.sh
@@ -50,27 +49,20 @@ over_ranks() {
     done
 }
 
-# What a program does in one process: kernels that are loaded before any starts, and a kernel that
-# ends when its host says so, which a tool that let kernels run one by one would wait for until the
-# time is over.
+# The tools let kernels run one by one: so one that posts, then the cards' kernel, which ends by
+# itself, then one that compares.
 over_native() {
-    local tool=$1 run name
-    for run in "emulated_resident chunks_of_several_warps" \
-        "emulated_resident a_warp_posts_a_request_a_lane" \
-        "emulated_resident atomics_of_all_queue_pairs_count" "emulated_resident long_messages" \
-        "emulated_resident_bulk bulk_stores_before_a_put_without_a_line"; do
-        name="$tool, $run"
-        printf '\n=== %s\n' "$name"
-        EPCOMM_TEST_SLOWNESS=${SANITIZE_SLOWNESS:-20} timeout -k 10 "${SANITIZE_TIMEOUT:-240}" \
-            "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
-            "$programs/${run% *}" "${run#* }" || bad+=("$name")
-    done
+    local tool=$1
+    printf '\n=== %s, native\n' "$tool"
+    EPCOMM_TEST_SLOWNESS=${SANITIZE_SLOWNESS:-10} timeout -k 10 "${SANITIZE_TIMEOUT:-240}" \
+        "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
+        "$programs/emulated_resident_alone" everything_was_posted_before || bad+=("$tool, native")
 }
 
 if [[ -n $native ]]; then
     programs=$(mktemp -d)
     trap 'rm -rf "$programs"' EXIT
-    python tests/jobs/gpu_programs.py "$programs" emulated_resident emulated_resident_bulk >/dev/null
+    python tests/jobs/gpu_programs.py "$programs" emulated_resident_alone >/dev/null
 fi
 for tool in "${tools[@]}"; do
     if [[ -n $native ]]; then

@@ -11,7 +11,7 @@ import gpu_programs
 import pytest
 
 PROGRAMS = (
-    *("emulated_resident", "emulated_resident_bulk"),
+    *("emulated_resident", "emulated_resident_alone", "emulated_resident_bulk"),
     *("emulated_resident_faults", "emulated_resident_writers"),
     *("emulated_resident_speed", "emulated_resident_host"),
 )
