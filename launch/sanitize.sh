@@ -2,7 +2,8 @@
 # launch/sanitize.sh [--native] [memcheck] [racecheck] [synccheck] [initcheck]: run compute-sanitizer's
 # tools (by default memcheck and racecheck) over a few calls of the CUDA back end, with one rank, with
 # two in a node and with two nodes over every kind of fabric that one GPU can have.
-# --native: over the kernel of the emulated network cards itself: the runs of ranks leave it out.
+# --native: memcheck, or what is named, over the kernel of the emulated network cards itself, which the
+# runs of ranks leave out. racecheck knows barriers only, and names there what flags keep in order.
 # Needs a GPU, and compute-sanitizer on PATH or under CUDA_HOME. Status: 0 if no tool found anything.
 set -euo pipefail
 # shellcheck source=launch/env.sh
@@ -23,13 +24,13 @@ if [[ -z $sanitizer ]]; then
     exit 2
 fi
 
-native=
+native='' by_default=(memcheck racecheck)
 if [[ ${1:-} == --native ]]; then
-    native=1
+    native=1 by_default=(memcheck)
     shift
 fi
 tools=("$@")
-[[ ${#tools[@]} -gt 0 ]] || tools=(memcheck racecheck)
+[[ ${#tools[@]} -gt 0 ]] || tools=("${by_default[@]}")
 bad=()
 export PYTHONPATH=$EPCOMM_ROOT${PYTHONPATH:+:$PYTHONPATH}
 

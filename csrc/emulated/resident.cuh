@@ -378,6 +378,7 @@ class ControlWarp {
           machine_(resident),
           context_(block.contexts[warp]) {
         if (group_.lane() == 0) block.heard[warp] = {0, machine_.now(), 0};
+        group_.sync();
     }
 
     __device__ void serve() {
