@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kSeconds = 1'000'000'000;
 constexpr int32_t kChannels = 4, kSignals = 64;
 constexpr uint64_t kChunk = 9216;  // bytes: more than a slice
+constexpr uint64_t kBehind = 256;
 
 struct Sizes {
     int32_t nodes = 2;
@@ -28,7 +29,7 @@ struct Sizes {
 struct Node {
     std::vector<SendQueue> queues;
     std::vector<epcomm_region_key> local, remote;
-    std::vector<uint64_t> raised;
+    std::vector<uint64_t> raised;  ///< kBehind more than there are counts
     alignas(64) uint64_t signals[kSignals + 2] = {};
     std::vector<mlx5::Unit> send, receive;
     epcomm_ibgda writers = {};
@@ -117,7 +118,8 @@ class World {
             node.remote.insert(node.remote.end(), other.local.begin(), other.local.end());
         }
         node.queues.resize(size_t(per_node()));
-        node.raised.resize(fabric::raised_bytes(sizes_.nodes, kSignals) / sizeof(uint64_t));
+        node.raised.resize(fabric::raised_bytes(sizes_.nodes, kSignals) / sizeof(uint64_t) +
+                           kBehind);
         epcomm_ibgda& writers = node.writers;
         writers.queues = node.queues.data();
         writers.local = node.local.data();
@@ -372,6 +374,17 @@ TEST(a_refused_key_is_an_error_that_names_the_peer) {
     CHECK_EQUAL(error.vendor, mlx5::kRemoteAccess << 8 | kVendorRemoteAccess);
     CHECK(has(error.text, "remote access error"));
     CHECK_EQUAL(world.nodes[1].signal(5), 2);
+}
+
+TEST(a_signal_that_the_peer_lacks_is_counted_nowhere) {
+    World world("");
+    world.make_ends();
+    Node& node = world.nodes[0];
+    const int32_t unknown = 2 * kSignals + 20;
+    CHECK(fabric::put_signal(node.fabric(), {1, 2}, {2, 0, 0}, {1, 0, 0}, 32, unknown) != 0);
+    CHECK(!fabric::flush(node.fabric(), 2, 80 * kSeconds));
+    CHECK_EQUAL(node.end->error().vendor, mlx5::kRemoteAccess << 8 | kVendorRemoteAccess);
+    for (const uint64_t count : node.raised) CHECK_EQUAL(count, 0);
 }
 
 TEST(a_killed_nic_ends_its_ranks_waits_with_a_reason) {
