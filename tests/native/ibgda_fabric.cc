@@ -224,3 +224,27 @@ TEST(bad_commands_are_refused_before_they_are_posted) {
         CHECK_EQUAL(fabric::queue_at(node.fabric, 1)->reserved, 0);
     }
 }
+
+TEST(local_places_out_of_range_are_refused_before_they_are_posted) {
+    const struct {
+        epcomm_fabric_place local;
+        uint64_t bytes;
+        bool is_good;
+    } all[] = {{{1, 0, 0}, 0, true},
+               {{1, 0, 64}, 16, true},
+               {{7, 0, 0}, 16, false},  // no such region
+               {{1, 0, uint64_t(1) << 40}, 16, false},
+               {{1, 0, 16}, ~uint64_t(15), false}};
+    for (const auto& one : all) {
+        World world(2, 1, 1, quick(0));
+        Node& node = world.nodes[0];
+        const auto ticket =
+            fabric::put_signal(node.fabric, {1, 0}, {2, 0, 0}, one.local, one.bytes, 0);
+        CHECK_EQUAL(ticket != 0, one.is_good);
+        if (one.is_good) continue;
+        CHECK_EQUAL(node.state.failed, EPCOMM_FABRIC_BAD_TRIGGER);
+        CHECK_EQUAL(fabric::queue_at(node.fabric, 1)->reserved, 0);
+        // The ticket of a failed call names no queue.
+        CHECK(!fabric::done(node.fabric, 0, ticket));
+    }
+}
