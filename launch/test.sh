@@ -100,9 +100,9 @@ if [[ $mode != cpu ]] && gpu_job; then
         test_stage "$size ranks in virtual nodes on GPUs" bash launch/gpu.sh -n "$size" --sms 12 \
             python -m mpi4py -m pytest --color=no --with-mpi -o faulthandler_timeout=115 tests/gpu_nodes
     done
-    # Ranks are forked by the tests, at most 3 of them.
-    test_stage "fabric on a GPU" bash launch/gpu.sh -n 3 --once python -m pytest --color=no -m gpu \
-        -o faulthandler_timeout=115 tests/fabric
+    # Ranks are forked by the tests, at most 3 of them, and share one GPU, for which there is MPS.
+    test_stage "fabric on a GPU" env CUDA_VISIBLE_DEVICES=0 bash launch/gpu.sh -n 3 --once \
+        python -m pytest --color=no -m gpu -o faulthandler_timeout=115 tests/fabric
     test_stage "jobs on GPUs" python -m pytest --color=no -m gpu tests/jobs
 elif [[ $mode == *gpu ]]; then
     stage "tests on GPUs: no GPU that can be used" false
