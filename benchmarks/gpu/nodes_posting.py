@@ -23,13 +23,25 @@ _MOST_LATE = 1.0
 
 
 @dataclass(frozen=True)
-class RateFigure:
-    """Puts in a second, each with a signal.
+class PutFigure:
+    """Of puts, each with a signal.
 
     Attributes:
         fabric: with its options.
         direct: posted by kernels; else triggers.
         nbytes: of a put, without its signal.
+    """
+
+    fabric: str
+    direct: bool
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class RateFigure(PutFigure):
+    """Puts in a second.
+
+    Attributes:
         queue_pairs: that are posted to at the same time.
         warps: that share a queue pair, one thread of each.
         posted: million puts/s until the last was posted, of as many as fit into queues or rings.
@@ -39,9 +51,6 @@ class RateFigure:
         late_copies: percent of messages that were copied later than the model says.
     """
 
-    fabric: str
-    direct: bool
-    nbytes: int
     queue_pairs: int
     warps: int
     posted: float
@@ -71,13 +80,10 @@ class RateFigure:
 
 
 @dataclass(frozen=True)
-class TripFigure:
-    """One put after the other by one thread, each with a signal; microseconds.
+class TripFigure(PutFigure):
+    """One put after the other by one thread; microseconds.
 
     Attributes:
-        fabric: with its options.
-        direct: posted by kernels; else triggers.
-        nbytes: of a put, without its signal.
         median: from a put's begin until its writer saw its completion.
         shortest: the same.
         slow: the same, 95 % are shorter.
@@ -85,9 +91,6 @@ class TripFigure:
         doorbell: the shortest from there until the writer saw the completion.
     """
 
-    fabric: str
-    direct: bool
-    nbytes: int
     median: float
     shortest: float
     slow: float

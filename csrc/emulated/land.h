@@ -95,10 +95,6 @@ EPCOMM_HD inline Placement placement_of(const Context& context, const QueuePair&
     return request.opcode == mlx5::kRdmaRead ? Placement{local, remote} : Placement{remote, local};
 }
 
-EPCOMM_HD inline bool copies(const Request& request) {
-    return request.opcode != mlx5::kNop && !request.is_atomic();
-}
-
 /// Bytes that are placed at a message's end.
 EPCOMM_HD inline uint32_t tail_of(const Request& request) {
     return request.bytes < kTailBytes ? request.bytes : kTailBytes;

@@ -14,8 +14,12 @@ namespace epcomm::emulated {
 /// The last bytes of a message, which come with its arrival and never before; all of a short one.
 constexpr uint32_t kTailBytes = 64;
 
+EPCOMM_HD inline bool copies(const Request& request) {
+    return request.opcode != mlx5::kNop && !request.is_atomic();
+}
+
 EPCOMM_HD inline bool has_body(const Request& request) {
-    return request.opcode != mlx5::kNop && !request.is_atomic() && request.bytes > kTailBytes;
+    return copies(request) && request.bytes > kTailBytes;
 }
 
 /// A range of addresses.

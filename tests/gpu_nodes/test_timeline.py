@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from on_gpu import check, make_buffer
 from oracle_cases import CASES
+from traces import assert_on_their_tracks, begins_of, instants_of
 
 from epcomm.timeline import Trace, merge
 
@@ -14,12 +15,6 @@ PLANES = 2
 fabrics = pytest.mark.parametrize(
     "fabric", [f"emulated planes={PLANES}", f"proxy/emulated planes={PLANES}"]
 )
-
-
-def begins_of(trace: Trace) -> list[dict]:
-    """The first event of every message."""
-    nics = [e for e in trace.events if e.get("cat") == "nic" and e["name"] != "wire"]
-    return [e for e in nics if e["ph"] == "b"]
 
 
 @fabrics
@@ -63,7 +58,7 @@ def test_the_trace_has_every_message_of_the_calls(world, fabric):
     first, last = min(e["ts"] for e in spans), max(e["ts"] + e["dur"] for e in spans)
     assert all(first <= e["ts"] <= last + 10_000 for e in begins)
     # Nothing went wrong.
-    assert not [e for e in trace.events if e["ph"] == "i"]
+    assert not instants_of(trace)
     if comm.rank == 0:
         merged = merge([Trace(data) for data in traces])
         assert {e["pid"] for e in begins_of(merged)} == {0, 1, 2, 3}
@@ -80,24 +75,12 @@ def test_injected_faults_are_on_the_tracks_of_their_cards(world, fabric):
         trace = buffer.timeline(restart=True)
         after = buffer.timeline()
         comm.Barrier()
-    instants = [e for e in trace.events if e["ph"] == "i"]
+    instants = instants_of(trace)
     assert {"fault: delay"} <= {e["name"] for e in instants} <= {"fault: delay", "fault: pieces"}
-    tracks = {
-        e["args"]["name"]: e["tid"]
-        for e in trace.events
-        if e["ph"] == "M" and e["args"]["name"].startswith("NIC")
-    }
-    sent = {
-        (int(words[2]), int(words[5], 16), e["args"]["request"])
-        for e in begins_of(trace)
-        for words in [e["name"].split()]
-    }
+    assert_on_their_tracks(trace, comm.rank)
     for event in instants:
         details = event["args"]
-        assert event["tid"] == tracks[f"NIC plane {details['plane']}"]
-        assert details["to rank"] == (comm.rank + 2) % 4
         assert details["channel"] % PLANES == details["plane"]
-        assert (details["plane"], int(details["queue pair"], 16), details["request"]) in sent
         assert details.get("late, us", 0) <= 20
     assert trace.lost == 0
-    assert not [e for e in after.events if e["ph"] == "i"]
+    assert not instants_of(after)

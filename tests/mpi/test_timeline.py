@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 from harness import Case, check, make_buffer
 from refusals import CASE, expect, expect_mismatch
+from traces import assert_on_their_tracks, begins_of, instants_of
 
 from epcomm.timeline import Trace, merge
 
@@ -43,7 +44,7 @@ def test_phases_and_messages_are_in_one_trace(world, tmp_path):
         for one, other in pairwise(phases):
             assert one["ts"] + one["dur"] <= other["ts"] + 0.002  # rounding
     messages = [e for e in merged.events if e.get("cat") == "nic" and e["name"] != "wire"]
-    begins = [e for e in messages if e["ph"] == "b"]
+    begins = begins_of(merged)
     assert {e["pid"] for e in begins} == {0, 1, 2, 3}
     # Announcements, records and sums, each with its signal.
     assert 8 in {e["args"]["bytes"] for e in begins}
@@ -75,25 +76,13 @@ def test_injected_faults_are_on_the_track_of_the_card(world):
         trace = buffer.timeline(restart=True)
         after = buffer.timeline()
         comm.barrier()
-    instants = [e for e in trace.events if e["ph"] == "i"]
+    instants = instants_of(trace)
     assert {e["name"] for e in instants} == {"fault: delay", "fault: late completion"}
-    (track,) = [
-        e["tid"] for e in trace.events if e["ph"] == "M" and e["args"]["name"] == "NIC plane 0"
-    ]
-    sent = {
-        (int(e["name"].split()[5], 16), e["args"]["request"])
-        for e in trace.events
-        if e.get("cat") == "nic" and e["ph"] == "b" and e["name"] != "wire"
-    }
-    for event in instants:
-        details = event["args"]
-        assert event["tid"] == track
-        assert event["pid"] == comm.rank
-        assert details["to rank"] == (comm.rank + 2) % 4
-        assert (int(details["queue pair"], 16), details["request"]) in sent
-        assert 0 < details["late, us"] <= 20
+    assert {e["args"]["plane"] for e in instants} == {0}
+    assert_on_their_tracks(trace, comm.rank)
+    assert all(0 < e["args"]["late, us"] <= 20 for e in instants)
     assert trace.lost == 0
-    assert not [e for e in after.events if e["ph"] == "i"]
+    assert not instants_of(after)
 
 
 def test_restart_shows_later_calls_only(world):

@@ -69,11 +69,16 @@ TEST(none_are_kept_unless_asked_for) {
     CHECK_EQUAL(r.engine.passages().count, 0u);
 }
 
-TEST(the_newest_events_are_kept_and_all_are_counted) {
+/// Every request meets a fault, and the journal has room for three.
+Options all_late() {
     Options options = plain();
     options.engine.rules.push_back(anywhere(kDelay, kAlways, 1));
     options.engine.journal_capacity = 3;
-    Rig r(options);
+    return options;
+}
+
+TEST(the_newest_events_are_kept_and_all_are_counted) {
+    Rig r(all_late());
     Writer* w = r.pair();
     write_in_turn(r, w, 10);
     uint64_t total = 0;
@@ -97,10 +102,7 @@ TEST(the_newest_events_are_kept_and_all_are_counted) {
 }
 
 TEST(the_first_broken_rule_is_kept_behind_faults) {
-    Options options = plain();
-    options.engine.rules.push_back(anywhere(kDelay, kAlways, 1));
-    options.engine.journal_capacity = 3;
-    Rig r(options);
+    Rig r(all_late());
     Writer* w = r.pair();
     write_in_turn(r, w, 10);
     CHECK_EQUAL(r.engine.broken_rules().count, 0u);

@@ -129,11 +129,7 @@ class End {
     }
     bool keeps(uint64_t capacity) const { return epcomm_fabric_keep_messages(end_, capacity) == 0; }
     std::vector<epcomm_fabric_message> messages(uint64_t* total) const {
-        std::vector<epcomm_fabric_message> all(1 << 12);
-        const int64_t count = epcomm_fabric_messages(end_, all.data(), int64_t(all.size()), total);
-        CHECK(count >= 0);
-        all.resize(size_t(count));
-        return all;
+        return notes<epcomm_fabric_message>(epcomm_fabric_messages, total);
     }
     /// Once so many have been told of.
     std::vector<epcomm_fabric_message> messages_of(uint64_t expected) const {
@@ -146,11 +142,7 @@ class End {
         }
     }
     std::vector<epcomm_fabric_event> events(uint64_t* total) const {
-        std::vector<epcomm_fabric_event> all(1 << 12);
-        const int64_t count = epcomm_fabric_events(end_, all.data(), int64_t(all.size()), total);
-        CHECK(count >= 0);
-        all.resize(size_t(count));
-        return all;
+        return notes<epcomm_fabric_event>(epcomm_fabric_events, total);
     }
     /// Once there are so many.
     std::vector<epcomm_fabric_event> events_of(size_t expected) const {
@@ -181,6 +173,14 @@ class End {
     uint8_t* receive() const { return memory_[2]; }
 
  private:
+    template <class Note, class Tell>
+    std::vector<Note> notes(const Tell& tell, uint64_t* total) const {
+        std::vector<Note> all(1 << 12);
+        const int64_t count = tell(end_, all.data(), int64_t(all.size()), total);
+        CHECK(count >= 0);
+        all.resize(size_t(count));
+        return all;
+    }
     static constexpr int32_t kRings = 2, kSlots = 64;
 
     void require(int result) const {
